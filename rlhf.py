@@ -1,0 +1,1257 @@
+"""Reinforcement learning from human feedback on a real transformer, in one file to be read from top to bottom.
+
+    build the policy and its reference                                    # sections 2 to 4
+    for phase in range(total_phases):
+        tokens, old_logprobs, values = sample completions from the policy # 5   rollout phase
+        rewards    = reward_fn(prompts, completions)                      # 6
+        advantages = compute_advantages(rewards, values)                  # 7
+        for minibatch in memory, a few times over:                        # 8   learning phase
+            objective = surrogate - kl_coef * KL + ent_coef * entropy     # 9   (PPO: - vf_coef * value loss)
+            one step of AdamW up the gradient of the objective            # 10
+        log, one line a phase                                             # 11
+
+Notation   B completions (rows) in a batch   P prompt width   C completion width   T = P + C columns
+           D width of the residual stream    V vocabulary     r LoRA rank
+           ρ is the papers' ratio r_t(θ) = π_θ / π_old; here r is never a ratio and `rewards` are always spelled out.
+Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740   LoRA 2106.09685
+Left out   A reward per token, a critic of its own (the value head shares the trunk), dropout, off-policy data from
+           older phases: none is needed for what follows, and each hides it.
+
+    python rlhf.py --algo grpo --lora            trains the embedded model in about two minutes on a laptop
+    python rlhf.py --kl-coef 0                   PPO without its leash: watch the mode collapse
+    python rlhf.py compare runs/a runs/b         draws the curves of several runs over each other
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import sysconfig
+import tempfile
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import transformers
+import tyro
+from jaxtyping import Bool, Float, Int
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers.pytorch_utils import Conv1D
+
+from kernels import linear_token_logprobs, lora_linear, token_logprobs
+
+console = Console(highlight=False)
+
+
+class SettingError(ValueError):
+    """Something the user gave is wrong; its message is the one line that `main` prints before it exits with 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises SettingError(message) unless the condition holds."""
+    if not condition:
+        raise SettingError(message)
+
+
+# ---- 1 Settings ------------------------------------------------------------------------------------------------------
+# In: the command line. Out: one frozen record that everything below reads. Each field is a flag, its docstring the help.
+
+
+@dataclass(frozen=True)
+class RLHFArgs:
+    """Trains a language model by reinforcement learning; every field is a flag."""
+
+    # The experiment
+    algo: Literal["ppo", "grpo", "rloo"] = "ppo"
+    """where the baseline comes from: a learned critic, the group's mean, or the mean of the group's others"""
+    base_model: str = "tiny"
+    """`tiny` (embedded, needs no network), a name that TransformerLens knows, a hub id, or a local directory"""
+    reward: str = "periods"
+    """`periods`, `char:X` or `path/to/file.py:function`"""
+    prefix: str = "This is"
+    """the prompt that every completion continues"""
+    prompts: Path | None = None
+    """a file of prompts instead of the prefix: one a line, or JSON lines with "prompt" and any other columns"""
+    seed: int = 0
+    """of the weights, the samples and the shuffling"""
+    device: str = "auto"
+    """`auto` takes the first there is of cuda, mps and cpu"""
+    run_dir: Path | None = None
+    """where results go; by default runs/DATE-TIME-ALGO"""
+
+    # Rollout phase
+    total_phases: int = 30
+    """rollout phase and learning phase, this many times"""
+    batch_size: int = 64
+    """completions in a rollout phase"""
+    group_size: int | None = None
+    """completions of the same prompt, which are each other's baseline; by default the batch is one group"""
+    gen_len: int = 32
+    """tokens in a completion, at most"""
+    temperature: float = 1.0
+    """divides the logits, when sampling and when learning alike"""
+    top_k: int | None = None
+    """draw from the k likeliest tokens only; they are scored over the whole vocabulary, so this biases the gradient"""
+    normalize_reward: bool = True
+    """shift and scale the rewards of a batch to mean 0 and standard deviation 1"""
+
+    # Learning phase
+    batches_per_learning_phase: int = 2
+    """times that the memory is gone through"""
+    num_minibatches: int = 4
+    """optimizer steps each time"""
+    clip_coef: float = 0.2
+    """ε: the ratio stops paying beyond 1 ± ε"""
+    clip_high: float | None = None
+    """a higher upper end, 1 + this instead of 1 + ε (DAPO's Clip-Higher)"""
+    kl_coef: float = 0.3
+    """β: the price of leaving the reference; 0 lets the policy collapse"""
+    kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"
+    """exact over the vocabulary, or one of Schulman's estimates from the sampled token alone"""
+    ent_coef: float = 0.001
+    """reward for uncertainty"""
+    vf_coef: float = 0.15
+    """weight of the value loss (PPO)"""
+    gamma: float = 1.0
+    """discount (PPO)"""
+    gae_lambda: float = 0.95
+    """GAE's λ (PPO); 0 is the one-step estimate of the course, 1 is Monte Carlo"""
+    scale_by_group_std: bool = True
+    """divide by the group's standard deviation (GRPO); without it, Dr. GRPO"""
+    loss_average: Literal["sequence", "token", "constant"] = "sequence"
+    """mean over each completion and then over completions, over all tokens alike, or the sum over batch x gen_len"""
+
+    # Optimizer
+    base_lr: float = 1e-3
+    """of the transformer, or of the adapters"""
+    head_lr: float = 3e-3
+    """of the value head, which starts from nothing (PPO)"""
+    warmup_steps: int = 3
+    """phases over which the learning rate rises linearly"""
+    final_scale: float = 0.1
+    """of the learning rate, reached linearly in the last phase"""
+    max_grad_norm: float = 1.0
+    """longer gradients are shortened to this"""
+
+    # LoRA
+    lora: bool = False
+    """train low-rank adapters and freeze the rest"""
+    lora_rank: int = 4
+    """r"""
+    lora_alpha: float = 32.0
+    """the adapters are scaled by alpha / rank"""
+    lora_targets: tuple[str, ...] = ("q", "k", "v", "o")
+    """matrices of each block: q k v o, and of the MLP in, out, gate"""
+
+    def __post_init__(self):
+        require(self.algo in ALGORITHMS, f"--algo {self.algo}: unknown; expected one of {', '.join(ALGORITHMS)}")
+        for name in ("total_phases", "batch_size", "gen_len", "num_minibatches", "batches_per_learning_phase"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for divisor in ("num_minibatches", "samples_per_prompt"):
+            flag = {"samples_per_prompt": "group_size"}.get(divisor, divisor).replace("_", "-")
+            divides = getattr(self, divisor) >= 1 and self.batch_size % getattr(self, divisor) == 0
+            require(divides, f"--batch-size {self.batch_size}: must be divisible by --{flag} {getattr(self, divisor)}")
+        alone = self.samples_per_prompt == 1 and not ALGORITHMS[self.algo].has_critic
+        require(not alone, f"--group-size 1: --algo {self.algo} compares completions of a group; give at least 2")
+        require(
+            0 <= self.warmup_steps < self.total_phases,
+            f"--total-phases {self.total_phases}: must be greater than --warmup-steps {self.warmup_steps}",
+        )
+        require(self.temperature > 0, f"--temperature {self.temperature}: must be positive; for greedy use --top-k 1")
+        require(self.top_k is None or self.top_k >= 1, f"--top-k {self.top_k}: must be at least 1")
+        require(self.lora_rank >= 1, f"--lora-rank {self.lora_rank}: must be at least 1")
+
+    @property
+    def samples_per_prompt(self) -> int:
+        return self.batch_size if self.group_size is None else self.group_size
+
+
+# ---- 2 Prompt to tokens ----------------------------------------------------------------------------------------------
+# In: texts. Out: one rectangle of token ids. Prompts are padded on the left, so that every completion starts in column
+# P and is padded on the right. This is one row, with P = 4 and C = 4; the rest of the file leans on it:
+#
+#     column            0     1     2     3  |  4     5     6     7
+#     tokens           pad   BOS  This   is  |  a   test  EOS   pad
+#     attention_mask    0     1     1     1  |  1     1     1     0
+#     completion_mask                        |  1     1     1     0     EOS is an action, so it is trained
+#     position          0     0     1     2  |  3     4     5     5     counted from the first real token
+#
+# The transformer's output in column t speaks of column t + 1: what scores the completion comes from columns P-1 to T-2.
+# That shift is made once, in `TransformerWithValueHead.completion_features`; all [B, C] tensors below are aligned with
+# the completion: logprobs[b, c] is of completion token c, values[b, c] of the state in which it was chosen.
+
+
+def load_prompts(prefix: str, path: Path | None) -> list[dict]:
+    """Reads the prompts, one dict each with "prompt" and the file's other columns; the prefix alone without a file."""
+    if path is None:
+        return [{"prompt": prefix}]
+    require(path.is_file(), f"--prompts {path}: no such file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix not in (".jsonl", ".json"):
+            rows.append({"prompt": line})
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SettingError(f"{path}, line {number}: is not JSON ({error.msg})") from None
+        has_prompt = isinstance(row, dict) and isinstance(row.get("prompt"), str)
+        require(has_prompt, f'{path}, line {number}: expected an object with a text under "prompt"')
+        require(not rows or row.keys() == rows[0].keys(), f"{path}, line {number}: its columns differ from line 1's")
+        rows.append(row)
+    require(bool(rows), f"--prompts {path}: is empty; expected one prompt a line")
+    return rows
+
+
+def tokenize(tokenizer, prompts: list[str], device) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+    """Token ids of the prompts, each behind a beginning-of-text token if there is one, left-padded, and their mask."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = [bos + tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    require(all(rows), "a prompt has no tokens, and this tokenizer no beginning-of-text token to start from")
+    width = max(map(len, rows))
+    tokens = torch.tensor([[pad_id(tokenizer)] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.bool, device=device)
+    return tokens, mask
+
+
+def pad_id(tokenizer) -> int:
+    """What stands in masked columns; the masks decide, so the end-of-text token will do where there is no other."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+# ---- 3 Tokens to logits and values -----------------------------------------------------------------------------------
+# In: token ids and their mask. Out: for each column the features that the output layer turns into logits and, with a
+# critic, a value. TransformerLens carries the hooks: the value head is one, and any experiment of yours can be another.
+
+
+class TransformerWithValueHead(nn.Module):
+    """A language model, its hooks and, if asked for, a critic on its final residual stream.
+
+    `bridge` is the TransformerLens model: `bridge.run_with_cache` and `bridge.run_with_hooks` work at any time.
+    """
+
+    def __init__(self, base_model: str, has_critic: bool = False, device: str = "cpu"):
+        super().__init__()
+        self.bridge = load_bridge(base_model, device)
+        self.value_head = None
+        self.values: Float[Tensor, "B T"] | None = None  # of the last forward pass, left here by the hook
+        if has_critic:
+            width = self.bridge.cfg.d_model
+            self.value_head = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 1)).to(device)
+            nn.init.zeros_(self.value_head[-1].weight)  # at first the critic has no opinion, and no wrong one
+            nn.init.zeros_(self.value_head[-1].bias)
+            self.bridge.ln_final.hook_out.add_hook(self.read_value, is_permanent=True)
+        self.has_linear_head = self.is_head_linear()
+
+    def read_value(self, normalized_residual: Float[Tensor, "B T D"], hook) -> None:
+        """TransformerLens hook on the final normalised residual stream."""
+        self.values = self.value_head(normalized_residual.float()).squeeze(-1)
+
+    @torch.no_grad()
+    def is_head_linear(self) -> bool:
+        """Whether the logits are nothing but features @ W_U + b_U: soft caps and logit scales exist (Gemma, Cohere)."""
+        tokens = torch.arange(8, device=self.bridge.cfg.device)[None]
+        features = self.bridge.original_model.base_model(input_ids=tokens).last_hidden_state
+        if features.shape[-1] != self.bridge.unembed.original_component.weight.shape[-1]:
+            return False
+        return torch.allclose(self.bridge.unembed(features), self.bridge.original_model(tokens).logits, atol=1e-4)
+
+    def features(
+        self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B S"], cache=None
+    ) -> Float[Tensor, "B T D"]:
+        """What the last linear map sees (S = T, or more with a cache): the final residual stream, normalised.
+
+        A head that is more than one linear map has no such place; then these are the logits themselves, [B, T, V].
+        """
+        # Without explicit positions GPT-2 counts the padding too, and silently answers for another prompt.
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        model = self.bridge.original_model.base_model if self.has_linear_head else self.bridge.original_model
+        output = model(
+            input_ids=tokens,
+            attention_mask=attention_mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state if self.has_linear_head else output.logits
+
+    def logits(self, features: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """The output layer."""
+        return self.bridge.unembed(features) if self.has_linear_head else features
+
+    @property
+    def output_layer(self) -> tuple[Float[Tensor, "V D"], Float[Tensor, "V"] | None]:
+        """Weight and bias that turn features into logits."""
+        head = self.bridge.unembed.original_component
+        return head.weight, (head.bias if isinstance(head.bias, nn.Parameter) else None)
+
+    def completion_features(
+        self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], prompt_width: int
+    ) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"] | None]:
+        """Features, and values with a critic, aligned with the completion: those of columns P-1 to T-2."""
+        features = self.features(tokens, attention_mask)[:, prompt_width - 1 : -1]
+        return features, self.values[:, prompt_width - 1 : -1] if self.value_head else None
+
+    def get_logprobs(
+        self,
+        features: Float[Tensor, "B C D"],
+        tokens: Int[Tensor, "B C"],
+        temperature: float = 1.0,
+        ref_features: Float[Tensor, "B C D"] | None = None,
+        reference: "TransformerWithValueHead | None" = None,
+    ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B C"] | None]:
+        """Log-probability of each token, entropy of its distribution and, given the reference's features, exact
+        KL(policy ‖ reference) over the whole vocabulary; 0 for tokens of id -100."""
+        if self.has_linear_head:
+            ref_weight, ref_bias = (reference or self).output_layer if ref_features is not None else (None, None)
+            weight, bias = self.output_layer
+            return linear_token_logprobs(
+                features, weight, tokens, bias, temperature, ref_features, ref_weight, ref_bias
+            )
+        logprobs, entropy = token_logprobs(features, tokens, temperature)
+        if ref_features is None:
+            return logprobs, entropy, None
+        policy, ref = ((logits.float() / temperature).log_softmax(-1) for logits in (features, ref_features))
+        return logprobs, entropy, (policy.exp() * (policy - ref)).sum(-1) * (tokens != -100)
+
+
+def load_bridge(base_model: str, device: str) -> TransformerBridge:
+    """Boots `tiny`, a name that TransformerLens knows, a hub id or a local directory; never runs a model's own code."""
+    path = tiny_model() if base_model == "tiny" else base_model
+    try:
+        return TransformerBridge.boot_transformers(str(path), device=device).eval()
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SettingError(f"--base-model {base_model}: cannot be loaded: {reason}") from error
+
+
+# ---- 4 LoRA: what is trained -----------------------------------------------------------------------------------------
+# In: a model. Out: the same model with its weights frozen and small trained matrices beside some of them. Switched off,
+# they leave the model that we started from, exactly: so the reference policy costs no second copy.
+
+
+class LoRALinear(nn.Module):
+    """h = W x + (α/r) B A x, W frozen (LoRA 2106.09685, eq. 3). A is random and B zero, so that training starts at W.
+
+    >>> layer = LoRALinear(nn.Linear(3, 2), rank=1, alpha=1.0)
+    >>> torch.equal(layer(torch.ones(3)), layer.base(torch.ones(3)))
+    True
+    """
+
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        d_out, d_in = self.matrix.shape
+        self.lora_a = nn.Parameter(torch.empty(rank, d_in, device=base.weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(d_out, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self.scale = alpha / rank
+        self.enabled = True
+
+    @property
+    def matrix(self) -> Float[Tensor, "d_out d_in"]:
+        """W in the layout of nn.Linear; GPT-2's Conv1D stores it transposed."""
+        return self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """W as it is stored: TransformerLens asks its components for it."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        if not self.enabled:
+            return self.base(x)
+        return lora_linear(x, self.matrix, self.bias, self.lora_a, self.lora_b, self.scale)
+
+
+def add_lora(bridge: TransformerBridge, targets: tuple[str, ...], rank: int, alpha: float) -> None:
+    """Freezes the model and puts a LoRALinear under the hooks of each target matrix of each block."""
+    bridge.requires_grad_(False)
+    for block in bridge.blocks:
+        # "qkv" is GPT-2's fused matrix, which the bridge keeps beside q, k and v but does not compute with.
+        matrices = {
+            name: component
+            for part in (block.attn, block.mlp)
+            for name, component in part.named_children()
+            if name != "qkv" and isinstance(getattr(component, "original_component", None), nn.Linear | Conv1D)
+        }
+        for target in targets:
+            require(target in matrices, f"--lora-targets {target}: no such matrix; expected of {', '.join(matrices)}")
+            matrices[target].set_original_component(LoRALinear(matrices[target].original_component, rank, alpha))
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within, the model is the one that LoRA started from."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+# ---- 5 Tokens to completion ------------------------------------------------------------------------------------------
+# In: left-padded prompts. Out: completions, and what the policy thought of each token when it drew it: π_old needs no
+# second forward pass.
+
+
+class Samples(NamedTuple):
+    """Completions behind their prompts, as in the picture of section 2."""
+
+    tokens: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    logprobs: Float[Tensor, "B C"]  # at the temperature used, over the whole vocabulary; 0 where masked
+    values: Float[Tensor, "B C"] | None
+
+
+@torch.no_grad()
+def get_samples(
+    policy: TransformerWithValueHead,
+    prompt_tokens: Int[Tensor, "B P"],
+    prompt_mask: Bool[Tensor, "B P"],
+    gen_len: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Samples:
+    """Draws a completion of up to gen_len tokens for each prompt, one column at a time, with a KV cache."""
+    (B, P), device = prompt_tokens.shape, prompt_tokens.device
+    tokenizer, eos = policy.bridge.tokenizer, policy.bridge.tokenizer.eos_token_id
+    # The sampler's own buffers, filled in place column by column.
+    tokens = torch.cat([prompt_tokens, prompt_tokens.new_full((B, gen_len), pad_id(tokenizer))], dim=1)
+    mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, gen_len)], dim=1)
+    logprobs = torch.zeros(B, gen_len, device=device)
+    values = torch.zeros(B, gen_len, device=device) if policy.value_head else None
+    cache = transformers.DynamicCache(config=policy.bridge.original_model.config)
+    alive = torch.ones(B, dtype=torch.bool, device=device)
+    for t in range(P, P + gen_len):
+        new = slice(0 if t == P else t - 1, t)  # the whole prompt first, then the token just drawn
+        features = policy.features(tokens[:, new], mask[:, :t], cache)[:, -1]
+        distribution = (policy.logits(features).float() / temperature).log_softmax(-1)
+        drawable = distribution if top_k is None else keep_top_k(distribution, top_k)
+        drawn = torch.multinomial(drawable.exp(), 1, generator=generator)
+        tokens[:, t] = torch.where(alive, drawn.squeeze(1), tokens[:, t])
+        mask[:, t] = alive
+        logprobs[:, t - P] = distribution.gather(1, drawn).squeeze(1) * alive
+        if values is not None:
+            values[:, t - P] = policy.values[:, -1] * alive
+        alive = alive & (drawn.squeeze(1) != eos)
+        if not alive.any():
+            break
+    C = t + 1 - P
+    return Samples(tokens[:, : P + C], mask[:, : P + C], logprobs[:, :C], None if values is None else values[:, :C])
+
+
+def keep_top_k(logprobs: Float[Tensor, "B V"], k: int) -> Float[Tensor, "B V"]:
+    """All but the k likeliest at -inf.
+
+    >>> keep_top_k(torch.tensor([[1.0, 3.0, 2.0]]), 2)
+    tensor([[-inf, 3., 2.]])
+    """
+    kth = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1).values[:, -1:]
+    return logprobs.masked_fill(logprobs < kth, -math.inf)
+
+
+# ---- 6 Completion to reward ------------------------------------------------------------------------------------------
+# In: prompts and completions as text. Out: one number each. A reward function has the signature that TRL's users know.
+
+RewardFn = Callable[..., list[float]]
+
+
+def periods(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    """The course's reward: how many "." there are.
+
+    >>> periods(prompts=["This is", "This is"], completions=[" it. Yes.", " it"])
+    [2.0, 0.0]
+    """
+    return [float(completion.count(".")) for completion in completions]
+
+
+def char_reward(char: str) -> RewardFn:
+    """Counts any other character or text."""
+
+    def count(prompts: list[str], completions: list[str], **columns) -> list[float]:
+        return [float(completion.count(char)) for completion in completions]
+
+    return count
+
+
+def load_reward(spec: str) -> RewardFn:
+    """The reward function that a --reward flag names."""
+    if spec == "periods":
+        return periods
+    if spec.startswith("char:") and len(spec) > len("char:"):
+        return char_reward(spec.removeprefix("char:"))
+    path, colon, name = spec.rpartition(":")
+    is_file = bool(colon) and path.endswith(".py")
+    require(is_file, f"--reward {spec}: unknown; expected `periods`, `char:X` or `path/to/file.py:function`")
+    require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    require(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def get_rewards(reward_fn: RewardFn, rows: list[dict], completions: list[str]) -> Float[Tensor, "B"]:
+    """Calls the reward function and checks what it returns.
+
+    Raises SettingError, naming the completion, for a count that is off, a NaN or infinity, or something that is no
+    number.
+    """
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    rewards = reward_fn(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
+    try:
+        rewards = list(rewards)
+    except TypeError:
+        raise SettingError(f"reward function: returned {rewards!r}; expected a list of numbers") from None
+    matches = len(rewards) == len(completions)
+    require(matches, f"reward function: returned {len(rewards)} values for {len(completions)} completions")
+    for i, (reward, completion) in enumerate(zip(rewards, completions, strict=True)):
+        try:
+            is_finite = not isinstance(reward, str) and math.isfinite(reward)
+        except TypeError:
+            is_finite = False
+        message = f"reward function: value {i} is {reward!r}, not a finite number, for the completion {completion!r}"
+        require(is_finite, message)
+    return torch.tensor([float(reward) for reward in rewards])
+
+
+def normalize(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """Mean 0 and standard deviation 1; all 0 where all rewards are equal."""
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-6) if len(rewards) > 1 else rewards
+
+
+# ---- 7 Reward to advantage -------------------------------------------------------------------------------------------
+# In: a reward for each completion. Out: for each token, how much better it was than expected. The three algorithms
+# differ in what they expected: the critic's value, the group's mean, or the mean of the others in the group.
+
+
+def gae(
+    rewards: Float[Tensor, "B"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
+) -> Float[Tensor, "B C"]:
+    """A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t (GAE 1506.02438, eq. 16; PPO 1707.06347, eq. 11, 12).
+
+    The reward falls on the last token; after it there is no state, V = 0. λ = 0 gives the one-step estimate δ_t.
+    """
+    values = values * mask  # so that V and A are 0 past the end, and the recursion below needs no cases
+    last = mask.sum(dim=1, keepdim=True) - 1
+    token_rewards = torch.zeros_like(values).scatter(1, last, rewards[:, None])
+    advantages = torch.zeros_like(values)
+    next_value, next_advantage = 0.0, 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = token_rewards[:, t] + args.gamma * next_value - values[:, t]
+        next_advantage = advantages[:, t] = delta + args.gamma * args.gae_lambda * next_advantage
+        next_value = values[:, t]
+    return advantages
+
+
+def group_relative(
+    rewards: Float[Tensor, "B"], values: None, mask: Bool[Tensor, "B C"], args: RLHFArgs
+) -> Float[Tensor, "B C"]:
+    """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2)."""
+    groups = rewards.view(-1, args.samples_per_prompt)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if args.scale_by_group_std:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-6)
+    return advantages.view(-1, 1) * mask
+
+
+def leave_one_out(
+    rewards: Float[Tensor, "B"], values: None, mask: Bool[Tensor, "B C"], args: RLHFArgs
+) -> Float[Tensor, "B C"]:
+    """A_i = r_i - mean of the other rewards of the group = K/(K-1) (r_i - mean(r)) (RLOO 2402.14740, section 2.2)."""
+    groups = rewards.view(-1, args.samples_per_prompt)
+    K = groups.shape[1]
+    return (K / (K - 1) * (groups - groups.mean(dim=1, keepdim=True))).view(-1, 1) * mask
+
+
+# ---- 8 Replay memory -------------------------------------------------------------------------------------------------
+# In: one rollout phase. Out: shuffled minibatches, several times over. A phase's memory is dropped when it is learned.
+
+
+@dataclass
+class ReplayMemory:
+    """What a learning phase knows; all fields share their rows."""
+
+    tokens: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    completion: Int[Tensor, "B C"]  # the completion's tokens, -100 where masked
+    logprobs: Float[Tensor, "B C"]  # of π_old
+    ref_logprobs: Float[Tensor, "B C"]
+    ref_features: Float[Tensor, "B C D"]
+    rewards: Float[Tensor, "B"]  # as they came, before any normalisation
+    advantages: Float[Tensor, "B C"]
+    values: Float[Tensor, "B C"] | None = None
+    returns: Float[Tensor, "B C"] | None = None  # what the critic should have said
+
+    @property
+    def mask(self) -> Bool[Tensor, "B C"]:
+        """True on the completion's tokens, the end-of-text token included."""
+        return self.completion != -100
+
+    @property
+    def prompt_width(self) -> int:
+        return self.tokens.shape[1] - self.completion.shape[1]
+
+    def __getitem__(self, rows: Int[Tensor, "b"]) -> "ReplayMemory":
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ReplayMemory(**{name: None if field is None else field[rows] for name, field in fields.items()})
+
+    def minibatches(self, count: int, generator: torch.Generator) -> Iterator["ReplayMemory"]:
+        """Goes through all rows once, in a new order, in `count` parts."""
+        order = torch.randperm(len(self.tokens), generator=generator, device=generator.device)
+        for rows in order.to(self.tokens.device).chunk(count):
+            yield self[rows]
+
+
+# ---- 9 Advantage to objective ----------------------------------------------------------------------------------------
+# In: what the policy says now of a minibatch, and what it said when it drew it. Out: one number to be maximised. All
+# functions are pure; all [b, C] tensors are aligned with the completion.
+
+
+class Evaluation(NamedTuple):
+    """The current policy's opinion of a minibatch; gradients flow through it."""
+
+    logprobs: Float[Tensor, "b C"]
+    entropy: Float[Tensor, "b C"]
+    kl: Float[Tensor, "b C"]  # to the reference: exact or estimated
+    values: Float[Tensor, "b C"] | None
+
+
+def clipped_surrogate(
+    logprobs: Float[Tensor, "b C"],
+    old_logprobs: Float[Tensor, "b C"],
+    advantages: Float[Tensor, "b C"],
+    clip_low: float,
+    clip_high: float,
+) -> Float[Tensor, "b C"]:
+    """min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) with ρ = π_θ / π_old, token by token (PPO 1707.06347, eq. 7).
+
+    >>> clipped_surrogate(torch.tensor([1.5]).log(), torch.zeros(1), torch.ones(1), 0.2, 0.2)
+    tensor([1.2000])
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+
+
+def kl_estimate(
+    logprobs: Float[Tensor, "b C"], ref_logprobs: Float[Tensor, "b C"], estimator: str
+) -> Float[Tensor, "b C"]:
+    """KL(π_θ ‖ π_ref) from the sampled token alone: k1 = -log q, k2 = (log q)²/2, k3 = q - 1 - log q, q = π_ref / π_θ
+    (Schulman 2020, joschu.net/blog/kl-approx.html; k3 is DeepSeekMath 2402.03300, eq. 4).
+
+    k1 and k3 are unbiased. As a term of the objective only k2 also has the KL's gradient on average; k1's averages to
+    none at all. `full` needs no such care.
+    """
+    log_q = ref_logprobs - logprobs
+    return {"k1": -log_q, "k2": log_q.square() / 2, "k3": log_q.exp() - 1 - log_q}[estimator]
+
+
+def masked_mean(
+    x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"], average: str = "token", gen_len: int = 1
+) -> Float[Tensor, ""]:
+    """Averages what is not masked: each completion and then all of them (`sequence`: GRPO), all tokens alike (`token`:
+    DAPO), or their sum by the constant b · gen_len (`constant`: Dr. GRPO).
+
+    >>> x, mask = torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[True, True], [True, False]])
+    >>> [masked_mean(x, mask, average, gen_len=2).item() for average in ("sequence", "token", "constant")]
+    [3.75, 3.0, 2.25]
+    """
+    x = x * mask
+    if average == "sequence":
+        return (x.sum(dim=1) / mask.sum(dim=1)).mean()
+    return x.sum() / (mask.sum() if average == "token" else len(x) * gen_len)
+
+
+def grpo_objective(new: Evaluation, old: ReplayMemory, args: RLHFArgs) -> Float[Tensor, ""]:
+    """J = E[ min(ρ A, clip(ρ) A) - β KL ] + c_ent E[ S ] (DeepSeekMath 2402.03300, eq. 3, with an entropy bonus)."""
+    clip_high = args.clip_coef if args.clip_high is None else args.clip_high
+    surrogate = clipped_surrogate(new.logprobs, old.logprobs, old.advantages, args.clip_coef, clip_high)
+    per_token = surrogate - args.kl_coef * new.kl + args.ent_coef * new.entropy
+    return masked_mean(per_token, old.mask, args.loss_average, args.gen_len)
+
+
+def ppo_objective(new: Evaluation, old: ReplayMemory, args: RLHFArgs) -> Float[Tensor, ""]:
+    """J = the same - c_vf E[ (V - V_target)² ] (PPO 1707.06347, eq. 9, with a KL penalty)."""
+    value_loss = masked_mean((new.values - old.returns).square(), old.mask, args.loss_average, args.gen_len)
+    return grpo_objective(new, old, args) - args.vf_coef * value_loss
+
+
+class Algorithm(NamedTuple):
+    """All that tells one algorithm from another."""
+
+    compute_advantages: Callable[..., Float[Tensor, "B C"]]
+    objective: Callable[[Evaluation, ReplayMemory, RLHFArgs], Float[Tensor, ""]]
+    has_critic: bool
+
+
+ALGORITHMS = {
+    "ppo": Algorithm(gae, ppo_objective, has_critic=True),
+    "grpo": Algorithm(group_relative, grpo_objective, has_critic=False),
+    "rloo": Algorithm(leave_one_out, grpo_objective, has_critic=False),
+}
+
+
+# ---- 10 Objective to update ------------------------------------------------------------------------------------------
+# In: the settings. Out: a trained policy. All state lives in the trainer, and nothing here knows which algorithm runs.
+
+
+class RLHFTrainer:
+    """Alternates rollout phases and learning phases.
+
+    >>> trainer = RLHFTrainer(RLHFArgs(algo="grpo", lora=True))   # doctest: +SKIP
+    >>> trainer.train()                                           # doctest: +SKIP
+    """
+
+    def __init__(self, args: RLHFArgs):
+        self.args = args
+        self.algorithm = ALGORITHMS[args.algo]
+        self.device = pick_device(args.device)
+        self.rows = load_prompts(args.prefix, args.prompts)
+        self.reward_fn = load_reward(args.reward)
+        torch.manual_seed(args.seed)
+        self.policy = TransformerWithValueHead(args.base_model, self.algorithm.has_critic, self.device)
+        self.tokenizer = self.policy.bridge.tokenizer
+        self.check_lengths()
+        # The reference: with LoRA the policy itself, adapters off; without, a frozen copy.
+        self.frozen_copy = None
+        if args.lora:
+            add_lora(self.policy.bridge, args.lora_targets, args.lora_rank, args.lora_alpha)
+        else:
+            self.frozen_copy = TransformerWithValueHead(args.base_model, device=self.device).requires_grad_(False)
+        self.optimizer, self.scheduler = self.make_optimizer()
+        self.generator = torch.Generator(self.device).manual_seed(args.seed)
+        self.prompt_order = self.epochs_of_prompts()
+        self.phase = 0
+
+    def check_lengths(self) -> None:
+        """Refuses a prompt that leaves no room for gen_len tokens in the model's context."""
+        tokens, _ = tokenize(self.tokenizer, [row["prompt"] for row in self.rows], "cpu")
+        room, context = self.policy.bridge.cfg.n_ctx - tokens.shape[1], self.policy.bridge.cfg.n_ctx
+        message = f"--gen-len {self.args.gen_len}: the context of {context} leaves {room} tokens after the longest prompt"
+        require(self.args.gen_len <= room, message)
+
+    def make_optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """AdamW with a learning rate for the transformer (or its adapters) and one for the value head; up, then down."""
+        head = list(self.policy.value_head.parameters()) if self.policy.value_head else []
+        base = [parameter for parameter in self.policy.bridge.parameters() if parameter.requires_grad]
+        groups = [{"params": base, "lr": self.args.base_lr}, {"params": head, "lr": self.args.head_lr}]
+        # No weight decay: it would pull full fine-tuning towards zero weights, while the KL term pulls to the reference.
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scale)
+
+    def lr_scale(self, phase: int) -> float:
+        """Linear warm-up over warmup_steps phases, then linear decay to final_scale in the last one."""
+        warmup, last = self.args.warmup_steps, self.args.total_phases - 1
+        if phase < warmup:
+            return (phase + 1) / (warmup + 1)
+        return 1 - (1 - self.args.final_scale) * min(1.0, (phase - warmup) / max(1, last - warmup))
+
+    def epochs_of_prompts(self) -> Iterator[dict]:
+        """All prompts in a seeded order, then all again in another."""
+        while True:
+            order = torch.randperm(len(self.rows), generator=self.generator, device=self.device)
+            yield from (self.rows[i] for i in order.tolist())
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[TransformerWithValueHead]:
+        """Within, the model that training started from."""
+        with adapters_off(self.policy):
+            yield self.frozen_copy or self.policy
+
+    def sample(self, rows: list[dict], generator: torch.Generator) -> tuple[Samples, list[str]]:
+        """One completion for each row, as tokens and as text."""
+        prompt_tokens, prompt_mask = tokenize(self.tokenizer, [row["prompt"] for row in rows], self.device)
+        args = self.args
+        samples = get_samples(
+            self.policy, prompt_tokens, prompt_mask, args.gen_len, args.temperature, args.top_k, generator
+        )
+        P = prompt_tokens.shape[1]
+        drawn = [row[kept].tolist() for row, kept in zip(samples.tokens[:, P:], samples.attention_mask[:, P:], strict=True)]
+        return samples, self.tokenizer.batch_decode(drawn, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def rollout_phase(self) -> tuple[ReplayMemory, list[dict]]:
+        """Fills a memory: samples, rewards, the reference's opinion, advantages. Also returns the samples as text."""
+        args = self.args
+        # 1. Prompts: group_size rows of each.
+        prompts = [next(self.prompt_order) for _ in range(args.batch_size // args.samples_per_prompt)]
+        rows = [row for row in prompts for _ in range(args.samples_per_prompt)]
+        # 2. Completions, with π_old and the critic's values from the sampling pass itself.
+        samples, texts = self.sample(rows, self.generator)
+        # 3. Rewards.
+        raw_rewards = get_rewards(self.reward_fn, rows, texts).to(self.device)
+        # 4. The reference's features, from which the learning phase has the KL, and log-probabilities.
+        P = samples.tokens.shape[1] - samples.logprobs.shape[1]
+        mask = samples.attention_mask[:, P:]
+        completion = samples.tokens[:, P:].masked_fill(~mask, -100)
+        with self.reference() as reference:
+            ref_features, _ = reference.completion_features(samples.tokens, samples.attention_mask, P)
+            ref_logprobs, _, _ = reference.get_logprobs(ref_features, completion, args.temperature)
+        # 5. Advantages.
+        rewards = normalize(raw_rewards) if args.normalize_reward else raw_rewards
+        advantages = self.algorithm.compute_advantages(rewards, samples.values, mask, args)
+        memory = ReplayMemory(
+            tokens=samples.tokens,
+            attention_mask=samples.attention_mask,
+            completion=completion,
+            logprobs=samples.logprobs,
+            ref_logprobs=ref_logprobs,
+            ref_features=ref_features,
+            rewards=raw_rewards,
+            advantages=advantages,
+            values=samples.values,
+            returns=None if samples.values is None else advantages + samples.values,
+        )
+        scores = zip(rows, texts, raw_rewards.tolist(), ref_logprobs.sum(dim=1).tolist(), strict=True)
+        return memory, [
+            {"prompt": row["prompt"], "completion": text, "reward": reward, "ref_logprob": round(ref_logprob, 2)}
+            for row, text, reward, ref_logprob in scores
+        ]
+
+    def evaluate(self, minibatch: ReplayMemory) -> Evaluation:
+        """What the policy says now of the minibatch's completions; gradients flow."""
+        args, exact = self.args, self.args.kl_estimator == "full"
+        features, values = self.policy.completion_features(
+            minibatch.tokens, minibatch.attention_mask, minibatch.prompt_width
+        )
+        logprobs, entropy, kl = self.policy.get_logprobs(
+            features,
+            minibatch.completion,
+            args.temperature,
+            ref_features=minibatch.ref_features if exact else None,
+            reference=self.frozen_copy,
+        )
+        return Evaluation(
+            logprobs, entropy, kl if exact else kl_estimate(logprobs, minibatch.ref_logprobs, args.kl_estimator), values
+        )
+
+    def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
+        """Goes through the memory batches_per_learning_phase times; returns means over its tokens, by name."""
+        totals, tokens_seen, lr = Counter(), 0, self.scheduler.get_last_lr()[0]
+        for _ in range(self.args.batches_per_learning_phase):
+            for minibatch in memory.minibatches(self.args.num_minibatches, self.generator):
+                new = self.evaluate(minibatch)
+                loss = -self.algorithm.objective(new, minibatch, self.args)
+                self.optimizer.zero_grad()
+                loss.backward()
+                grad_norm = nn.utils.clip_grad_norm_(self.trained_parameters(), self.args.max_grad_norm)
+                self.optimizer.step()
+                count = int(minibatch.mask.sum())
+                means = self.minibatch_metrics(new, minibatch) | {"grad_norm": grad_norm.item()}
+                totals.update({name: value * count for name, value in means.items()})
+                tokens_seen += count
+        self.scheduler.step()
+        return {name: total / tokens_seen for name, total in totals.items()} | {"lr": lr}
+
+    @torch.no_grad()
+    def minibatch_metrics(self, new: Evaluation, old: ReplayMemory) -> dict[str, float]:
+        """Means over the minibatch's tokens."""
+        log_ratio = (new.logprobs - old.logprobs) * old.mask  # 0, up to rounding, in the first minibatch of a phase
+        clip_high = self.args.clip_coef if self.args.clip_high is None else self.args.clip_high
+        clipped = (log_ratio > math.log1p(clip_high)) | (log_ratio < math.log1p(-self.args.clip_coef))
+        per_token = {"kl": new.kl, "entropy": new.entropy, "clip_fraction": clipped.float()}
+        if new.values is not None:
+            per_token["value_loss"] = (new.values - old.returns).square()
+        return {name: masked_mean(x, old.mask).item() for name, x in per_token.items()}
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def train(self) -> Path:
+        """All phases; returns the run directory."""
+        with RunLog(self) as log:
+            log.samples("before", self.showcase())
+            while self.phase < self.args.total_phases:
+                start = time.perf_counter()
+                memory, samples = self.rollout_phase()
+                rollout_seconds = time.perf_counter() - start
+                metrics = rollout_metrics(memory) | self.learning_phase(memory)
+                seconds = time.perf_counter() - start
+                self.phase += 1
+                timing = {
+                    "rollout_seconds": rollout_seconds,
+                    "learning_seconds": seconds - rollout_seconds,
+                    "tokens_per_second": memory.mask.sum().item() / seconds,
+                    "peak_memory_mb": peak_memory_mb(self.device),
+                }
+                log.phase({"phase": self.phase} | metrics | timing, samples[:3])
+            log.samples("after", self.showcase())
+        return log.run_dir
+
+    def showcase(self) -> list[dict]:
+        """A few completions from the run's seed: the same draws before and after training."""
+        rows = [self.rows[i % len(self.rows)] for i in range(8)]
+        _, texts = self.sample(rows, torch.Generator(self.device).manual_seed(self.args.seed))
+        rewards = get_rewards(self.reward_fn, rows, texts).tolist()
+        return [
+            {"prompt": row["prompt"], "completion": text, "reward": reward}
+            for row, text, reward in zip(rows, texts, rewards, strict=True)
+        ]
+
+
+def pick_device(device: str) -> str:
+    """Resolves `auto` and refuses what torch does not have here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"--device {device}: not available here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+# ---- 11 Update to log ------------------------------------------------------------------------------------------------
+# In: one dict of numbers a phase. Out: a line, a JSON line, a picture; and beside each number what it should look like.
+
+
+def rollout_metrics(memory: ReplayMemory) -> dict[str, float]:
+    """What the rollout phase alone tells."""
+    mask = memory.mask
+    metrics = {
+        "reward": memory.rewards.mean().item(),
+        "reward_std": memory.rewards.std(correction=0).item(),
+        "completion_length": mask.sum(dim=1).float().mean().item(),
+        "distinct_2": distinct_2([row[kept].tolist() for row, kept in zip(memory.completion, mask, strict=True)]),
+    }
+    if memory.values is not None:  # 1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads
+        unexplained = (memory.returns - memory.values)[mask].var(correction=0)
+        metrics["explained_variance"] = (1 - unexplained / (memory.returns[mask].var(correction=0) + 1e-8)).item()
+    return metrics
+
+
+def distinct_2(completions: list[list[int]]) -> float:
+    """Distinct bigrams over all bigrams: mode collapse as a number (Li et al., 1510.03055). 0 without any bigram.
+
+    >>> distinct_2([[1, 2, 1, 2], [3, 4]])   # 12, 21, 34 of four
+    0.75
+    """
+    bigrams = [pair for tokens in completions for pair in zip(tokens, tokens[1:], strict=False)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def peak_memory_mb(device: str) -> float:
+    """Of the GPU where there is one, else of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is bytes there, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+class RunLog:
+    """The run directory and the terminal."""
+
+    def __init__(self, trainer: RLHFTrainer):
+        args = trainer.args
+        name = time.strftime(f"%Y%m%d-%H%M%S-{args.algo}{'-lora' if args.lora else ''}")
+        self.run_dir = args.run_dir or Path("runs") / name
+        taken = (self.run_dir / "metrics.jsonl").exists()
+        require(not taken, f"--run-dir {self.run_dir}: holds a run already; give another, or delete it")
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+        record = dataclasses.asdict(args) | {
+            "device": trainer.device,
+            "versions": versions | {"python": platform.python_version()},
+        }
+        (self.run_dir / "args.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+        self.history: list[dict] = []
+        self.bar = Progress(
+            TextColumn("phase {task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
+        self.task = self.bar.add_task("", total=args.total_phases)
+        self.live = Live(self.bar, console=console, transient=True)
+
+    def __enter__(self) -> "RunLog":
+        self.live.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.live.stop()
+        if self.history:
+            plot_curves({self.run_dir.name: self.history}, self.run_dir / "curves.png")
+            console.print(f"results in {self.run_dir}", soft_wrap=True)
+
+    def append(self, file: str, record: dict) -> None:
+        with open(self.run_dir / file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def phase(self, metrics: dict, samples: list[dict]) -> None:
+        """One line in metrics.jsonl, three in samples.jsonl, one in the terminal with the samples under it."""
+        self.history.append(metrics)
+        self.append("metrics.jsonl", metrics)
+        for sample in samples:
+            self.append("samples.jsonl", {"phase": metrics["phase"]} | sample)
+        shown = ("reward", "kl", "entropy", "distinct_2", "clip_fraction")
+        figures = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
+        console.print(f"phase {metrics['phase']:>3}  {figures}  {metrics['tokens_per_second']:.0f} tokens/s")
+        self.bar.update(self.task, completed=metrics["phase"])
+        self.live.update(Group(sample_table(samples), self.bar))
+
+    def samples(self, when: str, samples: list[dict]) -> None:
+        """The showcase, into samples.jsonl and the terminal."""
+        for sample in samples:
+            self.append("samples.jsonl", {"phase": when} | sample)
+        console.print(f"\nsamples {when} training")
+        console.print(sample_table(samples[:4]))
+
+
+def sample_table(samples: list[dict]) -> Table:
+    """Reward, log-probability under the reference where known, and text."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("reward", justify="right")
+    has_reference = "ref_logprob" in samples[0]
+    if has_reference:
+        table.add_column("log π_ref", justify="right")
+    table.add_column("sample", overflow="fold")
+    for sample in samples:
+        text = (sample["prompt"] + sample["completion"]).replace("\n", "⏎").replace("[", r"\[")
+        logprob = [f"{sample['ref_logprob']:.1f}"] if has_reference else []
+        table.add_row(f"{sample['reward']:.3g}", *logprob, text)
+    return table
+
+
+PANELS = {
+    "reward": "mean reward",
+    "kl": "KL to the reference, nats a token",
+    "entropy": "entropy, nats a token",
+    "distinct_2": "distinct bigrams: falls when the mode collapses",
+}
+
+
+def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
+    """Reward, KL, entropy and distinct-2 over phases, one line a run."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), sharex=True, layout="constrained")
+    with plt.style.context("tableau-colorblind10"):
+        for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
+            for color, (label, history) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, runs.items()):
+                axis.plot([m["phase"] for m in history], [m[key] for m in history], color=color, label=label)
+            axis.set_title(title, fontsize=10)
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[1]:
+        axis.set_xlabel("phase")
+    if len(runs) > 1:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    temporary = path.with_suffix(".tmp.png")  # replaced whole, so that a reader never meets half a picture
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(path)
+
+
+# ==== The workshop: a first reader may stop here ======================================================================
+
+# ---- 12 The embedded model -------------------------------------------------------------------------------------------
+# In: the English that every Python carries. Out: `tiny`, a GPT-2 of a million parameters, as a Hugging Face directory.
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def tiny_model() -> Path:
+    """Directory of the embedded model under ~/.cache/rlhf (or RLHF_CACHE); trains it on first use, in about a minute."""
+    cache = Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf")
+    path = cache / "tiny-1"  # the number changes when what follows does
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        console.print(f"training the embedded model once, into {path}", soft_wrap=True)
+        unfinished = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
+        try:
+            train_tiny(unfinished)
+            unfinished.chmod(0o755)
+            unfinished.rename(path)  # whole or not at all
+        except OSError:
+            if not path.exists():  # unless another process was faster
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return path
+
+
+def english_prose() -> list[str]:
+    """Plain English sentences from Python's language reference and the standard library's docstrings.
+
+    Code, doctests, grammar and tables fall away because a sentence here is a capital, then words and ordinary
+    punctuation, then a full stop; and one with rare words (names, mostly) is dropped, so that a small model can learn
+    the words that remain. What stood together stays together.
+    """
+    from pydoc_data.topics import topics
+
+    library = Path(sysconfig.get_path("stdlib"))
+    outside = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
+    files = [path for path in sorted(library.rglob("*.py")) if not outside & set(path.relative_to(library).parts)]
+    sources = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
+    texts = [*topics.values(), *(doc for source in sources for doc in re.findall(r'(?sm)^ *r?"""(.*?)"""', source))]
+    is_sentence = re.compile(r"[A-Z](?:(?![a-z][A-Z]|\(\)|--)[A-Za-z ,;:'\"()/-]|\.(?=[,)\"]))+\.").fullmatch
+    quotes = str.maketrans("‘’“”", "''\"\"", "*`")
+    documents, seen = [], set()
+    for text in texts:
+        sentences = []
+        for paragraph in re.split(r"\n\s*\n", textwrap.dedent(text.expandtabs()).translate(quotes)):
+            for sentence in re.split(r"(?<=\.) (?=[A-Z])", " ".join(paragraph.split()).removeprefix("- ")):
+                if is_sentence(sentence) and len(sentence.split()) >= 4 and sentence not in seen:
+                    sentences.append(sentence)
+                    seen.add(sentence)
+        documents.append(sentences)
+    words = re.compile(r"[a-z]+").findall
+    frequency = Counter(word for sentence in seen for word in words(sentence.lower()))
+    kept = ([s for s in sentences if min(map(frequency.get, words(s.lower()))) >= 10] for sentences in documents)
+    return [" ".join(sentences) for sentences in kept if sentences]
+
+
+def train_tiny(path: Path, steps: int = 900, rows: int = 8, width: int = 64) -> None:
+    """Trains tokenizer and model from scratch and saves both; the same on every run with the same Python."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    generator = torch.Generator().manual_seed(0)
+    prose = english_prose()
+    prose = [prose[i] for i in torch.randperm(len(prose), generator=generator)]
+    # Eight docstrings make a document, since most are one sentence: text should not end after every full stop.
+    documents = [" ".join(prose[i : i + 8]) for i in range(0, len(prose), 8)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        documents,
+        trainers.BpeTrainer(
+            vocab_size=1200, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokens = torch.tensor([id for code in bpe.encode_batch(documents) for id in (0, *code.ids)])
+    held_out, tokens = tokens[: len(tokens) // 20], tokens[len(tokens) // 20 :]
+    config = transformers.GPT2Config(
+        vocab_size=bpe.get_vocab_size(),
+        n_positions=256,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        activation_function="gelu_pytorch_tanh",  # gelu_new, fused
+        initializer_range=0.05,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
+    )
+    with Progress(console=console, transient=True) as bar:
+        for _ in bar.track(range(steps), description="tiny"):
+            starts = torch.randint(len(tokens) - width, (rows, 1), generator=generator)
+            batch = tokens[starts + torch.arange(width)]
+            model(batch, labels=batch).loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    model.eval()
+    with torch.no_grad():
+        batch = held_out[: len(held_out) // width * width].view(-1, width)
+        loss = model(batch, labels=batch).loss.item()
+    console.print(f"held-out loss {loss:.2f} nats a token, {sum(p.numel() for p in model.parameters()):,} parameters")
+    model.save_pretrained(path)
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(path)
+
+
+# ---- 13 Comparing runs -----------------------------------------------------------------------------------------------
+# In: run directories. Out: their curves in one picture.
+
+
+def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
+    """Draws the curves of several runs over each other.
+
+    Args:
+        runs: run directories
+        output: the picture
+    """
+    require(len(runs) > 0, "compare: expected at least one run directory")
+    settings, histories = {}, {}
+    for run in runs:
+        require((run / "metrics.jsonl").is_file(), f"{run}: is no run directory, it holds no metrics.jsonl")
+        settings[run] = json.loads((run / "args.json").read_text())
+        histories[run] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = [field.name for field in dataclasses.fields(RLHFArgs) if field.name != "run_dir"]
+    differing = [name for name in names if len({str(record[name]) for record in settings.values()}) > 1]
+    labels = {run: ", ".join(f"{name} {settings[run][name]}" for name in differing) or run.name for run in runs}
+    if len(set(labels.values())) < len(runs):
+        labels = {run: f"{run.name} ({label})" for run, label in labels.items()}
+    plot_curves({labels[run]: histories[run] for run in runs}, output)
+    console.print(f"wrote {output}", soft_wrap=True)
+
+
+# ---- 14 Command line -------------------------------------------------------------------------------------------------
+
+
+def parse(target: Callable, argv: list[str]):
+    """tyro reads the command line; of the box in which it complains, the sentence is kept."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(target, args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+    except SystemExit as stop:
+        if stop.code:
+            lines = [line.strip("│ \n") for line in complaint.getvalue().splitlines()[1:]]
+            sentence = " ".join(lines[: next((i for i, line in enumerate(lines) if set(line) <= {"─"}), None)])
+            raise SettingError(f"{sentence} (python rlhf.py --help lists all settings)") from None
+        raise
+
+
+def train(args: RLHFArgs) -> Path:
+    """Trains; returns the run directory."""
+    return RLHFTrainer(args).train()
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status, 2 for bad input."""
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if argv[:1] == ["compare"]:
+            parse(compare, argv[1:])
+        else:
+            train(parse(RLHFArgs, argv))
+    except SettingError as error:
+        print(f"rlhf.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
