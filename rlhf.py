@@ -76,7 +76,7 @@ def require(condition: bool, message: str) -> None:
 
 
 # ---- 1 Settings ------------------------------------------------------------------------------------------------------
-# In: the command line. Out: one frozen record that everything below reads. Each field is a flag, its docstring the help.
+# In: the command line. Out: one frozen record that everything below reads. Each field is a flag, its comment the help.
 
 
 @dataclass(frozen=True)
@@ -84,104 +84,53 @@ class RLHFArgs:
     """Trains a language model by reinforcement learning; every field is a flag."""
 
     # The experiment
-    algo: Literal["ppo", "grpo", "rloo"] = "ppo"
-    """where the baseline comes from: a learned critic, the group's mean, or the mean of the group's others"""
-    base_model: str = "tiny"
-    """`tiny` (embedded, needs no network), a name that TransformerLens knows, a hub id, or a local directory"""
-    reward: str = "periods"
-    """`periods`, `char:X` or `path/to/file.py:function`"""
-    prefix: str = "This is"
-    """the prompt that every completion continues"""
-    prompts: Path | None = None
-    """a file of prompts instead of the prefix: one a line, or JSON lines with "prompt" and any other columns"""
-    seed: int = 0
-    """of the weights, the samples and the shuffling"""
-    device: str = "auto"
-    """`auto` takes the first there is of cuda, mps and cpu"""
-    run_dir: Path | None = None
-    """where results go; by default runs/DATE-TIME-ALGO"""
+    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # baseline: learned critic, mean of the group, mean of its others
+    base_model: str = "tiny"  # `tiny` (embedded), a name that TransformerLens knows, a hub id, or a local directory
+    reward: str = "periods"  # `periods`, `char:X` or `path/to/file.py:function`
+    prefix: str = "This is"  # the prompt that every completion continues
+    prompts: Path | None = None  # instead of the prefix: a file, one prompt a line, or JSON lines with "prompt"
+    seed: int = 0  # of adapters and value head, samples and shuffling
+    device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
+    run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
 
     # Rollout phase
-    total_phases: int = 30
-    """rollout phase and learning phase, this many times"""
-    batch_size: int = 64
-    """completions in a rollout phase"""
-    group_size: int | None = None
-    """completions of the same prompt, which are each other's baseline; by default the batch is one group"""
-    gen_len: int = 32
-    """tokens in a completion, at most"""
-    temperature: float = 1.0
-    """divides the logits, when sampling and when learning alike"""
-    top_k: int | None = None
-    """draw from the k likeliest tokens only; they are scored over the whole vocabulary, so this biases the gradient"""
-    normalize_reward: bool = True
-    """shift and scale the rewards of a batch to mean 0 and standard deviation 1"""
+    total_phases: int = 40  # rollout phase and learning phase, this many times
+    batch_size: int = 64  # completions in a rollout phase
+    group_size: int | None = None  # completions of one prompt, each other's baseline; by default the whole batch
+    gen_len: int = 32  # tokens in a completion, at most
+    temperature: float = 1.0  # divides the logits, when sampling and when learning alike
+    top_k: int | None = None  # draw from the k likeliest only; scored over all tokens, so this biases the gradient
+    normalize_reward: bool = True  # shift and scale the batch's rewards to mean 0 and standard deviation 1
 
     # Learning phase
-    batches_per_learning_phase: int = 2
-    """times that the memory is gone through"""
-    num_minibatches: int = 4
-    """optimizer steps each time"""
-    clip_coef: float = 0.2
-    """ε: the ratio stops paying beyond 1 ± ε"""
-    clip_high: float | None = None
-    """a higher upper end, 1 + this instead of 1 + ε (DAPO's Clip-Higher)"""
-    kl_coef: float = 0.3
-    """β: the price of leaving the reference; 0 lets the policy collapse"""
-    kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"
-    """exact over the vocabulary, or one of Schulman's estimates from the sampled token alone"""
-    ent_coef: float = 0.001
-    """reward for uncertainty"""
-    vf_coef: float = 0.15
-    """weight of the value loss (PPO)"""
-    gamma: float = 1.0
-    """discount (PPO)"""
-    gae_lambda: float = 0.95
-    """GAE's λ (PPO); 0 is the one-step estimate of the course, 1 is Monte Carlo"""
-    scale_by_group_std: bool = True
-    """divide by the group's standard deviation (GRPO); without it, Dr. GRPO"""
-    loss_average: Literal["sequence", "token", "constant"] = "sequence"
-    """mean over each completion and then over completions, over all tokens alike, or the sum over batch x gen_len"""
+    batches_per_learning_phase: int = 2  # times that the memory is gone through
+    num_minibatches: int = 4  # optimizer steps each time
+    clip_coef: float = 0.2  # ε: the ratio stops paying beyond 1 ± ε
+    clip_high: float | None = None  # a higher upper end, 1 + this in place of 1 + ε (DAPO)
+    kl_coef: float = 0.12  # β: the price of leaving the reference; 0 lets the policy collapse
+    kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"  # exact, or estimated from the sampled token alone
+    ent_coef: float = 0.001  # reward for uncertainty
+    vf_coef: float = 0.15  # weight of the value loss (ppo)
+    gamma: float = 1.0  # discount (ppo)
+    gae_lambda: float = 0.95  # GAE's λ (ppo): 0 is the course's one-step estimate, 1 is Monte Carlo
+    scale_by_group_std: bool = True  # divide by the group's standard deviation (grpo); without it, Dr. GRPO
+    loss_average: Literal["sequence", "token", "constant"] = "sequence"  # see masked_mean
 
     # Optimizer
-    base_lr: float = 1e-3
-    """of the transformer, or of the adapters"""
-    head_lr: float = 3e-3
-    """of the value head, which starts from nothing (PPO)"""
-    warmup_steps: int = 3
-    """phases over which the learning rate rises linearly"""
-    final_scale: float = 0.1
-    """of the learning rate, reached linearly in the last phase"""
-    max_grad_norm: float = 1.0
-    """longer gradients are shortened to this"""
+    base_lr: float = 1e-3  # of the transformer, or of its adapters
+    head_lr: float = 3e-3  # of the value head, which starts from nothing (ppo)
+    warmup_steps: int = 3  # phases over which the learning rates rise linearly
+    final_scale: float = 0.1  # of the learning rates in the last phase, reached linearly
+    max_grad_norm: float = 1.0  # longer gradients are shortened to this
 
     # LoRA
-    lora: bool = False
-    """train low-rank adapters and freeze the rest"""
-    lora_rank: int = 4
-    """r"""
-    lora_alpha: float = 32.0
-    """the adapters are scaled by alpha / rank"""
-    lora_targets: tuple[str, ...] = ("q", "k", "v", "o")
-    """matrices of each block: q k v o, and of the MLP in, out, gate"""
+    lora: bool = False  # train low-rank adapters and freeze the rest
+    lora_rank: int = 4  # r
+    lora_alpha: float = 32.0  # the adapters are scaled by alpha / rank
+    lora_targets: tuple[str, ...] = ("q", "k", "v", "o")  # matrices of each block, of the MLP too: in, out, gate
 
     def __post_init__(self):
-        require(self.algo in ALGORITHMS, f"--algo {self.algo}: unknown; expected one of {', '.join(ALGORITHMS)}")
-        for name in ("total_phases", "batch_size", "gen_len", "num_minibatches", "batches_per_learning_phase"):
-            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for divisor in ("num_minibatches", "samples_per_prompt"):
-            flag = {"samples_per_prompt": "group_size"}.get(divisor, divisor).replace("_", "-")
-            divides = getattr(self, divisor) >= 1 and self.batch_size % getattr(self, divisor) == 0
-            require(divides, f"--batch-size {self.batch_size}: must be divisible by --{flag} {getattr(self, divisor)}")
-        alone = self.samples_per_prompt == 1 and not ALGORITHMS[self.algo].has_critic
-        require(not alone, f"--group-size 1: --algo {self.algo} compares completions of a group; give at least 2")
-        require(
-            0 <= self.warmup_steps < self.total_phases,
-            f"--total-phases {self.total_phases}: must be greater than --warmup-steps {self.warmup_steps}",
-        )
-        require(self.temperature > 0, f"--temperature {self.temperature}: must be positive; for greedy use --top-k 1")
-        require(self.top_k is None or self.top_k >= 1, f"--top-k {self.top_k}: must be at least 1")
-        require(self.lora_rank >= 1, f"--lora-rank {self.lora_rank}: must be at least 1")
+        check_settings(self)
 
     @property
     def samples_per_prompt(self) -> int:
@@ -201,30 +150,6 @@ class RLHFArgs:
 # The transformer's output in column t speaks of column t + 1: what scores the completion comes from columns P-1 to T-2.
 # That shift is made once, in `TransformerWithValueHead.completion_features`; all [B, C] tensors below are aligned with
 # the completion: logprobs[b, c] is of completion token c, values[b, c] of the state in which it was chosen.
-
-
-def load_prompts(prefix: str, path: Path | None) -> list[dict]:
-    """Reads the prompts, one dict each with "prompt" and the file's other columns; the prefix alone without a file."""
-    if path is None:
-        return [{"prompt": prefix}]
-    require(path.is_file(), f"--prompts {path}: no such file")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        if path.suffix not in (".jsonl", ".json"):
-            rows.append({"prompt": line})
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SettingError(f"{path}, line {number}: is not JSON ({error.msg})") from None
-        has_prompt = isinstance(row, dict) and isinstance(row.get("prompt"), str)
-        require(has_prompt, f'{path}, line {number}: expected an object with a text under "prompt"')
-        require(not rows or row.keys() == rows[0].keys(), f"{path}, line {number}: its columns differ from line 1's")
-        rows.append(row)
-    require(bool(rows), f"--prompts {path}: is empty; expected one prompt a line")
-    return rows
 
 
 def tokenize(tokenizer, prompts: list[str], device) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
@@ -265,20 +190,11 @@ class TransformerWithValueHead(nn.Module):
             nn.init.zeros_(self.value_head[-1].weight)  # at first the critic has no opinion, and no wrong one
             nn.init.zeros_(self.value_head[-1].bias)
             self.bridge.ln_final.hook_out.add_hook(self.read_value, is_permanent=True)
-        self.has_linear_head = self.is_head_linear()
+        self.has_linear_head = is_head_linear(self.bridge)
 
     def read_value(self, normalized_residual: Float[Tensor, "B T D"], hook) -> None:
         """TransformerLens hook on the final normalised residual stream."""
         self.values = self.value_head(normalized_residual.float()).squeeze(-1)
-
-    @torch.no_grad()
-    def is_head_linear(self) -> bool:
-        """Whether the logits are nothing but features @ W_U + b_U: soft caps and logit scales exist (Gemma, Cohere)."""
-        tokens = torch.arange(8, device=self.bridge.cfg.device)[None]
-        features = self.bridge.original_model.base_model(input_ids=tokens).last_hidden_state
-        if features.shape[-1] != self.bridge.unembed.original_component.weight.shape[-1]:
-            return False
-        return torch.allclose(self.bridge.unembed(features), self.bridge.original_model(tokens).logits, atol=1e-4)
 
     def features(
         self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B S"], cache=None
@@ -337,16 +253,6 @@ class TransformerWithValueHead(nn.Module):
             return logprobs, entropy, None
         policy, ref = ((logits.float() / temperature).log_softmax(-1) for logits in (features, ref_features))
         return logprobs, entropy, (policy.exp() * (policy - ref)).sum(-1) * (tokens != -100)
-
-
-def load_bridge(base_model: str, device: str) -> TransformerBridge:
-    """Boots `tiny`, a name that TransformerLens knows, a hub id or a local directory; never runs a model's own code."""
-    path = tiny_model() if base_model == "tiny" else base_model
-    try:
-        return TransformerBridge.boot_transformers(str(path), device=device).eval()
-    except (OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SettingError(f"--base-model {base_model}: cannot be loaded: {reason}") from error
 
 
 # ---- 4 LoRA: what is trained -----------------------------------------------------------------------------------------
@@ -507,23 +413,6 @@ def char_reward(char: str) -> RewardFn:
     return count
 
 
-def load_reward(spec: str) -> RewardFn:
-    """The reward function that a --reward flag names."""
-    if spec == "periods":
-        return periods
-    if spec.startswith("char:") and len(spec) > len("char:"):
-        return char_reward(spec.removeprefix("char:"))
-    path, colon, name = spec.rpartition(":")
-    is_file = bool(colon) and path.endswith(".py")
-    require(is_file, f"--reward {spec}: unknown; expected `periods`, `char:X` or `path/to/file.py:function`")
-    require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    require(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no function {name}")
-    return getattr(module, name)
-
-
 def get_rewards(reward_fn: RewardFn, rows: list[dict], completions: list[str]) -> Float[Tensor, "B"]:
     """Calls the reward function and checks what it returns.
 
@@ -650,20 +539,25 @@ class Evaluation(NamedTuple):
     values: Float[Tensor, "b C"] | None
 
 
+def clip_range(args: RLHFArgs) -> tuple[float, float]:
+    """Where the ratio stops paying: 1 - ε and 1 + ε, or a higher upper end (Clip-Higher of DAPO 2503.14476)."""
+    return 1 - args.clip_coef, 1 + (args.clip_coef if args.clip_high is None else args.clip_high)
+
+
 def clipped_surrogate(
     logprobs: Float[Tensor, "b C"],
     old_logprobs: Float[Tensor, "b C"],
     advantages: Float[Tensor, "b C"],
-    clip_low: float,
-    clip_high: float,
+    low: float,
+    high: float,
 ) -> Float[Tensor, "b C"]:
-    """min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) with ρ = π_θ / π_old, token by token (PPO 1707.06347, eq. 7).
+    """min(ρ A, clip(ρ, 1 - ε, 1 + ε) A) with ρ = π_θ / π_old, token by token (PPO 1707.06347, eq. 7).
 
-    >>> clipped_surrogate(torch.tensor([1.5]).log(), torch.zeros(1), torch.ones(1), 0.2, 0.2)
+    >>> clipped_surrogate(torch.tensor([1.5]).log(), torch.zeros(1), torch.ones(1), low=0.8, high=1.2)
     tensor([1.2000])
     """
     ratio = (logprobs - old_logprobs).exp()
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    return torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
 
 
 def kl_estimate(
@@ -697,8 +591,7 @@ def masked_mean(
 
 def grpo_objective(new: Evaluation, old: ReplayMemory, args: RLHFArgs) -> Float[Tensor, ""]:
     """J = E[ min(ρ A, clip(ρ) A) - β KL ] + c_ent E[ S ] (DeepSeekMath 2402.03300, eq. 3, with an entropy bonus)."""
-    clip_high = args.clip_coef if args.clip_high is None else args.clip_high
-    surrogate = clipped_surrogate(new.logprobs, old.logprobs, old.advantages, args.clip_coef, clip_high)
+    surrogate = clipped_surrogate(new.logprobs, old.logprobs, old.advantages, *clip_range(args))
     per_token = surrogate - args.kl_coef * new.kl + args.ent_coef * new.entropy
     return masked_mean(per_token, old.mask, args.loss_average, args.gen_len)
 
@@ -729,48 +622,30 @@ ALGORITHMS = {
 
 
 class RLHFTrainer:
-    """Alternates rollout phases and learning phases.
-
-    >>> trainer = RLHFTrainer(RLHFArgs(algo="grpo", lora=True))   # doctest: +SKIP
-    >>> trainer.train()                                           # doctest: +SKIP
-    """
+    """Alternates rollout phases and learning phases: `RLHFTrainer(RLHFArgs(algo="grpo", lora=True)).train()`."""
 
     def __init__(self, args: RLHFArgs):
-        self.args = args
-        self.algorithm = ALGORITHMS[args.algo]
-        self.device = pick_device(args.device)
-        self.rows = load_prompts(args.prefix, args.prompts)
-        self.reward_fn = load_reward(args.reward)
+        self.args, self.algorithm, self.device = args, ALGORITHMS[args.algo], pick_device(args.device)
+        self.rows, self.reward_fn = load_prompts(args.prefix, args.prompts), load_reward(args.reward)
         torch.manual_seed(args.seed)
         self.policy = TransformerWithValueHead(args.base_model, self.algorithm.has_critic, self.device)
         self.tokenizer = self.policy.bridge.tokenizer
-        self.check_lengths()
-        # The reference: with LoRA the policy itself, adapters off; without, a frozen copy.
-        self.frozen_copy = None
-        if args.lora:
+        check_context(self.policy.bridge, self.rows, args.gen_len)
+        if args.lora:  # the reference is the policy itself, adapters off
             add_lora(self.policy.bridge, args.lora_targets, args.lora_rank, args.lora_alpha)
+            self.frozen_copy = None
         else:
             self.frozen_copy = TransformerWithValueHead(args.base_model, device=self.device).requires_grad_(False)
-        self.optimizer, self.scheduler = self.make_optimizer()
+        # No weight decay: it would pull full fine-tuning towards zero weights, and the KL term pulls to the reference.
+        base = [parameter for parameter in self.policy.bridge.parameters() if parameter.requires_grad]
+        groups = [{"params": base, "lr": args.base_lr}]
+        if self.policy.value_head:
+            groups.append({"params": list(self.policy.value_head.parameters()), "lr": args.head_lr})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_scale)
         self.generator = torch.Generator(self.device).manual_seed(args.seed)
         self.prompt_order = self.epochs_of_prompts()
         self.phase = 0
-
-    def check_lengths(self) -> None:
-        """Refuses a prompt that leaves no room for gen_len tokens in the model's context."""
-        tokens, _ = tokenize(self.tokenizer, [row["prompt"] for row in self.rows], "cpu")
-        room, context = self.policy.bridge.cfg.n_ctx - tokens.shape[1], self.policy.bridge.cfg.n_ctx
-        message = f"--gen-len {self.args.gen_len}: the context of {context} leaves {room} tokens after the longest prompt"
-        require(self.args.gen_len <= room, message)
-
-    def make_optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """AdamW with a learning rate for the transformer (or its adapters) and one for the value head; up, then down."""
-        head = list(self.policy.value_head.parameters()) if self.policy.value_head else []
-        base = [parameter for parameter in self.policy.bridge.parameters() if parameter.requires_grad]
-        groups = [{"params": base, "lr": self.args.base_lr}, {"params": head, "lr": self.args.head_lr}]
-        # No weight decay: it would pull full fine-tuning towards zero weights, while the KL term pulls to the reference.
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_scale)
 
     def lr_scale(self, phase: int) -> float:
         """Linear warm-up over warmup_steps phases, then linear decay to final_scale in the last one."""
@@ -793,102 +668,88 @@ class RLHFTrainer:
 
     def sample(self, rows: list[dict], generator: torch.Generator) -> tuple[Samples, list[str]]:
         """One completion for each row, as tokens and as text."""
-        prompt_tokens, prompt_mask = tokenize(self.tokenizer, [row["prompt"] for row in rows], self.device)
         args = self.args
-        samples = get_samples(
-            self.policy, prompt_tokens, prompt_mask, args.gen_len, args.temperature, args.top_k, generator
-        )
-        P = prompt_tokens.shape[1]
-        drawn = [row[kept].tolist() for row, kept in zip(samples.tokens[:, P:], samples.attention_mask[:, P:], strict=True)]
-        return samples, self.tokenizer.batch_decode(drawn, skip_special_tokens=True)
+        prompts, mask = tokenize(self.tokenizer, [row["prompt"] for row in rows], self.device)
+        drawn = get_samples(self.policy, prompts, mask, args.gen_len, args.temperature, args.top_k, generator)
+        completions = unpad(drawn.tokens[:, prompts.shape[1] :], drawn.attention_mask[:, prompts.shape[1] :])
+        return drawn, self.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
     @torch.no_grad()
     def rollout_phase(self) -> tuple[ReplayMemory, list[dict]]:
         """Fills a memory: samples, rewards, the reference's opinion, advantages. Also returns the samples as text."""
         args = self.args
-        # 1. Prompts: group_size rows of each.
+        # 1. Prompts: group_size rows of each, one group after the other.
         prompts = [next(self.prompt_order) for _ in range(args.batch_size // args.samples_per_prompt)]
         rows = [row for row in prompts for _ in range(args.samples_per_prompt)]
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
-        samples, texts = self.sample(rows, self.generator)
-        # 3. Rewards.
+        drawn, texts = self.sample(rows, self.generator)
+        P = drawn.tokens.shape[1] - drawn.logprobs.shape[1]
+        mask = drawn.attention_mask[:, P:]
+        completion = drawn.tokens[:, P:].masked_fill(~mask, -100)
+        # 3. Rewards, and from them advantages.
         raw_rewards = get_rewards(self.reward_fn, rows, texts).to(self.device)
-        # 4. The reference's features, from which the learning phase has the KL, and log-probabilities.
-        P = samples.tokens.shape[1] - samples.logprobs.shape[1]
-        mask = samples.attention_mask[:, P:]
-        completion = samples.tokens[:, P:].masked_fill(~mask, -100)
-        with self.reference() as reference:
-            ref_features, _ = reference.completion_features(samples.tokens, samples.attention_mask, P)
-            ref_logprobs, _, _ = reference.get_logprobs(ref_features, completion, args.temperature)
-        # 5. Advantages.
         rewards = normalize(raw_rewards) if args.normalize_reward else raw_rewards
-        advantages = self.algorithm.compute_advantages(rewards, samples.values, mask, args)
+        advantages = self.algorithm.compute_advantages(rewards, drawn.values, mask, args)
+        # 4. The reference's features, from which the learning phase has the exact KL, and its log-probabilities.
+        with self.reference() as reference:
+            ref_features, _ = reference.completion_features(drawn.tokens, drawn.attention_mask, P)
+            ref_logprobs, _, _ = reference.get_logprobs(ref_features, completion, args.temperature)
         memory = ReplayMemory(
-            tokens=samples.tokens,
-            attention_mask=samples.attention_mask,
+            tokens=drawn.tokens,
+            attention_mask=drawn.attention_mask,
             completion=completion,
-            logprobs=samples.logprobs,
+            logprobs=drawn.logprobs,
             ref_logprobs=ref_logprobs,
             ref_features=ref_features,
             rewards=raw_rewards,
             advantages=advantages,
-            values=samples.values,
-            returns=None if samples.values is None else advantages + samples.values,
+            values=drawn.values,
+            returns=None if drawn.values is None else advantages + drawn.values,
         )
-        scores = zip(rows, texts, raw_rewards.tolist(), ref_logprobs.sum(dim=1).tolist(), strict=True)
-        return memory, [
-            {"prompt": row["prompt"], "completion": text, "reward": reward, "ref_logprob": round(ref_logprob, 2)}
-            for row, text, reward, ref_logprob in scores
-        ]
+        return memory, describe(rows, texts, raw_rewards, ref_logprobs.sum(dim=1))
 
     def evaluate(self, minibatch: ReplayMemory) -> Evaluation:
         """What the policy says now of the minibatch's completions; gradients flow."""
-        args, exact = self.args, self.args.kl_estimator == "full"
-        features, values = self.policy.completion_features(
+        policy, args = self.policy, self.args
+        features, values = policy.completion_features(
             minibatch.tokens, minibatch.attention_mask, minibatch.prompt_width
         )
-        logprobs, entropy, kl = self.policy.get_logprobs(
-            features,
-            minibatch.completion,
-            args.temperature,
-            ref_features=minibatch.ref_features if exact else None,
-            reference=self.frozen_copy,
+        ref_features = minibatch.ref_features if args.kl_estimator == "full" else None
+        logprobs, entropy, kl = policy.get_logprobs(
+            features, minibatch.completion, args.temperature, ref_features, self.frozen_copy
         )
-        return Evaluation(
-            logprobs, entropy, kl if exact else kl_estimate(logprobs, minibatch.ref_logprobs, args.kl_estimator), values
-        )
+        if kl is None:
+            kl = kl_estimate(logprobs, minibatch.ref_logprobs, args.kl_estimator)
+        return Evaluation(logprobs, entropy, kl, values)
 
     def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times; returns means over its tokens, by name."""
-        totals, tokens_seen, lr = Counter(), 0, self.scheduler.get_last_lr()[0]
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        totals, tokens, lr = Counter(), 0, self.scheduler.get_last_lr()[0]
         for _ in range(self.args.batches_per_learning_phase):
             for minibatch in memory.minibatches(self.args.num_minibatches, self.generator):
                 new = self.evaluate(minibatch)
                 loss = -self.algorithm.objective(new, minibatch, self.args)
                 self.optimizer.zero_grad()
                 loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(self.trained_parameters(), self.args.max_grad_norm)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
                 self.optimizer.step()
+                metrics = self.minibatch_metrics(new, minibatch) | {"grad_norm": grad_norm.item()}
                 count = int(minibatch.mask.sum())
-                means = self.minibatch_metrics(new, minibatch) | {"grad_norm": grad_norm.item()}
-                totals.update({name: value * count for name, value in means.items()})
-                tokens_seen += count
+                totals.update({name: value * count for name, value in metrics.items()})
+                tokens += count
         self.scheduler.step()
-        return {name: total / tokens_seen for name, total in totals.items()} | {"lr": lr}
+        return {name: total / tokens for name, total in totals.items()} | {"lr": lr}
 
     @torch.no_grad()
     def minibatch_metrics(self, new: Evaluation, old: ReplayMemory) -> dict[str, float]:
         """Means over the minibatch's tokens."""
-        log_ratio = (new.logprobs - old.logprobs) * old.mask  # 0, up to rounding, in the first minibatch of a phase
-        clip_high = self.args.clip_coef if self.args.clip_high is None else self.args.clip_high
-        clipped = (log_ratio > math.log1p(clip_high)) | (log_ratio < math.log1p(-self.args.clip_coef))
-        per_token = {"kl": new.kl, "entropy": new.entropy, "clip_fraction": clipped.float()}
+        ratio = (new.logprobs - old.logprobs).exp()  # 1, up to rounding, in the first minibatch of a phase
+        low, high = clip_range(self.args)
+        per_token = {"kl": new.kl, "entropy": new.entropy, "clip_fraction": ((ratio < low) | (ratio > high)).float()}
         if new.values is not None:
             per_token["value_loss"] = (new.values - old.returns).square()
         return {name: masked_mean(x, old.mask).item() for name, x in per_token.items()}
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def train(self) -> Path:
         """All phases; returns the run directory."""
@@ -897,17 +758,17 @@ class RLHFTrainer:
             while self.phase < self.args.total_phases:
                 start = time.perf_counter()
                 memory, samples = self.rollout_phase()
-                rollout_seconds = time.perf_counter() - start
+                middle = time.perf_counter()
                 metrics = rollout_metrics(memory) | self.learning_phase(memory)
-                seconds = time.perf_counter() - start
+                end = time.perf_counter()
                 self.phase += 1
-                timing = {
-                    "rollout_seconds": rollout_seconds,
-                    "learning_seconds": seconds - rollout_seconds,
-                    "tokens_per_second": memory.mask.sum().item() / seconds,
+                metrics |= {
+                    "rollout_seconds": middle - start,
+                    "learning_seconds": end - middle,
+                    "tokens_per_second": memory.mask.sum().item() / (end - start),
                     "peak_memory_mb": peak_memory_mb(self.device),
                 }
-                log.phase({"phase": self.phase} | metrics | timing, samples[:3])
+                log.phase({"phase": self.phase} | metrics, samples[:3])
             log.samples("after", self.showcase())
         return log.run_dir
 
@@ -915,22 +776,27 @@ class RLHFTrainer:
         """A few completions from the run's seed: the same draws before and after training."""
         rows = [self.rows[i % len(self.rows)] for i in range(8)]
         _, texts = self.sample(rows, torch.Generator(self.device).manual_seed(self.args.seed))
-        rewards = get_rewards(self.reward_fn, rows, texts).tolist()
-        return [
-            {"prompt": row["prompt"], "completion": text, "reward": reward}
-            for row, text, reward in zip(rows, texts, rewards, strict=True)
-        ]
+        return describe(rows, texts, get_rewards(self.reward_fn, rows, texts))
 
 
-def pick_device(device: str) -> str:
-    """Resolves `auto` and refuses what torch does not have here."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"--device {device}: not available here: {str(error).splitlines()[0]}") from None
-    return device
+def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[int]]:
+    """What is not masked, row by row.
+
+    >>> unpad(torch.tensor([[7, 8], [9, 0]]), torch.tensor([[True, True], [True, False]]))
+    [[7, 8], [9]]
+    """
+    return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+
+
+def describe(rows: list[dict], texts: list[str], rewards: Tensor, ref_logprobs: Tensor | None = None) -> list[dict]:
+    """The samples as records for people to read."""
+    samples = [
+        {"prompt": row["prompt"], "completion": text, "reward": reward}
+        for row, text, reward in zip(rows, texts, rewards.tolist(), strict=True)
+    ]
+    for sample, logprob in zip(samples, [] if ref_logprobs is None else ref_logprobs.tolist(), strict=False):
+        sample["ref_logprob"] = logprob
+    return samples
 
 
 # ---- 11 Update to log ------------------------------------------------------------------------------------------------
@@ -944,7 +810,7 @@ def rollout_metrics(memory: ReplayMemory) -> dict[str, float]:
         "reward": memory.rewards.mean().item(),
         "reward_std": memory.rewards.std(correction=0).item(),
         "completion_length": mask.sum(dim=1).float().mean().item(),
-        "distinct_2": distinct_2([row[kept].tolist() for row, kept in zip(memory.completion, mask, strict=True)]),
+        "distinct_2": distinct_2(unpad(memory.completion, mask)),
     }
     if memory.values is not None:  # 1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads
         unexplained = (memory.returns - memory.values)[mask].var(correction=0)
@@ -960,14 +826,6 @@ def distinct_2(completions: list[list[int]]) -> float:
     """
     bigrams = [pair for tokens in completions for pair in zip(tokens, tokens[1:], strict=False)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
-
-
-def peak_memory_mb(device: str) -> float:
-    """Of the GPU where there is one, else of the process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is bytes there, kibibytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 class RunLog:
@@ -1014,8 +872,7 @@ class RunLog:
         self.append("metrics.jsonl", metrics)
         for sample in samples:
             self.append("samples.jsonl", {"phase": metrics["phase"]} | sample)
-        shown = ("reward", "kl", "entropy", "distinct_2", "clip_fraction")
-        figures = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
+        figures = "  ".join(f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2"))
         console.print(f"phase {metrics['phase']:>3}  {figures}  {metrics['tokens_per_second']:.0f} tokens/s")
         self.bar.update(self.task, completed=metrics["phase"])
         self.live.update(Group(sample_table(samples), self.bar))
@@ -1056,8 +913,8 @@ def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), sharex=True, layout="constrained")
     with plt.style.context("tableau-colorblind10"):
         for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-            for color, (label, history) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, runs.items()):
-                axis.plot([m["phase"] for m in history], [m[key] for m in history], color=color, label=label)
+            for number, (label, history) in enumerate(runs.items()):
+                axis.plot([m["phase"] for m in history], [m[key] for m in history], color=f"C{number}", label=label)
             axis.set_title(title, fontsize=10)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
@@ -1074,14 +931,123 @@ def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
 
 # ==== The workshop: a first reader may stop here ======================================================================
 
-# ---- 12 The embedded model -------------------------------------------------------------------------------------------
+# ---- 12 What the user brings -----------------------------------------------------------------------------------------
+# In: settings and the files and names in them. Out: prompts, a model, a reward function, or one line that says why not.
+
+
+def check_settings(args: RLHFArgs) -> None:
+    """Raises SettingError for the first setting that cannot work, whatever the model."""
+    require(args.algo in ALGORITHMS, f"--algo {args.algo}: unknown; expected one of {', '.join(ALGORITHMS)}")
+    counts = "total_phases batch_size gen_len num_minibatches batches_per_learning_phase lora_rank"
+    for name in counts.split():
+        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for flag, parts in {"num-minibatches": args.num_minibatches, "group-size": args.samples_per_prompt}.items():
+        divides = parts >= 1 and args.batch_size % parts == 0
+        require(divides, f"--batch-size {args.batch_size}: must be divisible by --{flag} {parts}")
+    alone = args.samples_per_prompt == 1 and not ALGORITHMS[args.algo].has_critic
+    require(not alone, f"--group-size 1: --algo {args.algo} compares completions of a group; give at least 2")
+    warm = 0 <= args.warmup_steps < args.total_phases
+    require(warm, f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}")
+    require(args.temperature > 0, f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy")
+    require(args.top_k is None or args.top_k >= 1, f"--top-k {args.top_k}: must be at least 1")
+
+
+def load_prompts(prefix: str, path: Path | None) -> list[dict]:
+    """Reads the prompts, one dict each with "prompt" and the file's other columns; the prefix alone without a file."""
+    if path is None:
+        return [{"prompt": prefix}]
+    require(path.is_file(), f"--prompts {path}: no such file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix not in (".jsonl", ".json"):
+            rows.append({"prompt": line})
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SettingError(f"{path}, line {number}: is not JSON ({error.msg})") from None
+        has_prompt = isinstance(row, dict) and isinstance(row.get("prompt"), str)
+        require(has_prompt, f'{path}, line {number}: expected an object with a text under "prompt"')
+        require(not rows or row.keys() == rows[0].keys(), f"{path}, line {number}: its columns differ from line 1's")
+        rows.append(row)
+    require(bool(rows), f"--prompts {path}: is empty; expected one prompt a line")
+    return rows
+
+
+def check_context(bridge: TransformerBridge, rows: list[dict], gen_len: int) -> None:
+    """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context."""
+    tokens, _ = tokenize(bridge.tokenizer, [row["prompt"] for row in rows], "cpu")
+    room = bridge.cfg.n_ctx - tokens.shape[1]
+    message = f"--gen-len {gen_len}: the context of {bridge.cfg.n_ctx} leaves {room} tokens after the longest prompt"
+    require(gen_len <= room, message)
+
+
+def load_bridge(base_model: str, device: str) -> TransformerBridge:
+    """Boots `tiny`, a name that TransformerLens knows, a hub id or a local directory; never runs a model's own code."""
+    path = tiny_model() if base_model == "tiny" else base_model
+    try:
+        return TransformerBridge.boot_transformers(str(path), device=device).eval()
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SettingError(f"--base-model {base_model}: cannot be loaded: {reason}") from error
+
+
+@torch.no_grad()
+def is_head_linear(bridge: TransformerBridge) -> bool:
+    """Whether the logits are nothing but features @ W_U + b_U: soft caps and logit scales exist (Gemma, Cohere)."""
+    tokens = torch.arange(8, device=bridge.cfg.device)[None]
+    features = bridge.original_model.base_model(input_ids=tokens).last_hidden_state
+    if features.shape[-1] != bridge.unembed.original_component.weight.shape[-1]:
+        return False
+    return torch.allclose(bridge.unembed(features), bridge.original_model(tokens).logits, atol=1e-4)
+
+
+def load_reward(spec: str) -> RewardFn:
+    """The reward function that a --reward flag names."""
+    if spec == "periods":
+        return periods
+    if spec.startswith("char:") and len(spec) > len("char:"):
+        return char_reward(spec.removeprefix("char:"))
+    path, colon, name = spec.rpartition(":")
+    is_file = bool(colon) and path.endswith(".py")
+    require(is_file, f"--reward {spec}: unknown; expected `periods`, `char:X` or `path/to/file.py:function`")
+    require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    require(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no function {name}")
+    return getattr(module, name)
+
+
+def pick_device(device: str) -> str:
+    """Resolves `auto` and refuses what torch does not have here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"--device {device}: not available here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def peak_memory_mb(device: str) -> float:
+    """Of the GPU where there is one, else of the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is bytes there, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+# ---- 13 The embedded model -------------------------------------------------------------------------------------------
 # In: the English that every Python carries. Out: `tiny`, a GPT-2 of a million parameters, as a Hugging Face directory.
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def tiny_model() -> Path:
-    """Directory of the embedded model under ~/.cache/rlhf (or RLHF_CACHE); trains it on first use, in about a minute."""
+    """Directory of the embedded model under ~/.cache/rlhf (or RLHF_CACHE); trains it on first use, in a minute."""
     cache = Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf")
     path = cache / "tiny-1"  # the number changes when what follows does
     if not path.exists():
@@ -1191,7 +1157,7 @@ def train_tiny(path: Path, steps: int = 900, rows: int = 8, width: int = 64) -> 
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(path)
 
 
-# ---- 13 Comparing runs -----------------------------------------------------------------------------------------------
+# ---- 14 Comparing runs -----------------------------------------------------------------------------------------------
 # In: run directories. Out: their curves in one picture.
 
 
@@ -1217,7 +1183,7 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     console.print(f"wrote {output}", soft_wrap=True)
 
 
-# ---- 14 Command line -------------------------------------------------------------------------------------------------
+# ---- 15 Command line -------------------------------------------------------------------------------------------------
 
 
 def parse(target: Callable, argv: list[str]):
