@@ -112,7 +112,7 @@ class RLHFArgs:
     ent_coef: float = 0.001  # reward for uncertainty
     vf_coef: float = 0.15  # weight of the value loss (ppo)
     gamma: float = 1.0  # discount (ppo)
-    gae_lambda: float = 0.95  # GAE's λ (ppo): 0 is the course's one-step estimate, 1 is Monte Carlo
+    gae_lambda: float = 1.0  # GAE's λ (ppo): 1 is Monte Carlo, 0 the one-step estimate of the course
     scale_by_group_std: bool = True  # divide by the group's standard deviation (grpo); without it, Dr. GRPO
     loss_average: Literal["sequence", "token", "constant"] = "sequence"  # see masked_mean
 
@@ -366,7 +366,7 @@ def get_samples(
         features = policy.features(tokens[:, new], mask[:, :t], cache)[:, -1]
         distribution = (policy.logits(features).float() / temperature).log_softmax(-1)
         drawable = distribution if top_k is None else keep_top_k(distribution, top_k)
-        drawn = torch.multinomial(drawable.exp(), 1, generator=generator)
+        drawn = draw(drawable.exp(), generator)
         tokens[:, t] = torch.where(alive, drawn.squeeze(1), tokens[:, t])
         mask[:, t] = alive
         logprobs[:, t - P] = distribution.gather(1, drawn).squeeze(1) * alive
@@ -377,6 +377,19 @@ def get_samples(
             break
     C = t + 1 - P
     return Samples(tokens[:, : P + C], mask[:, : P + C], logprobs[:, :C], None if values is None else values[:, :C])
+
+
+def draw(probs: Float[Tensor, "B V"], generator: torch.Generator | None) -> Int[Tensor, "B 1"]:
+    """One token a row, by inverting the cumulative distribution: one random number where multinomial draws V of them.
+
+    >>> draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 5.0]]), None).tolist()
+    [[1], [2]]
+    """
+    cumulative = probs.cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    uniform = torch.rand(len(probs), 1, generator=generator, device=probs.device)
+    token = torch.searchsorted(cumulative, uniform * total, right=True)  # right: never a token of probability 0,
+    return torch.minimum(token, torch.searchsorted(cumulative, total))  # nor, if the product rounds up, one past all
 
 
 def keep_top_k(logprobs: Float[Tensor, "B V"], k: int) -> Float[Tensor, "B V"]:

@@ -277,6 +277,13 @@ def test_samples_follow_the_softmax_at_the_temperature(gpt2):
     assert z[probs > 0.002].abs().max() < 4.5
 
 
+def test_draw_never_returns_a_token_of_probability_zero(monkeypatch):
+    probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
+    for uniform in (0.0, 0.3, 1 - 2**-24, 1.0):  # 1.0 stands for a product that rounds up
+        monkeypatch.setattr(torch, "rand", lambda *_, uniform=uniform, **__: torch.tensor([[uniform]]))
+        assert rlhf.draw(probs, None).item() in (1, 3)
+
+
 def test_top_k_restricts_what_is_drawn_and_not_how_it_is_scored(gpt2):
     model = TransformerWithValueHead(gpt2)
     tokens, mask = rlhf.tokenize(model.bridge.tokenizer, ["This is"] * 200, "cpu")
