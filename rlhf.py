@@ -107,7 +107,7 @@ class RLHFArgs:
     num_minibatches: int = 4  # optimizer steps each time
     clip_coef: float = 0.2  # ε: the ratio stops paying beyond 1 ± ε
     clip_high: float | None = None  # a higher upper end, 1 + this in place of 1 + ε (DAPO)
-    kl_coef: float = 0.12  # β: the price of leaving the reference; 0 lets the policy collapse
+    kl_coef: float = 0.14  # β: the price of leaving the reference; 0 lets the policy collapse
     kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"  # exact, or estimated from the sampled token alone
     ent_coef: float = 0.001  # reward for uncertainty
     vf_coef: float = 0.15  # weight of the value loss (ppo)
@@ -117,7 +117,7 @@ class RLHFArgs:
     loss_average: Literal["sequence", "token", "constant"] = "sequence"  # see masked_mean
 
     # Optimizer
-    base_lr: float = 1e-3  # of the transformer, or of its adapters
+    base_lr: float = 5e-4  # of the transformer, or of its adapters
     head_lr: float = 3e-3  # of the value head, which starts from nothing (ppo)
     warmup_steps: int = 3  # phases over which the learning rates rise linearly
     final_scale: float = 0.1  # of the learning rates in the last phase, reached linearly
