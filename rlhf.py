@@ -108,7 +108,7 @@ class RLHFArgs:
     seed: int = 0  # of adapters and value head, samples and shuffling
 
     # Rollout phase
-    total_phases: int = 40  # rollout phase and learning phase, this many times
+    total_phases: int = 50  # rollout phase and learning phase, this many times
     batch_size: int = 64  # completions in a rollout phase
     group_size: int | None = None  # completions of one prompt, each other's baseline; by default the whole batch
     gen_len: int = 32  # tokens in a completion, at most
@@ -121,11 +121,11 @@ class RLHFArgs:
     num_minibatches: int = 4  # optimizer steps each time
     clip_coef: float = 0.2  # ε: the ratio stops paying beyond 1 ± ε
     clip_high: float | None = None  # a higher upper end, 1 + this in place of 1 + ε (DAPO)
-    kl_coef: float = 0.14  # β: the price of leaving the reference; 0 lets the policy collapse
+    kl_coef: float = 0.12  # β: the price of leaving the reference; 0 lets the policy collapse
     kl_target: float | None = None  # adapt β until the KL is this, in nats a token
     kl_horizon: int = 2560  # completions over which β adapts: the fewer, the faster
     kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"  # exact, or estimated from the sampled token alone
-    ent_coef: float = 0.001  # reward for uncertainty
+    ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: float = 0.15  # weight of the value loss (ppo)
     gamma: float = 1.0  # discount (ppo)
     gae_lambda: float = 1.0  # GAE's λ (ppo): 1 is Monte Carlo, 0 the one-step estimate of the course
@@ -1074,6 +1074,8 @@ def check_settings(args: RLHFArgs) -> None:
     count = len(args.reward) or 1
     weighted = len(args.reward_weights) in (0, count)
     require(weighted, f"--reward-weights: {len(args.reward_weights)} given for {count} rewards; expected one for each")
+    installed = args.track is None or importlib.util.find_spec(args.track) is not None
+    require(installed, f"--track {args.track}: is not installed; pip install {args.track}")
     frozen = args.lora or args.dtype == "float32"
     require(frozen, f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32")
 
@@ -1132,7 +1134,8 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[T
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    require(tokenizer.eos_token_id is not None, f"{name}: its tokenizer has no end-of-text token")
+    readable = bool(tokenizer.encode("This is text.", add_special_tokens=False))  # without files: an empty vocabulary
+    require(readable and tokenizer.eos_token_id is not None, f"{name}: has no tokenizer with an end-of-text token")
     return tokenizer
 
 
@@ -1447,12 +1450,10 @@ def start_tracker(trainer: RLHFTrainer) -> None:
     args = trainer.args
     if args.track is None:
         return
-    installed = importlib.util.find_spec(args.track) is not None
-    require(installed, f"--track {args.track}: is not installed; pip install {args.track}")
     trainer.accelerator.project_configuration.set_directories(str(trainer.run_dir))
     try:
         settings = {name: str(value) for name, value in dataclasses.asdict(args).items()}
-        trainer.accelerator.init_trackers("rlhf", config=settings)
+        trainer.accelerator.init_trackers("rlhf", settings, {"wandb": {"dir": str(trainer.run_dir)}})
     except Exception as error:
         raise SettingError(f"--track {args.track}: cannot be opened: {first_line(error)}") from error
 
@@ -1558,7 +1559,7 @@ def export_adapter(policy: TransformerWithValueHead, source: str, path: Path) ->
         "inference_mode": True,
         "bias": "none",
         "lora_dropout": 0.0,
-        "fan_in_fan_out": isinstance(layer.base, Conv1D),
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in policy.bridge.modules()),
         "r": rank,
         "lora_alpha": layer.scale * rank,
         "target_modules": list(adapters),
@@ -1730,6 +1731,7 @@ def parse(target: Callable, argv: list[str], **options):
         if stop.code:
             lines = [line.strip("│ \n") for line in complaint.getvalue().splitlines()[1:]]
             sentence = " ".join(lines[: next((i for i, line in enumerate(lines) if set(line) <= {"─"}), None)])
+            sentence = sentence.removeprefix("Error parsing RLHFArgs: ")
             raise SettingError(f"{sentence} (python rlhf.py --help lists all settings)") from None
         raise
 
