@@ -20,6 +20,8 @@ Left out: a gradient to W (LoRA freezes it) and to the reference, float8, second
 """
 
 import contextlib
+import functools
+import itertools
 import os
 import statistics
 import subprocess
@@ -76,38 +78,44 @@ def kernel(function):
     return triton.jit(function) if triton else function
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)  # float64 stays, for gradcheck
+# What comes in: dtypes, and errors that name the argument, what it was and what was expected
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-# Checking arguments: one line that names the argument, what it was and what was expected
-
-
-def _check(argument: str, tensor: Tensor, shape: tuple, like: Tensor, dtype: bool = True) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{argument}: dtype {tensor.dtype}, expected a floating dtype")
-    if dtype and tensor.dtype != like.dtype:
-        raise TypeError(f"{argument}: dtype {tensor.dtype}, expected {like.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{argument}: on {tensor.device}, expected {like.device}")
+def _check(argument: str, tensor: Tensor | None, shape: tuple, device: torch.device, dtypes: tuple) -> None:
+    if tensor is None:  # an optional argument
+        return
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{argument}: dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+    if tensor.device != device:
+        raise ValueError(f"{argument}: on {tensor.device}, expected {device}")
     if tensor.shape != shape:
         raise ValueError(f"{argument}: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
 
 
-def _check_tokens(tokens: Tensor, shape: tuple, V: int, temperature: float, like: Tensor) -> None:
+def _check_tokens(tokens: Tensor, shape: tuple, V: int, temperature: float, device: torch.device) -> None:
     """An id outside of the vocabulary is an error on CPU; on CUDA, where looking would stall, its log p is NaN."""
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise TypeError(f"tokens: dtype {tokens.dtype}, expected an integer dtype")
-    if tokens.device != like.device:
-        raise ValueError(f"tokens: on {tokens.device}, expected {like.device}")
-    if tokens.shape != shape:
-        raise ValueError(f"tokens: shape {tuple(tokens.shape)}, expected {tuple(shape)}")
+    _check("tokens", tokens, shape, device, INTEGERS)
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature}, expected a positive number")
     if tokens.device.type == "cpu":
         wrong = tokens[((tokens < 0) & (tokens != IGNORE)) | (tokens >= V)]
         if wrong.numel():
             raise ValueError(f"tokens: id {wrong[0].item()}, expected 0 to {V - 1}, or {IGNORE} where masked")
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Under torch.autocast a matmul casts its inputs; so does an operation that consists of matmuls."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [None if one is None else one.to(torch.get_autocast_dtype(device)) for one in tensors]
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)  # float64 stays, for gradcheck
 
 
 # Token log-probability: the references
@@ -158,14 +166,12 @@ def linear_token_logprobs_reference(
 
 @kernel
 def token_logprobs_forward_kernel(
-    x_ptr,  # [N, V] policy logits
+    x_ptr,  # [N, V] policy logits, contiguous like all here
     y_ptr,  # [N, V] reference logits; read only with HAS_REF
     tokens_ptr,  # [N]
     rows_ptr,  # [7, N] float32 out: log p(token), H, KL, max x, log Σ exp(x - max x), and these two of y
     N,
     V,
-    stride_xn,
-    stride_yn,
     inv_temperature,
     HAS_REF: constexpr,
     BLOCK_V: constexpr,
@@ -188,13 +194,13 @@ def token_logprobs_forward_kernel(
     for start in range(0, V, BLOCK_V):
         cols = start + lanes
         # other=-inf: a lane past the end is an impossible token
-        x = tl.load(x_ptr + row * stride_xn + cols, mask=cols < V, other=-float("inf")).to(tl.float32) * inv_temperature
+        x = tl.load(x_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32) * inv_temperature
         m_new = tl.maximum(m, tl.max(x))
         delta = tl.where(m == -float("inf"), 0.0, m_new - m)  # nothing to rescale before the first finite logit
         x = x - tl.where(m_new == -float("inf"), 0.0, m_new)
         shrink, e = tl.exp(-delta), tl.exp(x)
         if HAS_REF:
-            y = tl.load(y_ptr + row * stride_yn + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+            y = tl.load(y_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
             y = y * inv_temperature
             m_q_new = tl.maximum(m_q, tl.max(y))
             delta_q = tl.where(m_q == -float("inf"), 0.0, m_q_new - m_q)
@@ -211,7 +217,7 @@ def token_logprobs_forward_kernel(
     token = tl.load(tokens_ptr + row)
     kept = token != -100
     in_vocabulary = (token >= 0) & (token < V)
-    x_token = tl.load(x_ptr + row * stride_xn + token, mask=in_vocabulary, other=float("nan")).to(tl.float32)
+    x_token = tl.load(x_ptr + row * V + token, mask=in_vocabulary, other=float("nan")).to(tl.float32)
     tl.store(rows_ptr + row, tl.where(kept, x_token * inv_temperature - m - log_s, 0.0))
     tl.store(rows_ptr + N + row, tl.where(kept, log_s - tl.sum(t) / total, 0.0))
     tl.store(rows_ptr + 3 * N + row, m)
@@ -225,7 +231,7 @@ def token_logprobs_forward_kernel(
 
 @kernel
 def token_logprobs_backward_kernel(
-    x_ptr,  # [N, V] policy logits
+    x_ptr,  # [N, V] policy logits, contiguous like all here
     y_ptr,  # [N, V] reference logits; read only with HAS_REF
     tokens_ptr,  # [N]
     rows_ptr,  # [7, N] float32, written by the forward kernel
@@ -233,9 +239,6 @@ def token_logprobs_backward_kernel(
     dx_ptr,  # [N, V] out; may be x itself
     N,
     V,
-    stride_xn,
-    stride_yn,
-    stride_dn,
     inv_temperature,
     HAS_REF: constexpr,
     BLOCK_V: constexpr,
@@ -250,16 +253,16 @@ def token_logprobs_backward_kernel(
     g_H, g_KL = tl.load(coefficients_ptr + 2 * N + row), tl.load(coefficients_ptr + 3 * N + row)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        x = tl.load(x_ptr + row * stride_xn + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+        x = tl.load(x_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
         log_p = x * inv_temperature - m - log_s
         p = tl.exp(log_p)
         slope = a - g_H * log_p
         if HAS_REF:
-            y = tl.load(y_ptr + row * stride_yn + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+            y = tl.load(y_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
             m_q, log_s_q = tl.load(rows_ptr + 5 * N + row), tl.load(rows_ptr + 6 * N + row)
             slope = slope + g_KL * (log_p - (y * inv_temperature - m_q - log_s_q))
         dx = tl.where(p > 0, p * slope, 0.0) + tl.where(cols == token, g_l, 0.0)  # p log p → 0
-        tl.store(dx_ptr + row * stride_dn + cols, (dx * inv_temperature).to(dx_ptr.dtype.element_ty), mask=cols < V)
+        tl.store(dx_ptr + row * V + cols, (dx * inv_temperature).to(dx_ptr.dtype.element_ty), mask=cols < V)
 
 
 def _launch(V: int) -> dict:
@@ -268,79 +271,97 @@ def _launch(V: int) -> dict:
     return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
 
 
-def _rows_triton(x: Tensor, y: Tensor | None, tokens: Tensor, inv_temperature: float) -> Float[Tensor, "7 N"]:
-    N, V = x.shape
-    rows = torch.zeros(7, N, device=x.device, dtype=torch.float32)
-    other = x if y is None else y
-    token_logprobs_forward_kernel[(N,)](
-        x, other, tokens, rows, N, V, x.stride(0), other.stride(0), inv_temperature, HAS_REF=y is not None, **_launch(V)
-    )
+def _rows_triton(logits: list[Tensor], tokens: Int[Tensor, "n"], temperature: float) -> Float[Tensor, "7 n"]:
+    """The forward kernel on the logits [x] or [x, y]."""
+    N, V = logits[0].shape
+    rows = torch.zeros(7, N, device=tokens.device)
+    inputs = logits[0], logits[-1], tokens, rows
+    token_logprobs_forward_kernel[(N,)](*inputs, N, V, 1 / temperature, HAS_REF=len(logits) == 2, **_launch(V))
     return rows
 
 
-def _dlogits_triton(x: Tensor, y: Tensor | None, tokens, rows, coefficients, inv_temperature: float, out: Tensor):
-    N, V = x.shape
-    other = x if y is None else y
-    strides = x.stride(0), other.stride(0), out.stride(0)
-    token_logprobs_backward_kernel[(N,)](
-        x, other, tokens, rows, coefficients, out, N, V, *strides, inv_temperature, HAS_REF=y is not None, **_launch(V)
-    )
+def _dlogits_triton(logits: list[Tensor], tokens, rows, coefficients, temperature: float, out: Tensor) -> Tensor:
+    """The backward kernel on the logits [x] or [x, y]."""
+    N, V = out.shape
+    inputs = logits[0], logits[-1], tokens, rows.contiguous(), coefficients.contiguous(), out
+    token_logprobs_backward_kernel[(N,)](*inputs, N, V, 1 / temperature, HAS_REF=len(logits) == 2, **_launch(V))
     return out
 
 
-# Token log-probability: the same rows in torch
+# Token log-probability: the same rows in torch, in place
 
 
-def _distribution(x: Float[Tensor, "n V"], tokens: Int[Tensor, "n"], y: Float[Tensor, "n V"] | None = None):
-    """p, p log p and p log(p/q) of a chunk [n, V], and its rows log p(token), H, KL; writes over y."""
-    log_p = x.log_softmax(-1)
-    p = log_p.exp()
-    logprobs = log_p.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1)
-    p_log_ratio = kl = None
-    if y is not None:
-        p_log_ratio = torch.sub(log_p, y.log_softmax(-1), out=y)
-        kl = _times_p(p_log_ratio, p)
-    entropy = -_times_p(log_p, p)
-    rows = [None if row is None else row.masked_fill_(tokens == IGNORE, 0) for row in (logprobs, entropy, kl)]
-    return (p, log_p, p_log_ratio), rows
+def _rows_torch(planes: Float[Tensor, "k n V"], tokens: Int[Tensor, "n"], temperature: float) -> Float[Tensor, "7 n"]:
+    """The rows of the forward kernel, from planes (anything, x) or (anything, x, y), which become
+    (p, p (log p + H), p (log(p/q) - KL)): the slopes of which dx consists, see `_coefficients`."""
+    p, x, *y = planes
+    rows = planes.new_zeros(7, len(tokens))
+    for logits, row in [*((one, 5) for one in y), (x, 3)]:  # x last, because its exponentials stay
+        if temperature != 1:
+            logits.div_(temperature)
+        torch.amax(logits, -1, out=rows[row])
+        logits.sub_(rows[row, :, None])
+        torch.log(torch.exp(logits, out=p).sum(-1), out=rows[row + 1])
+    log_s, log_s_q = rows[4], rows[6]
+    p.mul_(torch.exp(-log_s)[:, None])
+    rows[0] = x.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1) - log_s
+    if y:
+        rows[2] = _center(torch.sub(x, y[0], out=y[0]), p) - log_s + log_s_q
+    rows[1] = log_s - _center(x, p)
+    rows[:3].masked_fill_(tokens == IGNORE, 0)
+    return rows
 
 
-def _times_p(logs: Float[Tensor, "n V"], p: Float[Tensor, "n V"]) -> Float[Tensor, "n"]:
-    """Σ p·logs; leaves p·logs in `logs`. 0 · (-inf) shows as NaN in the sums and counts as 0: p log p → 0."""
-    total = logs.mul_(p).sum(-1)
-    return logs.masked_fill_(p == 0, 0).sum(-1) if total.isnan().any() else total
+def _center(logs: Float[Tensor, "n V"], p: Float[Tensor, "n V"]) -> Float[Tensor, "n"]:
+    """The mean Σ p·logs; leaves p (logs - mean) in `logs`. 0 · (-inf) shows as NaN in the sums and counts as 0."""
+    mean = logs.mul_(p).sum(-1)
+    if mean.isnan().any():
+        mean = logs.masked_fill_(p == 0, 0).sum(-1)
+    logs.addcmul_(p, mean[:, None], value=-1)
+    return mean
 
 
-def _coefficients(g: tuple, rows: Float[Tensor, "rows N"], tokens: Int[Tensor, "N"]) -> Float[Tensor, "4 N"]:
-    """g_l, a, g_H, g_KL with which dx = g_l onehot(token) + p (a - g_H log p + g_KL log(p/q)), before 1/T, because
+def _coefficients(g: tuple, rows: Float[Tensor, "7 N"], tokens: Int[Tensor, "N"]) -> Float[Tensor, "4 N"]:
+    """g_l, a, g_H, g_KL with which dx = (g_l onehot(token) + p (a - g_H log p + g_KL log(p/q))) / T, because
 
     ∂ log p(token)/∂x = onehot(token) - p,   ∂H/∂x = -p (log p + H),   ∂KL/∂x = p (log(p/q) - KL)
     so a = -g_l - g_H H - g_KL KL. A masked token has all four 0; an output that nobody used (None) counts as 0.
     """
-    zero = torch.zeros_like(rows[0])
-    g_l, g_H, g_KL = (zero if one is None else one.to(zero.dtype) for one in g)
-    a = -g_l - g_H * rows[1] - (zero if g[2] is None else g_KL * rows[2])
+    g_l, g_H, g_KL = (torch.zeros_like(rows[0]) if one is None else one.to(rows.dtype) for one in g)
+    a = -g_l - g_H * rows[1] - g_KL * rows[2]
     return torch.stack([g_l, a, g_H, g_KL]).masked_fill_(tokens == IGNORE, 0)
 
 
-def _dlogits_torch(chunk: tuple, coefficients: Float[Tensor, "4 n"], tokens: Int[Tensor, "n"], g: tuple) -> Tensor:
-    """dx of `_coefficients`, written over the chunk's p; a gradient g that is None costs no pass."""
-    p, p_log_p, p_log_ratio = chunk
-    g_l, a, g_H, g_KL = coefficients.unsqueeze(-1)
-    dx = p.mul_(a)
-    if g[1] is not None:
-        dx.addcmul_(p_log_p, g_H, value=-1)
-    if g[2] is not None:
-        dx.addcmul_(p_log_ratio, g_KL)
-    return dx.scatter_add_(1, tokens.clamp(min=0)[:, None], g_l)
+def _combine(planes: Float[Tensor, "k n M"], coefficients, temperature: float, out: Tensor) -> Tensor:
+    """dx without its one-hot term, from the planes of `_rows_torch`; from these times U, as it is linear, dx U."""
+    g_l, _, g_H, g_KL = coefficients.unsqueeze(-1) / temperature
+    torch.mul(planes[0], -g_l, out=out)
+    for plane, weight in zip(planes[1:], (-g_H, g_KL), strict=False):
+        out.addcmul_(plane, weight)
+    return out
+
+
+def _dlogits_torch(planes, tokens, coefficients, temperature: float) -> Float[Tensor, "n V"]:
+    """The backward kernel's dx, written over p."""
+    dx = _combine(planes, coefficients, temperature, out=planes[0])
+    return dx.scatter_add_(1, tokens.clamp(min=0)[:, None], coefficients[0, :, None] / temperature)
+
+
+def _chunks(N: int, V: int, count: int, like: Tensor) -> list[tuple[slice, Tensor]]:
+    """Rows 0 to N in equal parts of at most CHUNK_NUMBERS logits, each with its planes of [n, V]: views of one buffer.
+    `count` distributions need the planes x (and y), and on the torch path one of p before them, in float32 at least."""
+    path = path_taken(like)
+    planes, dtype = (count, like.dtype) if path == "triton" else (count + 1, _statistics_dtype(like.dtype))
+    parts = -(-N // max(1, CHUNK_NUMBERS[path] // V))
+    edges = [N * i // parts for i in range(parts + 1)] if N else []
+    buffer = like.new_empty(planes * (-(-N // max(1, parts))) * V, dtype=dtype)
+    return [
+        (slice(start, stop), buffer[: planes * (stop - start) * V].view(planes, stop - start, V))
+        for start, stop in itertools.pairwise(edges)
+    ]
 
 
 # Token log-probability from logits
-
-
-def _chunks(N: int, V: int, path: str) -> list[slice]:
-    step = max(1, CHUNK_NUMBERS[path] // V)
-    return [slice(start, min(N, start + step)) for start in range(0, N, step)]
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -348,15 +369,15 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Float[Tensor, "N V"], tokens: Int[Tensor, "N"], temperature: float):
-        ctx.temperature, ctx.path = temperature, path_taken(logits)
         ctx.set_materialize_grads(False)
-        if ctx.path == "triton":
-            rows = _rows_triton(logits, None, tokens, 1 / temperature)
+        if path_taken(logits) == "triton":
+            rows = _rows_triton([logits], tokens, temperature)
         else:
-            rows = logits.new_empty(2, len(tokens), dtype=_statistics_dtype(logits.dtype))
-            for part in _chunks(*logits.shape, ctx.path):
-                x = logits[part].to(rows.dtype)
-                (rows[0, part], rows[1, part], _) = _distribution(x / temperature, tokens[part])[1]
+            rows = logits.new_empty(7, len(tokens), dtype=_statistics_dtype(logits.dtype))
+            for part, planes in _chunks(*logits.shape, 1, logits):
+                planes[1] = logits[part]
+                rows[:, part] = _rows_torch(planes, tokens[part], temperature)
+        ctx.temperature = temperature
         ctx.save_for_backward(logits, tokens, rows)
         return rows[0].clone(), rows[1].clone()
 
@@ -364,15 +385,14 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *g):
         logits, tokens, rows = ctx.saved_tensors
-        g = (*g, None)  # there is no KL
-        coefficients = _coefficients(g, rows, tokens)
-        dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        if ctx.path == "triton":
-            return _dlogits_triton(logits, None, tokens, rows, coefficients, 1 / ctx.temperature, dlogits), None, None
-        coefficients /= ctx.temperature
-        for part in _chunks(*logits.shape, ctx.path):
-            chunk, _ = _distribution(logits[part].to(rows.dtype) / ctx.temperature, tokens[part])
-            dlogits[part] = _dlogits_torch(chunk, coefficients[:, part], tokens[part], g)
+        coefficients = _coefficients((*g, None), rows, tokens)  # there is no KL
+        dlogits = torch.empty_like(logits)
+        if path_taken(logits) == "triton":
+            return _dlogits_triton([logits], tokens, rows, coefficients, ctx.temperature, out=dlogits), None, None
+        for part, planes in _chunks(*logits.shape, 1, logits):
+            planes[1] = logits[part]
+            _rows_torch(planes, tokens[part], ctx.temperature)
+            dlogits[part] = _dlogits_torch(planes, tokens[part], coefficients[:, part], ctx.temperature)
         return dlogits, None, None
 
 
@@ -386,11 +406,10 @@ def token_logprobs(
     """
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: shape {tuple(logits.shape)}, expected [..., V]")
-    _check("logits", logits, logits.shape, logits)
     V = logits.shape[-1]
-    _check_tokens(tokens, logits.shape[:-1], V, temperature, logits)
-    flat = logits.reshape(-1, V)
-    flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+    _check("logits", logits, logits.shape, logits.device, FLOATS)
+    _check_tokens(tokens, logits.shape[:-1], V, temperature, logits.device)
+    flat = logits.reshape(-1, V).contiguous()
     logprobs, entropy = _TokenLogprobs.apply(flat, tokens.reshape(-1).long(), temperature)
     return logprobs.view(tokens.shape), entropy.view(tokens.shape)
 
@@ -398,21 +417,19 @@ def token_logprobs(
 # Token log-probability from hidden states
 
 
-def _chunk_logits(hidden, unembed, bias, reference, part: slice) -> tuple[Tensor, Tensor | None]:
-    """Logits of a chunk, of the policy and, where there is one, of the reference (hidden, unembed, bias)."""
-    x = torch.nn.functional.linear(hidden[part], unembed, bias)
-    return x, torch.nn.functional.linear(reference[0][part], *reference[1:]) if reference else None
-
-
-def _chunk_rows(x: Tensor, y: Tensor | None, tokens: Int[Tensor, "n"], temperature: float, path: str):
-    """What the backward pass of a chunk needs, and its rows (log p, H, KL first); may write over x and y."""
-    if path == "triton":
-        return (x, y), _rows_triton(x, y, tokens, 1 / temperature)
-    x, y = (None if one is None else one.to(_statistics_dtype(one.dtype)) for one in (x, y))
-    if temperature != 1:
-        x, y = x.div_(temperature), None if y is None else y.div_(temperature)
-    chunk, rows = _distribution(x, tokens, y)
-    return chunk, torch.stack([row for row in rows if row is not None])
+def _chunk_rows(planes: Tensor, part: slice, heads: list, tokens: Int[Tensor, "N"], temperature: float) -> Tensor:
+    """Rows of a part of the tokens, whose planes are written. A head is (hidden, unembed, bias): policy, reference."""
+    logits = planes[-len(heads) :]
+    for x, (hidden, unembed, bias) in zip(logits, heads, strict=True):
+        if x.dtype != hidden.dtype:
+            x.copy_(torch.nn.functional.linear(hidden[part], unembed, bias))
+        elif bias is None:
+            torch.mm(hidden[part], unembed.t(), out=x)
+        else:
+            torch.addmm(bias, hidden[part], unembed.t(), out=x)
+    if path_taken(heads[0][0]) == "triton":
+        return _rows_triton(list(logits), tokens[part], temperature)
+    return _rows_torch(planes, tokens[part], temperature)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
@@ -423,58 +440,53 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     GPU: U is read once a chunk, so small chunks are bound by bandwidth; a larger CHUNK_NUMBERS trades memory for time.
 
     Backward recomputes the logits, chunk by chunk; only the last chunk is still there from the forward pass. But where
-    h alone wants a gradient (LoRA), dx U is linear in p, p log p and p log(p/q): the torch path multiplies these by U
-    in the forward pass, for as many matmuls in all, and saves the second softmax.
+    h alone wants a gradient (LoRA), the torch path multiplies its planes by U in the forward pass, see `_combine`:
+    as many matmuls in all, and no second softmax.
     """
 
     @staticmethod
     def forward(ctx, hidden, unembed, bias, tokens, temperature, reference, differentiable):
         ctx.set_materialize_grads(False)
-        ctx.temperature, ctx.path = temperature, path_taken(hidden)
-        ctx.parts = _chunks(len(hidden), len(unembed), ctx.path)
+        heads = [(hidden, unembed, bias), *([reference] if reference else [])]
+        parts = _chunks(len(hidden), len(unembed), len(heads), hidden)
+        rows = hidden.new_empty(7, len(hidden), dtype=_statistics_dtype(hidden.dtype))
         only_hidden = ctx.needs_input_grad[:3] == (True, False, False)
-        ctx.early = differentiable and only_hidden and ctx.path == "torch" and len(ctx.parts) > 1
-        count = 2 if reference is None else 3  # log p, H and perhaps KL
-        rows = torch.zeros(7 if ctx.path == "triton" else count, len(hidden), device=hidden.device)
-        rows = rows.to(_statistics_dtype(hidden.dtype))
-        early = hidden.new_empty(count, *hidden.shape) if ctx.early else None
-        last = None
-        for part in ctx.parts:
-            last = None  # one chunk at a time in memory
-            logits = _chunk_logits(hidden, unembed, bias, reference, part)
-            last, rows[:, part] = _chunk_rows(*logits, tokens[part], temperature, ctx.path)
-            logits = None
-            if ctx.early:
-                for slopes, product in zip(early, last, strict=False):
-                    torch.mm(product.to(hidden.dtype), unembed, out=slopes[part])
-        ctx.last = last if differentiable and not ctx.early else None
+        early = None
+        if differentiable and only_hidden and len(parts) > 1 and path_taken(hidden) == "torch":
+            early = rows.new_empty(len(heads) + 1, *hidden.shape)
+        for part, planes in parts:
+            rows[:, part] = _chunk_rows(planes, part, heads, tokens, temperature)
+            if early is not None:
+                products = torch.mm(planes.flatten(0, 1).to(hidden.dtype), unembed)
+                early[:, part] = products.view(*planes.shape[:2], -1)
+        ctx.temperature, ctx.parts = temperature, parts if differentiable and early is None else None
         ctx.save_for_backward(hidden, unembed, bias, tokens, rows, early, *(reference or ()))
-        return tuple(row.clone() for row in rows[:count]) if count == 3 else (rows[0].clone(), rows[1].clone(), None)
+        return rows[0].clone(), rows[1].clone(), rows[2].clone() if reference else None
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *g):
         hidden, unembed, bias, tokens, rows, early, *reference = ctx.saved_tensors
         coefficients = _coefficients(g, rows, tokens)
-        if ctx.path == "torch":
-            coefficients /= ctx.temperature  # the kernel does this by itself
-        if ctx.early:
-            return _early_gradient(early, unembed, coefficients.to(hidden.dtype), tokens, g), *[None] * 6
-        last, ctx.last = ctx.last, None  # dx is written over it, so it serves one backward pass
+        if early is not None:
+            dhidden = _combine(early, coefficients, ctx.temperature, out=torch.empty_like(early[0]))
+            dhidden.addcmul_(unembed[tokens.clamp(min=0)], coefficients[0, :, None], value=1 / ctx.temperature)
+            return dhidden.to(hidden.dtype), *[None] * 6
+        heads = [(hidden, unembed, bias), *([reference] if reference else [])]
+        parts, still_there, ctx.parts = ctx.parts, ctx.parts is not None, None  # dx is written over the last chunk
         wants_hidden, wants_unembed, wants_bias = ctx.needs_input_grad[:3]
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dunembed = torch.zeros_like(unembed, dtype=rows.dtype) if wants_unembed else None
         dbias = torch.zeros_like(bias, dtype=rows.dtype) if wants_bias else None
-        for part in reversed(ctx.parts):
-            if last is None:
-                last = _chunk_logits(hidden, unembed, bias, reference, part)
-                if ctx.path == "torch":
-                    last, _ = _chunk_rows(*last, tokens[part], ctx.temperature, ctx.path)
-            if ctx.path == "triton":
-                ours = rows[:, part].contiguous(), coefficients[:, part].contiguous()
-                dx = _dlogits_triton(*last, tokens[part], *ours, 1 / ctx.temperature, out=last[0])
+        for part, planes in reversed(parts or _chunks(len(hidden), len(unembed), len(heads), hidden)):
+            if not still_there:
+                _chunk_rows(planes, part, heads, tokens, ctx.temperature)
+            still_there = False
+            if path_taken(hidden) == "triton":
+                ours = tokens[part], rows[:, part], coefficients[:, part], ctx.temperature
+                dx = _dlogits_triton(list(planes), *ours, out=planes[0])
             else:
-                dx = _dlogits_torch(last, coefficients[:, part], tokens[part], g).to(hidden.dtype)
+                dx = _dlogits_torch(planes, tokens[part], coefficients[:, part], ctx.temperature).to(hidden.dtype)
             if wants_hidden:
                 torch.mm(dx, unembed, out=dhidden[part])
             if wants_unembed and dx.dtype == dunembed.dtype:
@@ -483,30 +495,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 dunembed += dx.t() @ hidden[part]
             if wants_bias:
                 dbias += dx.sum(0, dtype=dbias.dtype)
-            last = dx = None
         dunembed, dbias = (None if d is None else d.to(hidden.dtype) for d in (dunembed, dbias))
         return dhidden, dunembed, dbias, None, None, None, None
-
-
-def _early_gradient(early: Float[Tensor, "k N D"], unembed, coefficients, tokens, g: tuple) -> Float[Tensor, "N D"]:
-    """dx U of `_coefficients`, from p U, (p log p) U and (p log(p/q)) U."""
-    g_l, a, g_H, g_KL = coefficients.unsqueeze(-1)
-    dhidden = early[0] * a
-    if g[0] is not None:
-        dhidden.addcmul_(unembed[tokens.clamp(min=0)], g_l)
-    if g[1] is not None:
-        dhidden.addcmul_(early[1], g_H, value=-1)
-    if g[2] is not None:
-        dhidden.addcmul_(early[2], g_KL)
-    return dhidden
-
-
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under torch.autocast a matmul casts its inputs; so does an operation that consists of matmuls."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [None if one is None else one.to(torch.get_autocast_dtype(device)) for one in tensors]
 
 
 def linear_token_logprobs(
@@ -530,22 +520,23 @@ def linear_token_logprobs(
     )
     if hidden.dim() == 0 or unembed.dim() != 2:
         raise ValueError(f"unembed: shape {tuple(unembed.shape)}, expected [V, D], and hidden [..., D]")
-    V, D = unembed.shape
-    _check("hidden", hidden, (*hidden.shape[:-1], D), hidden)
-    _check("unembed", unembed, (V, D), hidden)
-    _check_tokens(tokens, hidden.shape[:-1], V, temperature, hidden)
-    if bias is not None:
-        _check("bias", bias, (V,), hidden)
+    (V, D), device = unembed.shape, hidden.device
+    _check("hidden", hidden, (*hidden.shape[:-1], D), device, FLOATS)
+    _check("unembed", unembed, (V, D), device, (hidden.dtype,))
+    _check("bias", bias, (V,), device, (hidden.dtype,))
+    _check_tokens(tokens, hidden.shape[:-1], V, temperature, device)
+    if ref_hidden is None and ref_unembed is not None:
+        raise ValueError("ref_hidden: None, expected hidden states beside ref_unembed")
+    if ref_unembed is None and ref_bias is not None:
+        raise ValueError("ref_unembed: None, expected a matrix beside ref_bias")
     reference = None
     if ref_hidden is not None:
         ref_unembed, ref_bias = (unembed, bias) if ref_unembed is None else (ref_unembed, ref_bias)
-        _check("ref_unembed", ref_unembed, (V, ref_unembed.shape[-1]), hidden)
-        _check("ref_hidden", ref_hidden, (*tokens.shape, ref_unembed.shape[-1]), hidden)
-        if ref_bias is not None:
-            _check("ref_bias", ref_bias, (V,), hidden)
-        reference = ref_hidden.detach().reshape(-1, ref_hidden.shape[-1]), ref_unembed, ref_bias
-    elif ref_unembed is not None or ref_bias is not None:
-        raise ValueError("ref_hidden: None, expected hidden states beside ref_unembed or ref_bias")
+        D_ref = ref_hidden.shape[-1]
+        _check("ref_hidden", ref_hidden, (*tokens.shape, D_ref), device, (hidden.dtype,))
+        _check("ref_unembed", ref_unembed, (V, D_ref), device, (hidden.dtype,))
+        _check("ref_bias", ref_bias, (V,), device, (hidden.dtype,))
+        reference = ref_hidden.detach().reshape(-1, D_ref), ref_unembed, ref_bias
     inputs = hidden.reshape(-1, D), unembed, bias
     differentiable = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs)
     outputs = _LinearTokenLogprobs.apply(*inputs, tokens.reshape(-1).long(), temperature, reference, differentiable)
@@ -570,7 +561,7 @@ def lora_linear_reference(
 
 @kernel
 def lora_linear_kernel(
-    x_ptr,  # [N, K], rows contiguous
+    x_ptr,  # [N, K] contiguous
     w_ptr,  # [M, K], any strides: nn.Linear's, or the transposed view of Conv1D's
     bias_ptr,  # [M]; read only with HAS_BIAS
     a_ptr,  # [R, K] contiguous
@@ -580,7 +571,6 @@ def lora_linear_kernel(
     N,
     M,
     K,
-    stride_xn,
     stride_wm,
     stride_wk,
     scale,
@@ -610,7 +600,7 @@ def lora_linear_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + inner
         # other=0: what lies past an edge adds nothing to a sum
-        x = tl.load(x_ptr + rows[:, None] * stride_xn + k, mask=(rows[:, None] < N) & (k < K), other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * K + k, mask=(rows[:, None] < N) & (k < K), other=0.0)
         w = tl.load(w_ptr + k[:, None] * stride_wk + cols * stride_wm, mask=(k[:, None] < K) & (cols < M), other=0.0)
         a = tl.load(a_ptr + ranks * K + k[:, None], mask=(ranks < R) & (k[:, None] < K), other=0.0)
         out = tl.dot(x, w, out, input_precision=PRECISION)
@@ -644,8 +634,8 @@ def _lora_triton(x, weight, bias, lora_a, lora_b, scale: float) -> tuple[Float[T
     grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(M, config["BLOCK_M"]),)
     exact = torch.get_float32_matmul_precision() == "highest"  # as torch's own matmul decides
     lora_linear_kernel[grid](
-        *(x, weight, x if bias is None else bias, lora_a.contiguous(), lora_b.contiguous(), out, xa),
-        *(N, M, K, x.stride(0), *weight.stride(), scale),
+        *(x.contiguous(), weight, x if bias is None else bias, lora_a.contiguous(), lora_b.contiguous(), out, xa),
+        *(N, M, K, *weight.stride(), scale),
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if exact else "tf32",
         **config,
@@ -663,7 +653,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         if path_taken(x) == "triton" and len(a) <= MAX_RANK:
-            out, xa = _lora_triton(x if x.stride(1) == 1 else x.contiguous(), weight, bias, a, b, scale)
+            out, xa = _lora_triton(x, weight, bias, a, b, scale)
         else:
             xa = x @ a.t()
             out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
@@ -706,170 +696,122 @@ def lora_linear(
     if x.dim() == 0 or weight.dim() != 2 or lora_a.dim() != 2:
         shapes = [tuple(one.shape) for one in (x, weight, lora_a)]
         raise ValueError(f"x, weight, lora_a: shapes {shapes}, expected [..., K], [M, K], [R, K]")
-    M, K = weight.shape
-    R = len(lora_a)
-    _check("x", x, (*x.shape[:-1], K), x)
-    _check("weight", weight, (M, K), x)
-    if bias is not None:
-        _check("bias", bias, (M,), x)
-    _check("lora_a", lora_a, (R, K), x, dtype=False)
-    _check("lora_b", lora_b, (M, R), x, dtype=False)
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError("weight: requires a gradient, expected weight and bias frozen")
+    (M, K), R, device = weight.shape, len(lora_a), x.device
+    _check("x", x, (*x.shape[:-1], K), device, FLOATS)
+    _check("weight", weight, (M, K), device, (x.dtype,))
+    _check("bias", bias, (M,), device, (x.dtype,))
+    _check("lora_a", lora_a, (R, K), device, FLOATS)
+    _check("lora_b", lora_b, (M, R), device, FLOATS)
+    for name, one in (("weight", weight), ("bias", bias)):
+        if one is not None and one.requires_grad:
+            raise ValueError(f"{name}: requires a gradient, expected to be frozen")
     return _LoraLinear.apply(x.reshape(-1, K), weight, bias, lora_a, lora_b, scale).view(*x.shape[:-1], M)
 
 
 # python kernels.py: the report
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _seconds(*functions, repeats: int = 5) -> list[list[float]]:
-    """Medians of each function's laps; the functions alternate, so that a slow minute of the machine hits all."""
-    laps = [[function() for function in functions] for _ in range(repeats + 1)][1:]
-    return [
-        [statistics.median(lap) for lap in zip(*laps_of_one, strict=True)] for laps_of_one in zip(*laps, strict=True)
-    ]
-
-
-def _timed(function, inputs: list[Tensor]):
-    """A function that returns the seconds of a forward pass alone, and of forward and backward together: gradients
-    that are computed in the forward pass have no time of their own."""
-
-    def laps() -> tuple[float, float]:
-        _synchronize()
+def _seconds(*functions) -> list[float]:
+    """Median of three laps of each; the functions alternate, so that a slow minute of the machine hits all."""
+    laps = []
+    for function in functions * 4:  # the first lap warms up
         start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        laps.append(time.perf_counter() - start)
+    return [statistics.median(laps[len(functions) + i :: len(functions)]) for i in range(len(functions))]
+
+
+def _run(function, inputs: list[Tensor], backward: bool) -> list[Tensor]:
+    """The outputs; with `backward`, the gradients of their sum."""
+    if not backward:
         with torch.no_grad():
-            function(*inputs)
-        _synchronize()
-        middle = time.perf_counter()
-        torch.autograd.grad(sum(one.float().sum() for one in function(*inputs) if one is not None), inputs)
-        _synchronize()
-        return middle - start, time.perf_counter() - middle
-
-    return laps
+            return list(function(*inputs))
+    leaves = [one.detach().requires_grad_() for one in inputs]
+    return list(torch.autograd.grad(sum(one.float().sum() for one in function(*leaves)), leaves))
 
 
-def _error(function, reference, inputs: list[Tensor]) -> tuple[float, float]:
-    """Largest error of values and of gradients against the reference in float64, relative to the largest number."""
-    results = []
-    for f, cast in ((function, lambda one: one), (reference, torch.Tensor.double)):
-        leaves = [cast(one.detach()).requires_grad_() for one in inputs]
-        outputs = [one for one in f(*leaves) if one is not None]
-        gradients = torch.autograd.grad(sum(one.double().sum() for one in outputs), leaves)
-        results.append(([one.detach().double() for one in outputs], [one.double() for one in gradients]))
-    ours, truth = results
-    pairs = (zip(*two, strict=True) for two in zip(ours, truth, strict=True))
-    return tuple(max(((a - b).abs().max() / b.abs().max()).item() for a, b in two) for two in pairs)
-
-
-def _cases(device: str, dtype: torch.dtype):
-    """Per operation: name, function, reference, inputs, unit, and work of forward and of both passes."""
-    N, V, D = (8192, 50257, 1024) if device == "cuda" else (256, 50257, 768)
-    L, R = (4096, 16) if device == "cuda" else (1024, 16)
-
-    def draw(*shape):
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    tokens, unembed, weight = torch.randint(V, (N,), device=device), draw(V, D) / D**0.5, draw(L, L) / L**0.5
-    size, head = dtype.itemsize * N * V / 1e9, 2 * N * V * D / 1e12
-    head_of = lambda function: lambda h: function(h, unembed.to(h.dtype), tokens)  # noqa: E731
-    lora_of = lambda function: lambda x, a, b: (function(x, weight.to(x.dtype), None, a, b, 2.0),)  # noqa: E731
-    return [
-        ("token_logprobs", lambda f: lambda x: f(x, tokens), token_logprobs, token_logprobs_reference, [draw(N, V)],
-         "GB/s", size, 3 * size),
-        ("linear_token_logprobs", head_of, linear_token_logprobs, linear_token_logprobs_reference, [draw(N, D)],
-         "TFLOP/s", head, 2 * head),
-        ("lora_linear", lora_of, lora_linear, lora_linear_reference, [draw(L, L), draw(R, L), draw(L, R)],
-         "TFLOP/s", 2 * L**3 / 1e12, 4 * L**3 / 1e12),
-    ]  # fmt: skip
+def _error(results: list[Tensor], truth: list[Tensor]) -> str:
+    """The largest error of all, each relative to the largest number of its tensor."""
+    return f"{max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truth, strict=True)):.0e}"
 
 
 def report_speed(console, device: str, dtype: torch.dtype) -> None:
-    big = torch.empty(1 << (28 if device == "cuda" else 26), dtype=torch.float32, device=device)
-    side = 8192 if device == "cuda" else 2048
-    square = torch.randn(side, side, device=device, dtype=dtype)
+    """Each operation beside its reference, and as a share of what a large copy and a large matmul reach here."""
 
-    def lap(function):
-        def laps():
-            _synchronize()
-            start = time.perf_counter()
-            function()
-            _synchronize()
-            return (time.perf_counter() - start,)
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
 
-        return laps
-
-    target = torch.empty_like(big)
-    [[copy], [matmul]] = _seconds(lap(lambda: target.copy_(big)), lap(lambda: square @ square))
-    ceiling = {"GB/s": 2 * big.numel() * 4 / 1e9 / copy, "TFLOP/s": 2 * len(square) ** 3 / 1e12 / matmul}
+    N, V, D, L, side = (8192, 50257, 1024, 4096, 8192) if device == "cuda" else (256, 50257, 768, 1024, 2048)
+    tokens, unembed, weight = torch.randint(V, (N,), device=device), draw(V, D) / D**0.5, draw(L, L) / L**0.5
+    square, source, target = draw(side, side), *torch.empty(2, 4 * side**2, device=device)
+    copy, matmul = _seconds(lambda: target.copy_(source), lambda: square @ square)
+    ceiling = {"GB/s": 2 * 4 * len(source) / 1e9 / copy, "TFLOP/s": 2 * side**3 / 1e12 / matmul}
+    numbers, head, layer = dtype.itemsize * N * V / 1e9, 2 * N * V * D / 1e12, 2 * L**3 / 1e12  # GB, TFLOP, TFLOP
+    operations = [  # name, what to call, inputs, unit, work of the forward pass and of both
+        ("token_logprobs", lambda f, x: f(x, tokens), [draw(N, V)], "GB/s", (numbers, 3 * numbers)),
+        (
+            *("linear_token_logprobs", lambda f, h: f(h, unembed.to(h.dtype), tokens)[:2]),
+            *([draw(N, D)], "TFLOP/s", (head, 2 * head)),
+        ),
+        (
+            *("lora_linear", lambda f, x, a, b: [f(x, weight.to(x.dtype), None, a, b, 2.0)]),
+            *([draw(L, L), draw(16, L) / L**0.5, draw(L, 16)], "TFLOP/s", (layer, 2 * layer)),
+        ),
+    ]
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     title = f"{name}, {str(dtype)[6:]}: copies {ceiling['GB/s']:.0f} GB/s, multiplies {ceiling['TFLOP/s']:.2f} TFLOP/s"
-    table = rich.table.Table(
-        "operation",
-        "pass",
-        "error",
-        "torch's",
-        "ms",
-        "torch's",
-        "rate",
-        "torch's",
-        "of ceiling",
-        title=title,
-        padding=0,
-    )
-    for operation, wrap, function, reference, inputs, unit, *works in _cases(device, dtype):
-        inputs = [one.requires_grad_() for one in inputs]
-        errors = [_error(wrap(f), wrap(reference), inputs) for f in (function, reference)]
-        times = _seconds(_timed(wrap(function), inputs), _timed(wrap(reference), inputs), repeats=3)
-        for i, (lap_name, work) in enumerate(zip(("forward", "+ backward"), works, strict=True)):
-            rates = [work / one[i] for one in times]
-            table.add_row(
-                *(operation, lap_name), *(f"{one[i]:.0e}" for one in errors),
-                *(f"{1e3 * one[i]:.1f}" for one in times), f"{rates[0]:.3g} {unit}", f"{rates[1]:.3g}",
-                f"{rates[0] / ceiling[unit]:.0%}",
-            )  # fmt: skip
+    columns = "operation", "pass", "error", "torch's", "ms", "torch's", "rate", "torch's", "of ceiling"
+    table = rich.table.Table(*columns, title=title, padding=0)
+    for (operation, call, inputs, unit, works), backward in itertools.product(operations, (False, True)):
+        ours, plain = (functools.partial(call, globals()[operation + suffix]) for suffix in ("", "_reference"))
+        truth = _run(plain, [one.double() for one in inputs], backward)
+        errors = [_error(_run(f, inputs, backward), truth) for f in (ours, plain)]
+        del truth
+        times = _seconds(*(functools.partial(_run, f, inputs, backward) for f in (ours, plain)))
+        rates = [works[backward] / one for one in times]
+        speeds = f"{rates[0]:.3g} {unit}", f"{rates[1]:.3g}", f"{rates[0] / ceiling[unit]:.0%}"
+        milliseconds = (f"{1e3 * one:.1f}" for one in times)
+        table.add_row(operation, "and backward" if backward else "forward", *errors, *milliseconds, *speeds)
     console.print(table)
 
 
 def measure_memory(which: str) -> tuple[float, float]:
     """MB above the inputs and seconds of forward and backward, 4,096 tokens x 768, V = 50,257; in its own process."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    hidden, unembed = torch.randn(4096, 768, device=device), torch.randn(50257, 768, device=device).div_(28)
-    tokens, ref = torch.randint(50257, (4096,), device=device), hidden + 0.1
-    hidden.requires_grad_()
+    cuda = torch.cuda.is_available()
+    with torch.device("cuda" if cuda else "cpu"):
+        hidden, unembed, tokens = (
+            torch.randn(4096, 768),
+            torch.randn(50257, 768).div_(28),
+            torch.randint(50257, (4096,)),
+        )
+    ref_hidden = hidden + 0.1 if which == "kl" else None
     function = linear_token_logprobs_reference if which == "plain" else linear_token_logprobs
-    (torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)).sum().item()  # the library's own buffers
+    (unembed[:64] @ unembed[:64].T).sum().item()  # the library's own buffers
 
     def peak() -> int:
-        if device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return torch.cuda.max_memory_allocated() if cuda else resident
 
     before, start = peak(), time.perf_counter()
-    outputs = function(hidden, unembed, tokens, ref_hidden=ref if which == "kl" else None)
+    outputs = function(hidden.requires_grad_(), unembed, tokens, ref_hidden=ref_hidden)
     sum(one.sum() for one in outputs if one is not None).backward()
-    _synchronize()
+    hidden.grad[0, 0].item()  # waits for the device
     return (peak() - before) / 1e6, time.perf_counter() - start
 
 
 def report_memory(console) -> None:
-    table = rich.table.Table(
-        "4,096 x 768, V = 50,257, float32, forward and backward", "peak MB", "seconds", "memory", "time"
-    )
-    names = {"plain": "plain torch", "chunks": "linear_token_logprobs", "kl": "  with exact KL"}
+    title = "4,096 x 768, V = 50,257, float32, forward and backward"
+    table = rich.table.Table("", "peak MB", "seconds", "memory", "time", title=title)
     measured = {}
-    for which in names:
+    for which, name in {"plain": "plain torch", "own": "linear_token_logprobs", "kl": "  with exact KL"}.items():
         run = subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True)
         measured[which] = [float(number) for number in run.stdout.split()]
-    for which, name in names.items():
         ratios = (f"{one / plain:.2f}x" for one, plain in zip(measured[which], measured["plain"], strict=True))
         table.add_row(name, *(f"{one:.1f}" for one in measured[which]), *ratios)
     console.print(table)
-    console.print(f"exact KL takes {measured['kl'][1] / measured['chunks'][1]:.2f} times as long as log p and H alone")
+    console.print(f"exact KL takes {measured['kl'][1] / measured['own'][1]:.2f} times as long as log p and H alone")
 
 
 if __name__ == "__main__":
@@ -882,7 +824,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(*measure_memory(sys.argv[1]))
     else:
-        found = "cuda" if torch.cuda.is_available() else "cpu"
         console = rich.console.Console(width=100)
         report_memory(console)  # first: a child process starts from its parent's peak
-        report_speed(console, found, torch.bfloat16 if found == "cuda" else torch.float32)
+        on_gpu = torch.cuda.is_available()
+        report_speed(console, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)

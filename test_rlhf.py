@@ -28,9 +28,14 @@ import tokenizers
 import torch
 import transformers
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import
 
 import kernels
 import rlhf
+from kernels import linear_token_logprobs, lora_linear, token_logprobs
 from rlhf import Evaluation, LoRALinear, ReplayMemory, RLHFArgs, RLHFTrainer, SettingError, TransformerWithValueHead
 
 pytestmark = [pytest.mark.filterwarnings("error:::rlhf"), pytest.mark.filterwarnings("error:::kernels")]
@@ -926,8 +931,8 @@ results = {}
 for algo, group, average in (("ppo", 12, "sequence"), ("grpo", 4, "token"), ("rloo", 12, "token")):
     args = rlhf.RLHFArgs(
         base_model=base, algo=algo, lora=True, reward=("char:e",), batch_size=12, group_size=group, gen_len=6,
-        device="cpu", num_minibatches=1, batches_per_learning_phase=1, total_phases=3, warmup_steps=0, loss_average=average, temperature=1.5,
-        run_dir=rlhf.Path(out, algo),
+        device="cpu", num_minibatches=1, batches_per_learning_phase=1, total_phases=3, warmup_steps=0,
+        loss_average=average, temperature=1.5, run_dir=rlhf.Path(out, algo),
     )
     trainer = rlhf.RLHFTrainer(args)
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
@@ -1077,3 +1082,610 @@ def test_model_directories_that_cannot_be_loaded(gpt2, tmp_path):
             path.write_bytes(path.read_bytes()[:2000]) if path.suffix == ".safetensors" else path.unlink()
         with pytest.raises(SettingError, match=match):
             TransformerWithValueHead(str(broken))
+
+
+# ---- kernels.py ------------------------------------------------------------------------------------------------------
+# Truth is float64, or sums over the vocabulary written out. A kernel runs on the GPU, or else in Triton's interpreter.
+
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed (it exists for Linux alone)")
+CUDA = torch.cuda.is_available()
+ARGUMENTS = ["hidden", "unembed", "tokens", "bias", "temperature", "ref_hidden", "ref_unembed", "ref_bias"]
+
+
+def on_path(path: str):
+    """A context in which tensors of `device_of(path)` take this path."""
+    return kernels.interpreted() if path == "triton" and not CUDA else contextlib.nullcontext()
+
+
+def device_of(path: str) -> str:
+    return "cuda" if path == "triton" and CUDA else "cpu"
+
+
+def draw(*shape, dtype=torch.float32, device="cpu", layout="plain", scale=1.0):
+    """Random numbers; `layout` strided takes every second row and column of a larger tensor, transposed is Conv1D's."""
+    if layout == "strided":
+        big = torch.randn(*(2 * size for size in shape)) * scale
+        return big.to(device, dtype)[tuple(slice(None, None, 2) for _ in shape)]
+    if layout == "transposed":
+        return (torch.randn(*shape[::-1]) * scale).to(device, dtype).t()
+    return (torch.randn(*shape) * scale).to(device, dtype)
+
+
+def values_and_gradients(function, inputs: dict, wanted: list[str], cast=lambda one: one) -> list[torch.Tensor]:
+    """Outputs, and gradients of a fixed random combination of them, in float64."""
+    leaves = {name: cast(one.detach()) if torch.is_tensor(one) else one for name, one in inputs.items()}
+    for name in wanted:
+        leaves[name] = leaves[name].detach().requires_grad_()
+    outputs = function(**leaves)
+    outputs = [one for one in (outputs if isinstance(outputs, tuple) else (outputs,)) if one is not None]
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(one.shape, generator=generator).to(one.device, one.dtype) for one in outputs]
+    gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], upstream)
+    return [one.detach().double() for one in (*outputs, *gradients)]
+
+
+def to_float64(one: torch.Tensor) -> torch.Tensor:
+    return one.double() if one.is_floating_point() else one
+
+
+def assert_as_good_as_torch(function, reference, truth, inputs: dict, wanted: list[str], path: str) -> None:
+    """The error against float64 is at most that of plain torch in the same dtype and the rounding of the
+    result (of the upstream gradients, about 1, where it is smaller); a quarter more, as either error has its luck."""
+    with on_path(path):
+        ours = values_and_gradients(function, inputs, wanted)
+    plain = values_and_gradients(reference, inputs, wanted)
+    exact = values_and_gradients(truth, inputs, wanted, to_float64)
+    assert len(ours) == len(plain) == len(exact)
+    eps = torch.finfo(next(iter(inputs.values())).dtype).eps
+    for i, (mine, theirs, true) in enumerate(zip(ours, plain, exact, strict=True)):
+        error, scale = (mine - true).abs().max(), true.abs().max().clamp(min=1)
+        allowed = 1.25 * (theirs - true).abs().max() + 2 * eps * scale
+        assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
+        assert true.abs().max() > 0
+
+
+def true_token_logprobs(logits, tokens, temperature=1.0):
+    """The definitions, with no care for masks of -inf or memory."""
+    p = torch.softmax(logits / temperature, -1)
+    kept = (tokens != -100).to(p.dtype)
+    chosen = p.gather(-1, tokens.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
+    return chosen.log() * kept, -torch.special.xlogy(p, p).sum(-1) * kept
+
+
+def true_linear_token_logprobs(
+    hidden, unembed, tokens, bias=None, temperature=1.0, ref_hidden=None, ref_unembed=None, ref_bias=None
+):
+    logits = torch.einsum("...d,vd->...v", hidden, unembed) + (0 if bias is None else bias)
+    outputs = true_token_logprobs(logits, tokens, temperature)
+    if ref_hidden is None:
+        return *outputs, None
+    head, shift = (unembed, bias) if ref_unembed is None else (ref_unembed, ref_bias)
+    ref_logits = (torch.einsum("...d,vd->...v", ref_hidden, head) + (0 if shift is None else shift)).detach()
+    p, log_q = torch.softmax(logits / temperature, -1), torch.log_softmax(ref_logits / temperature, -1)
+    return *outputs, (torch.special.xlogy(p, p) - p * log_q).sum(-1) * (tokens != -100)
+
+
+def true_lora_linear(x, weight, bias, lora_a, lora_b, scale):
+    return x @ (weight + scale * lora_b @ lora_a).T + (0 if bias is None else bias)
+
+
+# -- as exact as plain torch
+
+LOGITS_CASES = [
+    # leading shape, V, dtype, temperature, layout
+    ((255,), 507, torch.float32, 1.0, "plain"),
+    ((255,), 507, torch.float16, 0.7, "plain"),
+    ((3, 5), 123, torch.bfloat16, 1.3, "plain"),
+    ((7,), 2, torch.float32, 1.0, "plain"),
+    ((7,), 1, torch.float32, 1.0, "plain"),
+    ((2, 3, 4), 33, torch.float32, 2.0, "strided"),
+    ((31,), 63, torch.float32, 1.0, "transposed"),
+    ((5,), 2047, torch.float32, 1.0, "plain"),
+    ((5,), 2048, torch.float16, 1.0, "plain"),
+    ((5,), 2049, torch.float32, 0.5, "plain"),
+    ((3,), 5000, torch.bfloat16, 1.0, "strided"),
+    ((), 11, torch.float32, 1.0, "plain"),
+    ((2,), 262144, torch.float32, 1.0, "plain"),
+]
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(("leading", "V", "dtype", "temperature", "layout"), LOGITS_CASES)
+def test_token_logprobs_is_as_exact_as_plain_torch(path, leading, V, dtype, temperature, layout):
+    if path == "triton" and not CUDA and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter holds bfloat16 as integers")
+    torch.manual_seed(0)
+    if path == "triton" and not CUDA:
+        leading = tuple(min(size, 9) for size in leading)  # the interpreter is slow
+    logits = draw(*leading, V, dtype=dtype, device=device_of(path), layout=layout, scale=3.0)
+    tokens = torch.randint(V, leading, device=logits.device)
+    if leading:
+        tokens.view(-1)[-1] = V - 1
+        tokens.view(-1)[1::4] = -100
+    inputs = {"logits": logits, "tokens": tokens, "temperature": temperature}
+    if V == 1:  # certain: log p = H = 0, and so is the gradient
+        with on_path(path):
+            results = values_and_gradients(token_logprobs, inputs, ["logits"])
+        assert all(one.abs().max() == 0 for one in results)
+        return
+    functions = token_logprobs, kernels.token_logprobs_reference, true_token_logprobs
+    assert_as_good_as_torch(*functions, inputs, ["logits"], path)
+
+
+LINEAR_CASES = [
+    # leading shape, D, V, dtype, temperature, bias, reference (None, shared head, own head of another width), layout
+    ((255,), 123, 507, torch.float32, 1.0, False, None, "plain"),
+    ((255,), 123, 507, torch.float32, 1.0, False, "shared", "plain"),
+    ((255,), 123, 507, torch.float32, 0.7, True, "own", "plain"),
+    ((255,), 123, 507, torch.float16, 1.0, True, None, "plain"),
+    ((255,), 123, 507, torch.float16, 0.7, False, "shared", "plain"),
+    ((255,), 123, 507, torch.bfloat16, 1.3, True, "own", "plain"),
+    ((255,), 123, 507, torch.bfloat16, 1.0, False, None, "plain"),
+    ((2, 3, 4), 16, 33, torch.float32, 2.0, True, "shared", "strided"),
+    ((2, 3, 4), 16, 33, torch.float32, 2.0, False, None, "transposed"),
+    ((7,), 5, 2, torch.float32, 1.0, True, "own", "plain"),
+    ((3,), 8, 2048, torch.float32, 1.0, False, "shared", "plain"),
+    ((3,), 8, 2049, torch.float32, 1.0, True, None, "plain"),
+    ((), 8, 31, torch.float32, 1.0, False, "shared", "plain"),
+    ((2,), 4, 262144, torch.float32, 1.0, False, "shared", "plain"),
+]
+
+
+def linear_inputs(leading, D, V, dtype, temperature, bias, reference, layout, device="cpu") -> dict:
+    torch.manual_seed(0)
+    like = {"dtype": dtype, "device": device}
+    D_ref = D + 3 if reference == "own" else D
+    inputs = {
+        "hidden": draw(*leading, D, **like, layout="strided" if layout == "strided" else "plain"),
+        "unembed": draw(V, D, **like, layout=layout, scale=2 / D**0.5),
+        "tokens": torch.randint(V, leading, device=device),
+        "bias": draw(V, **like) if bias else None,
+        "temperature": temperature,
+        "ref_hidden": draw(*leading, D_ref, **like) if reference else None,
+        "ref_unembed": draw(V, D_ref, **like, layout=layout, scale=2 / D**0.5) if reference == "own" else None,
+        "ref_bias": draw(V, **like) if reference == "own" and bias else None,
+    }
+    if leading:
+        inputs["tokens"].view(-1)[0], inputs["tokens"].view(-1)[-1] = 0, V - 1
+        inputs["tokens"].view(-1)[1::4] = -100
+    return inputs
+
+
+@pytest.mark.parametrize("trained", ["hidden", "all"])
+@pytest.mark.parametrize("path", ["torch", "chunks", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: "-".join(str(one) for one in case))
+def test_linear_token_logprobs_is_as_exact_as_plain_torch(path, case, trained, monkeypatch):
+    leading, D, V, dtype, *rest = case
+    if path == "triton" and not CUDA:
+        if dtype == torch.bfloat16:
+            pytest.skip("Triton's interpreter holds bfloat16 as integers")
+        leading = tuple(min(size, 9) for size in leading)
+    if path != "torch":
+        monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, 4 * V + 1))
+    inputs = linear_inputs(leading, D, V, dtype, *rest, device=device_of(path))
+    wanted = ["hidden"] if trained == "hidden" else ["hidden", "unembed"] + ["bias"] * (inputs["bias"] is not None)
+    reference = kernels.linear_token_logprobs_reference
+    assert_as_good_as_torch(linear_token_logprobs, reference, true_linear_token_logprobs, inputs, wanted, path)
+
+
+LORA_CASES = [
+    # leading shape, K, M, R, dtype, bias, layout of W
+    ((255,), 507, 123, 4, torch.float32, True, "plain"),
+    ((255,), 507, 123, 16, torch.float16, True, "transposed"),
+    ((255,), 507, 123, 32, torch.bfloat16, False, "plain"),
+    ((2, 3, 5), 33, 65, 1, torch.float32, False, "strided"),
+    ((65,), 17, 130, 17, torch.float32, True, "transposed"),
+    ((1,), 1, 1, 1, torch.float32, True, "plain"),
+    ((70,), 40, 70, 40, torch.float32, True, "plain"),  # above MAX_RANK
+    ((), 7, 5, 2, torch.float32, True, "plain"),
+]
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(("leading", "K", "M", "R", "dtype", "bias", "layout"), LORA_CASES)
+def test_lora_linear_is_as_exact_as_plain_torch(path, leading, K, M, R, dtype, bias, layout):
+    if path == "triton" and not CUDA and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter holds bfloat16 as integers")
+    torch.manual_seed(0)
+    like = {"dtype": dtype, "device": device_of(path)}
+    inputs = {
+        "x": draw(*leading, K, **like, layout="strided" if layout == "strided" else "plain"),
+        "weight": draw(M, K, **like, layout=layout, scale=K**-0.5),
+        "bias": draw(M, **like) if bias else None,
+        "lora_a": draw(R, K, **like, scale=K**-0.5),
+        "lora_b": draw(M, R, **like),
+        "scale": 1.7,
+    }
+    functions = lora_linear, kernels.lora_linear_reference, true_lora_linear
+    assert_as_good_as_torch(*functions, inputs, ["x", "lora_a", "lora_b"], path)
+
+
+def test_values_written_out_by_hand():
+    """x = (log 1, log 2, log 5) at T = 1, the reference uniform: p = (1, 2, 5)/8."""
+    p = [1 / 8, 2 / 8, 5 / 8]
+    logits = torch.tensor([1.0, 2.0, 5.0]).log()
+    entropy = -sum(one * math.log(one) for one in p)
+    assert [one.item() for one in token_logprobs(logits, torch.tensor(1))] == pytest.approx([math.log(p[1]), entropy])
+    results = linear_token_logprobs(
+        torch.ones(1), logits[:, None], torch.tensor(2), ref_hidden=torch.zeros(1), temperature=1.0
+    )
+    kl = sum(one * math.log(3 * one) for one in p)
+    assert [one.item() for one in results] == pytest.approx([math.log(p[2]), entropy, kl])
+    squared = linear_token_logprobs(torch.ones(1), logits[:, None], torch.tensor(2), temperature=0.5)  # p² renormalized
+    assert squared[0].item() == pytest.approx(math.log(25 / 30))
+
+
+# -- gradients
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 14])
+def test_gradients_against_finite_differences(chunk, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, chunk))
+    torch.manual_seed(0)
+    tokens = torch.tensor([[0, 6, -100], [3, -100, 2]])
+
+    def leaf(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    ref = {"ref_hidden": leaf(2, 3, 4), "ref_unembed": leaf(7, 4), "ref_bias": leaf(7)}
+    ref = {name: one.detach() for name, one in ref.items()}
+    check = torch.autograd.gradcheck
+    assert check(lambda x: token_logprobs(x, tokens, 0.7), [leaf(2, 3, 7)])
+    assert check(
+        lambda h, u, b: linear_token_logprobs(h, u, tokens, b, 0.7, **ref), [leaf(2, 3, 5), leaf(7, 5), leaf(7)]
+    )
+    fixed = [leaf(7, 5).detach(), tokens, leaf(7).detach(), 1.3]
+    assert check(lambda h: linear_token_logprobs(h, *fixed)[:2], [leaf(2, 3, 5)])
+    shared = leaf(2, 3, 5).detach()
+    assert check(lambda h: linear_token_logprobs(h, *fixed, ref_hidden=shared), [leaf(2, 3, 5)])
+    weight, bias = leaf(4, 6).detach(), leaf(4).detach()
+    inputs = [leaf(2, 3, 6), leaf(2, 6), leaf(4, 2)]
+    assert check(lambda x, a, b: lora_linear(x, weight, bias, a, b, 0.5), inputs)
+    assert check(lambda a, b: lora_linear(inputs[0].detach(), weight.t().contiguous().t(), None, a, b, 0.5), inputs[1:])
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 20])
+def test_each_output_has_its_own_gradient_and_unused_ones_cost_nothing(chunk, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, chunk))
+    inputs = linear_inputs((6,), 4, 9, torch.float64, 1.3, True, "shared", "plain")
+    for trained, output in itertools.product((["hidden"], ["hidden", "unembed", "bias"]), range(3)):
+        results = []
+        for function in (linear_token_logprobs, true_linear_token_logprobs):
+            leaves = {**inputs, **{name: inputs[name].clone().requires_grad_() for name in trained}}
+            one = function(**leaves)[output]
+            results.append(
+                [
+                    one,
+                    *torch.autograd.grad(one @ torch.arange(6.0, dtype=one.dtype), [leaves[name] for name in trained]),
+                ]
+            )
+        for mine, true in zip(*results, strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    inputs = linear_inputs((6,), 4, 9, torch.float32, 1.0, False, "shared", "plain")
+    inputs["hidden"].requires_grad_()
+    loss = sum(one.sum() for one in linear_token_logprobs(**inputs))
+    first, second = (torch.autograd.grad(loss, inputs["hidden"], retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
+
+
+class Recorder(TorchDispatchMode):
+    """The largest storage, in bytes, that any operation makes, and the shapes of all results."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.shapes = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for one in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(one, torch.Tensor):
+                self.largest = max(self.largest, one.untyped_storage().nbytes())
+                self.shapes.add(tuple(one.shape))
+        return result
+
+
+@pytest.mark.parametrize("wanted", [["hidden"], ["unembed"], ["hidden", "unembed", "bias"]])
+@pytest.mark.parametrize("reference", [None, "shared", "own"])
+def test_no_logits_of_all_tokens_exist_in_either_direction(wanted, reference, monkeypatch):
+    N, D, V = 64, 6, 500
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, 4 * V))
+    inputs = linear_inputs((N,), D, V, torch.float32, 0.7, True, reference, "plain")
+    with Recorder() as plain:
+        values_and_gradients(kernels.linear_token_logprobs_reference, inputs, wanted)
+    with Recorder() as ours:
+        values_and_gradients(linear_token_logprobs, inputs, wanted)
+    assert plain.largest >= 4 * N * V  # the recorder sees what it is there to see
+    assert ours.largest <= max(3 * 4 * 4 * V, 8 * V * (D + 3))  # three chunks of 4 rows; one float64 copy of a weight
+
+
+def test_what_asks_for_no_gradient_costs_none():
+    N, D, V = 5, 3, 11
+    inputs = linear_inputs((N,), D, V, torch.float32, 1.0, True, "own", "plain")
+    inputs = {name: one.detach() if torch.is_tensor(one) else one for name, one in inputs.items()}
+    for name in ("hidden", "ref_hidden", "ref_unembed", "ref_bias"):
+        inputs[name] = inputs[name].requires_grad_()
+    with Recorder() as recorder:
+        sum(one.sum() for one in linear_token_logprobs(**inputs)).backward()
+    assert inputs["hidden"].grad is not None
+    assert [inputs[name].grad for name in ("unembed", "bias", "ref_hidden", "ref_unembed", "ref_bias")] == [None] * 5
+    assert (V, D) not in recorder.shapes  # no gradient of the unembedding was made to be thrown away
+    with Recorder() as recorder:
+        inputs["unembed"].requires_grad_()
+        sum(one.sum() for one in linear_token_logprobs(**inputs)).backward()
+    assert (V, D) in recorder.shapes
+    shared = linear_inputs((N,), D, V, torch.float32, 1.0, False, "shared", "plain")
+    unembed = shared["unembed"].requires_grad_()
+    linear_token_logprobs(**shared)[2].sum().backward()
+    frozen = {**shared, "ref_unembed": unembed.detach().clone(), "unembed": unembed.detach().clone().requires_grad_()}
+    true_linear_token_logprobs(**frozen)[2].sum().backward()
+    torch.testing.assert_close(unembed.grad, frozen["unembed"].grad)  # the shared head learns as the policy's alone
+    x, a, b = torch.randn(4, D, requires_grad=True), torch.randn(2, D), torch.randn(V, 2)
+    lora_linear(x, shared["unembed"].detach(), None, a, b, 1.0).sum().backward()
+    assert x.grad is not None and a.grad is None and b.grad is None
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_chunk_boundaries_do_not_show(path, monkeypatch):
+    slow = path == "triton" and not CUDA
+    for V, reference in itertools.product((17,) if slow else (17, 40), (None, "shared", "own")):
+        inputs = linear_inputs((10,), 6, V, torch.float32, 0.9, True, reference, "plain", device_of(path))
+        results = []
+        for rows in (
+            (100, 3, 9.9) if slow else (100, 1, 3, 5, 9.9)
+        ):  # one chunk, one row, the last chunk shorter, all equal, one row left over
+            monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, int(rows * V)))
+            for wanted in (["hidden"], ["hidden", "unembed", "bias"]):
+                with on_path(path):
+                    result = values_and_gradients(linear_token_logprobs, inputs, wanted)
+                results.append(result[: 4 if reference else 3])  # outputs and the gradient of hidden
+        for one in results[1:]:
+            for a, b in zip(results[0], one, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# -- masks and extremes
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("chunk", [1 << 20, 20])
+def test_masked_tokens_give_zero_and_no_gradient(path, chunk, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, chunk))
+    for tokens in (torch.tensor([1, -100, 8, -100]), torch.full((4,), -100)):
+        inputs = linear_inputs((4,), 5, 9, torch.float32, 1.0, True, "shared", "plain", device_of(path))
+        inputs["tokens"], masked = tokens.to(inputs["tokens"].device), (tokens == -100).to(inputs["tokens"].device)
+        inputs["hidden"][1] = 1e30  # what stands at a masked place must not matter
+        hidden = inputs["hidden"].requires_grad_()
+        logits = torch.randn(4, 9, device=hidden.device, requires_grad=True)
+        with on_path(path):
+            outputs = *linear_token_logprobs(**inputs), *token_logprobs(logits, inputs["tokens"])
+            assert all(one[masked].eq(0).all() and one[~masked].ne(0).all() for one in outputs)
+            sum(one.sum() for one in outputs).backward()
+        for one in (hidden, logits):
+            assert one.grad[masked].eq(0).all() and one.grad[~masked].abs().sum(-1).gt(0).all()
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_huge_and_infinite_logits(path):
+    """±1e4 where exp alone would overflow; -inf is an impossible token, of no weight in entropy, KL and gradient."""
+    rows = torch.full((5, 40), -1e4)
+    rows[0] = 1e4  # uniform over 40
+    rows[1, 7] = 1e4  # certain
+    rows[2, :2] = torch.tensor([1e4, 1e4 - 1])  # two tokens of odds e : 1
+    rows[3] = -float("inf")
+    rows[3, 3:5] = 0.0  # a fair coin, all else impossible
+    rows[4, 0], rows[4, 39] = -float("inf"), 2e4
+    tokens = torch.tensor([39, 7, 1, 4, 39])
+    sigmoid = 1 / (1 + math.e)
+    coin = -sigmoid * math.log(sigmoid) - (1 - sigmoid) * math.log(1 - sigmoid)
+    log_p, entropy = [-math.log(40), 0, math.log(sigmoid), -math.log(2), 0], [math.log(40), 0, coin, math.log(2), 0]
+    rows, tokens = rows.to(device_of(path)), tokens.to(device_of(path))
+    logits, eye = rows.clone().requires_grad_(), torch.eye(5, device=rows.device)
+    bias_case = {"unembed": torch.zeros(40, 5, device=rows.device), "ref_hidden": eye[:1]}
+    with on_path(path):
+        outputs = token_logprobs(logits, tokens)
+        for mine, true in zip(outputs, (log_p, entropy), strict=True):
+            torch.testing.assert_close(mine.cpu(), torch.tensor(true), rtol=1e-6, atol=1e-6)
+        sum(outputs).sum().backward()
+        for row, token in zip(rows, tokens, strict=True):  # the same logits as a bias; the reference is equal to them
+            hidden, bias = eye[:1].clone().requires_grad_(), row.clone().requires_grad_()
+            kl = linear_token_logprobs(hidden, tokens=token[None], bias=bias, **bias_case)[2]
+            kl.sum().backward()
+            assert abs(kl.item()) < 1e-6 and bias.grad.abs().max() < 1e-6 and hidden.grad.isfinite().all()
+    p = torch.softmax(rows.double(), -1)
+    h = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
+    onehot = torch.nn.functional.one_hot(tokens, 40)
+    true = onehot - p - torch.special.xlogy(p, p) - p * h
+    torch.testing.assert_close(logits.grad.double(), true, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_first_and_last_token_of_the_vocabulary(path):
+    for V in (2, 16, 17, 2048, 2049):
+        logits = draw(2, V, device=device_of(path))
+        with on_path(path):
+            logprobs, _ = token_logprobs(logits, torch.tensor([0, V - 1], device=logits.device))
+        true = logits.double().log_softmax(-1)
+        torch.testing.assert_close(logprobs.double(), torch.stack([true[0, 0], true[1, -1]]), rtol=1e-6, atol=1e-6)
+
+
+# -- the choice of the path, and errors
+
+
+def test_the_path_taken(monkeypatch):
+    if kernels.triton is not None:
+        launched = []
+        monkeypatch.setattr(kernels, "_lora_triton", lambda *_: launched.append(1))
+        lora_linear(torch.ones(1, 2), torch.ones(3, 2), None, torch.ones(1, 2), torch.ones(3, 1), 1.0)
+        assert not launched
+        if not CUDA:
+            with kernels.interpreted():
+                assert kernels.path_taken(torch.zeros(1)) == "triton"
+                assert kernels.path_taken(torch.zeros(1, dtype=torch.float64)) == "torch"
+    assert kernels.path_taken(torch.zeros(1)) == "torch"
+    assert kernels.path_taken(torch.zeros(1, device="meta")) == "torch"
+    if CUDA:
+        assert kernels.path_taken(torch.zeros(1, device="cuda")) == "triton"
+
+
+@needs_triton
+def test_a_rank_above_the_largest_takes_the_torch_path(monkeypatch):
+    def die(*_):
+        raise AssertionError("the kernel was launched")
+
+    monkeypatch.setattr(kernels, "_lora_triton", die)
+    x, weight = draw(3, 5, device=device_of("triton")), draw(4, 5, device=device_of("triton"))
+    for R in (kernels.MAX_RANK, kernels.MAX_RANK + 1):
+        a, b = draw(R, 5, device=x.device), draw(4, R, device=x.device)
+        with on_path("triton"), contextlib.ExitStack() as stack:
+            if R == kernels.MAX_RANK:
+                stack.enter_context(pytest.raises(AssertionError, match="launched"))
+            out = lora_linear(x, weight, None, a, b, 0.5)
+    torch.testing.assert_close(out, x @ (weight + 0.5 * b @ a).T, rtol=1e-5, atol=1e-5)
+
+
+def error_cases():
+    good = linear_inputs((4,), 5, 9, torch.float32, 1.0, True, "own", "plain")
+    lora = {"x": draw(4, 5), "weight": draw(9, 5), "bias": draw(9), "lora_a": draw(2, 5), "lora_b": draw(9, 2)}
+    logits = {"logits": draw(4, 9), "tokens": good["tokens"]}
+    for function, inputs in (
+        (linear_token_logprobs, good),
+        (lora_linear, {**lora, "scale": 1.0}),
+        (token_logprobs, logits),
+    ):
+        for name, one in inputs.items():
+            if not torch.is_tensor(one):
+                continue
+            first = name == next(iter(inputs))
+            wrong_dtype = one.float() if name == "tokens" else one.long()
+            yield f"{name}: dtype", TypeError, function, inputs, {name: wrong_dtype}
+            if not first:  # device and shape of the first argument are what the others are compared with
+                yield f"{name}: on meta", ValueError, function, inputs, {name: one.to("meta")}
+            yield f"{name}: shape", ValueError, function, inputs, {name: one[:-1, :-1] if one.dim() > 1 else one[:-1]}
+        if function is lora_linear:
+            frozen = draw(9, 5).requires_grad_()
+            yield "weight: requires a gradient", ValueError, function, inputs, {"weight": frozen}
+            yield "bias: requires a gradient", ValueError, function, inputs, {"bias": frozen[:, 0]}
+            continue
+        for wrong in (9, -1, -99):
+            tokens = torch.tensor([0, 1, wrong, -100])
+            yield f"tokens: id {wrong}, expected 0 to 8", ValueError, function, inputs, {"tokens": tokens}
+        for wrong in (0.0, -1.0, math.nan):
+            yield f"temperature: {wrong}", ValueError, function, inputs, {"temperature": wrong}
+    yield "unembed: dtype", TypeError, linear_token_logprobs, good, {"unembed": good["unembed"].half()}
+    yield "bias: dtype", TypeError, lora_linear, {**lora, "scale": 1.0}, {"bias": lora["bias"].double()}
+    yield "tokens: dtype", TypeError, token_logprobs, logits, {"tokens": torch.tensor([True] * 4)}
+    yield "ref_hidden: None", ValueError, linear_token_logprobs, good, {"ref_hidden": None}
+    yield "ref_unembed: None", ValueError, linear_token_logprobs, good, {"ref_unembed": None}
+
+
+@pytest.mark.parametrize(("message", "kind", "function", "inputs", "change"), list(error_cases()))
+def test_errors_name_the_argument(message, kind, function, inputs, change):
+    function(**inputs)  # without the change it runs
+    name = message.split(":")[0]
+    if "shape" in message and name in (
+        "hidden",
+        "x",
+        "unembed",
+        "weight",
+        "logits",
+        "ref_unembed",
+        "ref_hidden",
+        "lora_a",
+    ):
+        message = rf"({'|'.join(inputs)}): .*shape"  # two arguments disagree: either may be named
+        with pytest.raises(kind, match=message):
+            function(**{**inputs, **change})
+        return
+    with pytest.raises(kind, match=re.escape(message)):
+        function(**{**inputs, **change})
+
+
+# -- mixed precision
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 20])
+def test_under_autocast_matmuls_are_in_bfloat16_and_gradients_in_float32(chunk, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, chunk))
+    inputs = linear_inputs((6,), 8, 9, torch.float32, 1.0, True, "shared", "plain")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = values_and_gradients(linear_token_logprobs, inputs, ["hidden", "unembed"])
+        plain = values_and_gradients(kernels.linear_token_logprobs_reference, inputs, ["hidden", "unembed"])
+    for mine, theirs in zip(mixed, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
+    lora = dict(
+        zip(["x", "weight", "bias", "lora_a", "lora_b"], map(draw, [4, 9, 9, 2, 9], [5, 5, 1, 5, 2]), strict=True)
+    )
+    lora = {**lora, "bias": lora["bias"].squeeze(1), "scale": 1.0}
+    trained = {name: lora[name].requires_grad_() for name in ("x", "lora_a", "lora_b")}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = lora_linear(**lora)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(one.grad.dtype == torch.float32 for one in trained.values())
+    torch.testing.assert_close(out.float(), true_lora_linear(**lora), rtol=0.05, atol=0.1)
+
+
+# -- ahead of time, for GPUs that are not here
+
+COMPILE = """
+import contextlib, io, itertools, re, sys, torch, triton, kernels
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+capability, most_shared = int(sys.argv[1]), int(sys.argv[2])
+names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+row_kernels = [kernels.token_logprobs_forward_kernel, kernels.token_logprobs_backward_kernel]
+cases = [(kernel, dtype, {"HAS_REF": ref, **kernels._launch(50257)})
+         for kernel, dtype, ref in itertools.product(row_kernels, names, (False, True))]
+for dtype, R, stride in itertools.product(names, (16, 32), ("stride_wk", "stride_wm")):  # 1: nn.Linear's, Conv1D's
+    config = {"HAS_BIAS": True, "PRECISION": "ieee", stride: 1, **kernels._lora_launch(dtype, R)}
+    cases.append((kernels.lora_linear_kernel, dtype, config))
+special = {"rows_ptr": "*fp32", "coefficients_ptr": "*fp32", "tokens_ptr": "*i64"}
+special |= {"inv_temperature": "fp32", "scale": "fp32"}
+for kernel, dtype, config in cases:
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
+    signature, divisible = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        pointer = name.endswith("_ptr")
+        signature[name] = "constexpr" if name in config else special.get(name, names[dtype] if pointer else "i32")
+        if pointer or (kernel is kernels.lora_linear_kernel and signature[name] == "i32"):
+            divisible[(i,)] = [["tt.divisibility", 16]]  # as a launch finds it out: allocations, and widths of models
+    target = GPUTarget("cuda", capability, 32)
+    with contextlib.redirect_stdout(io.StringIO()) as said:  # what ptxas says of registers, see the environment below
+        compiled = triton.compile(ASTSource(kernel, signature, config, divisible), target=target, options=options)
+    case = kernel.__name__, dtype, config
+    assert len(compiled.asm["cubin"]) > 0, case
+    assert compiled.metadata.shared <= most_shared, (case, compiled.metadata.shared)
+    spills = re.findall(r"(\\d+) bytes spill (?:stores|loads)", said.getvalue())
+    assert len(spills) >= 2 and set(spills) == {"0"}, (case, said.getvalue())
+print(len(cases))
+"""
+
+
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory):
+    """A compiling process for each target (its capability, and the bytes of shared memory a block may have), side by
+    side. TRITON_DUMP_PTXAS_LOG makes Triton print what the assembler says of registers."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(kernels.__file__).parent), "TRITON_DUMP_PTXAS_LOG": "1"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # today's default, which Triton 3.9 warns about where it is not set
+    environment.pop("TRITON_INTERPRET", None)
+    running = {}
+    for capability, most_shared in {80: 163 * 1024, 90: 227 * 1024}.items():
+        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+        command = [sys.executable, "-c", COMPILE, str(capability), str(most_shared)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running[capability] = subprocess.Popen(command, env=environment, **pipes)
+    yield running
+    for process in running.values():
+        process.kill()
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_gpus_without_spills(capability, compilations):
+    out, errors = compilations[capability].communicate()
+    assert compilations[capability].returncode == 0, errors
+    assert int(out) == 24
