@@ -817,14 +817,20 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_
     flags = f"--algo {algo} --batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 6 --warmup-steps 1".split()
     flags += ["--base-model", gpt2, "--prompts", str(prompts_file), "--group-size", "4", "--reward", "char:e"]
     flags += ["--save-every", "1", "--kl-target", "0.05", "--device", "cpu", *["--lora"] * lora]
-    assert rlhf.main([*flags, "--run-dir", str(tmp_path / "whole")]) == 0
+
+    def start(*argv: str) -> int:
+        """A child process; one thread, since the parent's do not survive a fork."""
+        if (child := os.fork()) == 0:
+            torch.set_num_threads(1)
+            with contextlib.redirect_stdout(io.StringIO()):
+                os._exit(rlhf.main(list(argv)))
+        return child
+
+    assert os.waitpid(start(*flags, "--run-dir", str(tmp_path / "whole")), 0)[1] == 0
     torn, kills, delays = tmp_path / "torn", 0, random.Random(0)
     for attempt in range(60):
         goes_on = (torn / "args.json").exists()
-        child = os.fork()
-        if child == 0:
-            with contextlib.redirect_stdout(io.StringIO()):
-                os._exit(rlhf.main(["--resume", str(torn)] if goes_on else [*flags, "--run-dir", str(torn)]))
+        child = start("--resume", str(torn)) if goes_on else start(*flags, "--run-dir", str(torn))
         deadline = time.monotonic() + delays.uniform(0.05, 0.2 + 0.05 * attempt)
         while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -932,7 +938,7 @@ for algo, group, average in (("ppo", 12, "sequence"), ("grpo", 4, "token"), ("rl
     args = rlhf.RLHFArgs(
         base_model=base, algo=algo, lora=True, reward=("char:e",), batch_size=12, group_size=group, gen_len=6,
         device="cpu", num_minibatches=1, batches_per_learning_phase=1, total_phases=3, warmup_steps=0,
-        loss_average=average, temperature=1.5, run_dir=rlhf.Path(out, algo),
+        loss_average=average, temperature=1.5, normalize_reward=False, run_dir=rlhf.Path(out, algo),
     )
     trainer = rlhf.RLHFTrainer(args)
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
