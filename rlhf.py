@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -44,6 +45,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+try:
+    import termios
+    import tty
+except ImportError:  # Windows
+    termios = None
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -56,6 +63,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.pytorch_utils import Conv1D
@@ -1170,7 +1178,363 @@ def train_tiny(path: Path, steps: int = 900, rows: int = 8, width: int = 64) -> 
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(path)
 
 
-# ---- 14 Comparing runs -----------------------------------------------------------------------------------------------
+# ---- 14 People to preferences ----------------------------------------------------------------------------------------
+# In: pairs of completions, and one key from a person for each. Out: a preferences file, a JSON line an answer, each on
+# disk before the next pair is shown. Where to go on follows from that file and the list of skips beside it alone.
+
+KEYS = "[l] left is better   [r] right is better   [s] skip   [u] undo   [q] quit"
+
+
+def label(
+    file: Path,
+    base_model: str = "tiny",
+    prefix: str = "This is",
+    prompts: Path | None = None,
+    pairs: int = 200,
+    gen_len: int = 32,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Shows two completions side by side; one key says which is better, and the answer is appended to a file.
+
+    Args:
+        file: the preferences, JSON lines; an earlier session goes on where it ended
+        base_model: `tiny`, a name that TransformerLens knows, a hub id, or a local directory
+        prefix: the prompt that every completion continues
+        prompts: instead of the prefix, a file, one prompt a line, or JSON lines with "prompt"
+        pairs: stop when the file holds this many answers
+        gen_len: tokens in a completion, at most
+        temperature: divides the logits
+        seed: fixes the sequence of pairs
+        device: `auto` takes the first there is of cuda, mps and cpu
+    """
+    rows = load_prompts(prefix, prompts)
+    policy = TransformerWithValueHead(base_model, device=pick_device(device))
+    check_context(policy.bridge, rows, gen_len)
+    ask(file, pairs, lambda number: draw_pair(policy, rows, number, gen_len, temperature, seed))
+
+
+def draw_pair(
+    policy: TransformerWithValueHead, rows: list[dict], number: int, gen_len: int, temperature: float, seed: int
+) -> tuple[str, str, str]:
+    """Pair `number` of the sequence that the seed fixes: a prompt and two different completions, left and right.
+
+    While they are equal both are drawn anew, so which of the two stands on the left is a fair coin.
+    """
+    prompt, tokenizer, device = rows[number % len(rows)]["prompt"], policy.bridge.tokenizer, policy.bridge.cfg.device
+    generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
+    tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
+    for _ in range(20):
+        drawn = get_samples(policy, tokens, mask, gen_len, temperature, generator=generator)
+        completions = unpad(drawn.tokens[:, tokens.shape[1] :], drawn.attention_mask[:, tokens.shape[1] :])
+        left, right = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        if left != right:
+            return prompt, left, right
+    raise SettingError(f"label: {prompt!r} was completed the same way 40 times; raise --temperature or --gen-len")
+
+
+def ask(file: Path, pairs: int, draw: Callable[[int], tuple[str, str, str]]) -> None:
+    """Shows pairs and stores answers until the file holds `pairs` of them, or a key or the end of input says stop."""
+    skips = file.with_name(file.name + ".skipped")
+    answers, skipped = whole_lines(file), {json.loads(line)["pair"] for line in whole_lines(skips)}
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(keypresses()) as keys:
+        while len(answers) < pairs:
+            number = next_number(len(answers), skipped)
+            prompt, left, right = draw(number)
+            better = {"l": preference(prompt, left, right), "r": preference(prompt, right, left)}
+            if set(better.values()) & set(answers):  # met before under another number
+                key = "s"
+            else:
+                show_pair(prompt, left, right, f"pair {len(answers) + 1} of {pairs}")
+                key = next((key for key in keys if key in "lrsuq"), "q")
+            if key == "q":
+                break
+            if key == "s":
+                skipped.add(number)
+                append_line(skips, json.dumps({"pair": number}))
+            elif key == "u":
+                rewrite(file, answers := answers[:-1])
+            else:
+                answers.append(better[key])
+                append_line(file, better[key])
+            console.print({"l": "left", "r": "right", "s": "skipped", "u": "undone"}[key])
+    console.print(f"{len(answers)} answers in {file}; the same command goes on from here", soft_wrap=True)
+
+
+def next_number(answered: int, skipped: set[int]) -> int:
+    """Every pair before the next one is answered or skipped; an answer undone makes its pair the next one again.
+
+    >>> next_number(3, skipped={1, 4})   # 0, 2 and 3 are answered
+    5
+    """
+    unskipped = (number for number in itertools.count() if number not in skipped)
+    return next(itertools.islice(unskipped, answered, None))
+
+
+def preference(prompt: str, chosen: str, rejected: str) -> str:
+    """One line of a preferences file."""
+    return json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False)
+
+
+def show_pair(prompt: str, left: str, right: str, title: str) -> None:
+    """The prompt, two columns that share the terminal's width, and the keys."""
+    table = Table("left", "right", title=f"\n{title}", title_justify="left", expand=True)
+    for column in table.columns:
+        column.ratio, column.overflow = 1, "fold"
+    table.add_row(*(Text(printable(text) or "(nothing)") for text in (left, right)))
+    console.print(table, Text(f"after: {printable(prompt)}"), Text(KEYS), sep="\n")
+
+
+def printable(text: str) -> str:
+    """Control characters made visible: what a model writes must not steer the terminal.
+
+    >>> printable("red" + chr(27) + "[31m")
+    'red␛[31m'
+    """
+    return text.translate({code: 0x2400 + code for code in range(32) if code != ord("\n")} | {127: "␡"})
+
+
+def keypresses() -> Iterator[str]:
+    """Characters of standard input as they come: of a terminal without Enter, of a pipe one by one, up to its end."""
+    stdin = sys.stdin.fileno()
+    with contextlib.ExitStack() as restore:
+        if termios and os.isatty(stdin):
+            restore.callback(termios.tcsetattr, stdin, termios.TCSADRAIN, termios.tcgetattr(stdin))
+            tty.setcbreak(stdin)
+        while (key := os.read(stdin, 1).decode("latin-1").lower()) not in ("", "\x04"):
+            yield key
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that need not exist; half a line at its end, left by a crash, is moved to PATH.torn."""
+    require(not path.is_dir(), f"{path}: is a directory")
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    *lines, rest = text.split("\n")
+    if rest and is_json(rest):  # whole but for its line feed
+        rewrite(path, lines := [*lines, rest])
+    elif rest:
+        torn = path.with_name(path.name + ".torn")
+        append_line(torn, rest)
+        rewrite(path, lines)
+        console.print(f"{path}: half a line at its end, of an interrupted session, was moved to {torn}", soft_wrap=True)
+    return [line for line in lines if line.strip()]
+
+
+def is_json(text: str) -> bool:
+    try:
+        return bool(json.loads(text))
+    except json.JSONDecodeError:
+        return False
+
+
+def append_line(path: Path, line: str) -> None:
+    """Returns when the line is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rewrite(path: Path, lines: list[str]) -> None:
+    """Replaces a file whole: a crash leaves the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    append_line(new, "\n".join(lines)) if lines else new.touch()
+    os.replace(new, path)
+
+
+# ---- 15 Preferences to reward ----------------------------------------------------------------------------------------
+# In: a preferences file. Out: a sequence classifier with one label, as an ordinary Hugging Face directory: the base
+# model's trunk under a scalar head on the last token. People compare well and grade badly, hence the pairs.
+
+
+class Preference(NamedTuple):
+    """Two texts, each a prompt with its completion."""
+
+    chosen: str
+    rejected: str
+
+
+def load_preferences(path: Path) -> list[Preference]:
+    """Reads JSON lines of "prompt", "chosen" and "rejected"; where both hold the prompt already, it is not repeated."""
+    require(path.is_file(), f"{path}: no such file")
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SettingError(f"{path}, line {number}: is not JSON ({error.msg})") from None
+        for key in ("prompt", "chosen", "rejected"):
+            value = row.get(key) if isinstance(row, dict) else None
+            is_chat = isinstance(value, list)
+            found = "a list of messages" if is_chat else "none" if value is None else type(value).__name__
+            require(isinstance(value, str), f'{path}, line {number}: expected a text under "{key}", found {found}')
+        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+        require(chosen != rejected, f'{path}, line {number}: "chosen" and "rejected" are the same text')
+        if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+            chosen, rejected = prompt + chosen, prompt + rejected
+        pairs.append(Preference(chosen, rejected))
+    require(bool(pairs), f"{path}: is empty; expected one preference a line")
+    require(len(pairs) > 1, f"{path}: holds one preference; expected at least two, to learn from one and test on one")
+    return pairs
+
+
+def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"]) -> Float[Tensor, ""]:
+    """-E[ log σ(r_chosen - r_rejected) ] (Christiano 1706.03741, eq. 1; InstructGPT 2203.02155, eq. 1).
+
+    >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))   # log 2: no opinion
+    tensor(0.6931)
+    """
+    return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+def calibration_error(margins: Float[Tensor, "n"], bins: int = 10) -> float:
+    """Σ_b n_b/n |accuracy_b - confidence_b| over bins of the confidence σ(|r_chosen - r_rejected|) (1706.04599, eq. 3).
+
+    >>> round(calibration_error(torch.tensor([0.0, 0.0, 50.0, -50.0])), 3)   # σ says 0.5 and 1; right are 0 and 1/2
+    0.5
+    """
+    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
+    bin_of = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, device=margins.device).scatter_add(0, bin_of, right - confidence)
+    return gaps.abs().sum().item() / len(margins)
+
+
+def train_reward_model(
+    file: Path,
+    base_model: str,
+    directory: Path,
+    device: str = "cpu",
+    seed: int = 0,
+    rank: int = 16,
+    lr: float = 2e-3,
+    dropout: float = 0.3,
+    batch: int = 4,
+    most_epochs: int = 10,
+) -> Path:
+    """Learns a reward from pairs, tests it on the 15 % held out, saves it under `directory`, and returns that.
+
+    Two hundred pairs are few: LoRA on the attention matrices alone, and dropout before them, overfit the least.
+    """
+    pairs = load_preferences(file)
+    model, tokenizer = scalar_model(base_model, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        add_dropout_and_lora(model, rank, dropout)
+        shuffled = [pairs[i] for i in torch.randperm(len(pairs))]
+        held_out, training = shuffled[: (count := math.ceil(0.15 * len(pairs)))], shuffled[count:]
+        epochs = max(1, min(most_epochs, 10_000 // len(training)))
+        steps = epochs * math.ceil(len(training) / batch)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
+        )
+        model.train()
+        with Progress(console=console, transient=True) as bar:
+            for _ in bar.track(range(epochs), description="reward model"):
+                for rows in torch.randperm(len(training)).split(batch):
+                    chosen, rejected = zip(*(training[i] for i in rows), strict=True)
+                    rewards = score_texts(model, tokenizer, [*chosen, *rejected])
+                    bradley_terry_loss(*rewards.chunk(2)).backward()
+                    nn.utils.clip_grad_norm_(trained, 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    scheduler.step()
+    model.eval()
+    merge_dropout_and_lora(model)
+    subtract_mean(model, tokenizer, [text for pair in training for text in pair])
+    chosen, rejected = (score_all(model, tokenizer, list(texts)) for texts in zip(*held_out, strict=True))
+    accuracy, calibration = (chosen > rejected).float().mean().item(), calibration_error(chosen - rejected)
+    console.print(f"reward model: {len(training)} pairs learned; of {len(held_out)} held out {accuracy:.0%} right, "
+                  f"calibration error {calibration:.2f}", soft_wrap=True)  # fmt: skip
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return Path(directory)
+
+
+def scalar_model(base_model: str, device: str):
+    """The base model's trunk under a new scalar head that starts at zero, and its tokenizer."""
+    path = str(tiny_model() if base_model == "tiny" else base_model)
+    try:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).float().to(device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, truncation_side="left", padding_side="right")
+    except (OSError, ValueError) as error:
+        raise SettingError(f"{base_model}: no reward model can be made of it: {str(error).splitlines()[0]}") from error
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
+    nn.init.zeros_(model.score.weight)
+    return model, tokenizer
+
+
+def score_texts(model, tokenizer, texts: list[str]) -> Float[Tensor, "B"]:
+    """The head's output on each text's last token; of a text longer than the context, the end is kept."""
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    return model(**batch.to(model.device)).logits[:, 0].float()
+
+
+@torch.no_grad()
+def score_all(model, tokenizer, texts: list[str]) -> Float[Tensor, "N"]:
+    return torch.cat([score_texts(model, tokenizer, texts[i : i + 64]) for i in range(0, len(texts), 64)])
+
+
+def add_dropout_and_lora(model: nn.Module, rank: int, dropout: float) -> None:
+    """Freezes all but the head, and replaces each matrix of the attention by dropout and a LoRALinear."""
+    model.base_model.requires_grad_(False)
+    matrices = [
+        (parent, name)
+        for path, parent in model.base_model.named_modules()
+        for name, child in parent.named_children()
+        if "att" in path.lower() and isinstance(child, nn.Linear | Conv1D)
+    ]
+    for parent, name in matrices:
+        lora = LoRALinear(getattr(parent, name), rank, alpha=2.0 * rank)
+        setattr(parent, name, nn.Sequential(nn.Dropout(dropout), lora))
+
+
+@torch.no_grad()
+def merge_dropout_and_lora(model: nn.Module) -> None:
+    """Undoes add_dropout_and_lora, with α/r B A added to the weights."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Sequential) and isinstance(child[-1], LoRALinear):
+                lora = child[-1]
+                lora.matrix.add_(lora.scale * lora.lora_b @ lora.lora_a)  # a view, so Conv1D's weight changes too
+                setattr(parent, name, lora.base)
+
+
+@torch.no_grad()
+def subtract_mean(model: nn.Module, tokenizer, texts: list[str]) -> None:
+    """Shifts the reward to mean 0 over the texts.
+
+    The head w has no bias, but the final LayerNorm before it has one, b: w·(b - μ w/|w|²) = w·b - μ. RMSNorm has none:
+    there the mean stays, and no advantage of section 7 minds.
+    """
+    norms = [m for name, m in model.base_model.named_modules()
+             if isinstance(m, nn.LayerNorm) and m.bias is not None and not re.search(r"\d", name)]  # fmt: skip
+    weight = model.score.weight[0]
+    if norms and weight.norm() > 0:
+        norms[-1].bias -= score_all(model, tokenizer, texts).mean() * weight / weight.square().sum()
+
+
+def classifier_reward(model: str, label: str | None = None, device: str = "cpu") -> RewardFn:
+    """The logit of a sequence classifier, given prompt and completion as one text."""
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(model).eval().to(device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model, truncation_side="left", padding_side="right")
+
+    def reward(prompts: list[str], completions: list[str], **columns) -> list[float]:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        return score_all(classifier, tokenizer, texts).tolist()
+
+    return reward
+
+
+# ---- 17 Comparing runs -----------------------------------------------------------------------------------------------
 # In: run directories. Out: their curves in one picture.
 
 
@@ -1196,7 +1560,7 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     console.print(f"wrote {output}", soft_wrap=True)
 
 
-# ---- 15 Command line -------------------------------------------------------------------------------------------------
+# ---- 18 Command line -------------------------------------------------------------------------------------------------
 
 
 def parse(target: Callable, argv: list[str]):
@@ -1221,9 +1585,10 @@ def train(args: RLHFArgs) -> Path:
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for bad input."""
     transformers.utils.logging.disable_progress_bar()
+    commands = {"label": label, "compare": compare}
     try:
-        if argv[:1] == ["compare"]:
-            parse(compare, argv[1:])
+        if argv and argv[0] in commands:
+            parse(commands[argv[0]], argv[1:])
         else:
             train(parse(RLHFArgs, argv))
     except SettingError as error:
