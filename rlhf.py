@@ -1411,10 +1411,10 @@ def train_reward_model(
     device: str = "cpu",
     seed: int = 0,
     rank: int = 16,
-    lr: float = 2e-3,
+    lr: float = 1e-3,
     dropout: float = 0.3,
     batch: int = 4,
-    most_epochs: int = 10,
+    most_epochs: int = 12,
 ) -> Path:
     """Learns a reward from pairs, tests it on the 15 % held out, saves it under `directory`, and returns that.
 
