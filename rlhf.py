@@ -944,7 +944,12 @@ def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
         axis.set_xlabel("phase")
     if len(runs) > 1:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    temporary = path.with_suffix(".tmp.png")  # replaced whole, so that a reader never meets half a picture
+    save_picture(figure, path)
+
+
+def save_picture(figure: plt.Figure, path: Path) -> None:
+    """Replaced whole, so that a reader never meets half a picture."""
+    temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     plt.close(figure)
     temporary.replace(path)
@@ -1534,6 +1539,328 @@ def classifier_reward(model: str, label: str | None = None, device: str = "cpu")
     return reward
 
 
+# ---- 16 What changed inside ------------------------------------------------------------------------------------------
+# In: a run directory. Out: the trained model beside the one it started from: where they differ, which heads and MLPs
+# carry a token's logit, how far and in how many directions the weights moved. All of it is read off TransformerLens.
+
+
+class Texts(NamedTuple):
+    """What both models read: completions that the trained model drew after one prompt."""
+
+    tokens: Int[Tensor, "B T"]
+    is_completion: Bool[Tensor, "B T"]  # at columns that predict a completion's token
+    where: Bool[Tensor, "B T"]  # those of them that predict the token in question; if it never came, all
+
+
+class Attribution(NamedTuple):
+    """Shares of a token's logit, means over the places; together they are that logit."""
+
+    components: Float[Tensor, "L H+1"]  # heads, then the MLP
+    embedding: float
+    biases: float  # of attention outputs, final norm and unembedding: they belong to no head
+
+    @property
+    def total(self) -> float:
+        return self.components.sum().item() + self.embedding + self.biases
+
+
+def inspect(
+    run: Path, token: str = ".", prompt: str | None = None, samples: int = 32, gen_len: int = 32, seed: int = 0
+) -> None:
+    """Compares a run's model with the one it started from: a table, and RUN/inspect.png.
+
+    Args:
+        run: a run directory
+        token: whose logit is taken apart
+        prompt: what the completions continue, on which both models are read; by default the run's prefix
+        samples: completions, drawn from the trained model
+        gen_len: tokens in a completion, at most
+        seed: of the completions
+    """
+    require((run / "args.json").is_file(), f"{run}: is no run directory, it holds no args.json")
+    require((run / "model").is_dir(), f"{run}: holds no model; training writes it at the end")
+    settings = json.loads((run / "args.json").read_text(encoding="utf-8"))
+    base, trained = (TransformerWithValueHead(str(model)) for model in (settings["base_model"], run / "model"))
+    bridges, tokenizer = (base.bridge, trained.bridge), trained.bridge.tokenizer
+    id = single_token(tokenizer, token)
+    prompt = settings["prefix"] if prompt is None else prompt
+    check_context(trained.bridge, [{"prompt": prompt}], gen_len)
+    texts = draw_texts(trained, prompt, id, samples, gen_len, seed)
+    logits, caches = zip(*(read(bridge, texts) for bridge in bridges), strict=True)
+    shares = [attribute(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)]
+    for share, truth in zip(shares, logits, strict=True):
+        is_sum = abs(share.total - truth[texts.where][:, id].mean().item()) < 1e-3 * (1 + abs(share.total))
+        require(is_sum, f"{run}: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
+    lenses = [logit_lens(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)]
+    divergence = kl_by_position(*logits, texts.is_completion)
+    updates = weight_updates(*bridges)
+    difference = shares[1].components - shares[0].components
+    largest = difference.flatten().argsort(descending=True)[:6].tolist()
+    candidates = [divmod(index, difference.shape[1]) for index in largest]
+    drops = {part: ablation_drop(trained.bridge, texts, id, *part) for part in candidates}
+    patterns = [
+        torch.stack([cache[f"blocks.{i}.attn.hook_pattern"] for i in range(len(difference))]) for cache in caches
+    ]
+    places = f"where it wrote {token!r}" if (texts.where != texts.is_completion).any() else "all"
+    console.print(f"{run / 'model'} against {settings['base_model']}: {samples} completions of {prompt!r} by the "
+                  f"trained model, {texts.where.sum()} places ({places})", soft_wrap=True)  # fmt: skip
+    print_inspection(token, divergence, lenses, shares, drops, updates)
+    words = [printable(tokenizer.decode([i])).replace("\n", "⏎") for i in texts.tokens[0].tolist()]
+    plot_inspection(token, divergence, lenses, shares, updates, patterns, texts, words, run / "inspect.png")
+    console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
+
+
+def single_token(tokenizer, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    parts = ", ".join(repr(tokenizer.decode([i])) for i in ids) or "nothing"
+    require(len(ids) == 1, f"--token {text!r}: is no single token but {len(ids)} ({parts}); a leading space may matter")
+    return ids[0]
+
+
+def draw_texts(trained: TransformerWithValueHead, prompt: str, id: int, samples: int, gen_len: int, seed: int) -> Texts:
+    """Completions of the one prompt, so no row is padded on the left, and the right no causal model sees."""
+    tokens, mask = tokenize(trained.bridge.tokenizer, [prompt] * samples, "cpu")
+    drawn = get_samples(trained, tokens, mask, gen_len, generator=torch.Generator().manual_seed(seed))
+    P = tokens.shape[1]
+    is_completion, where = torch.zeros_like(drawn.attention_mask), torch.zeros_like(drawn.attention_mask)
+    is_completion[:, P - 1 : -1] = drawn.attention_mask[:, P:]
+    where[:, P - 1 : -1] = drawn.attention_mask[:, P:] & (drawn.tokens[:, P:] == id)
+    return Texts(drawn.tokens, is_completion, where if where.any() else is_completion)
+
+
+@torch.no_grad()
+def read(bridge: TransformerBridge, texts: Texts) -> tuple[Float[Tensor, "B T V"], dict[str, Tensor]]:
+    """Logits, and the activations that the rest of this section looks at."""
+    wanted = (
+        r"blocks\.0\.hook_in|blocks\.\d+\.(hook_out|attn\.(o\.hook_in|hook_pattern)|mlp\.hook_out)|ln_final\.hook_scale"
+    )
+    return bridge.run_with_cache(texts.tokens, names_filter=lambda name: re.fullmatch(wanted, name) is not None)
+
+
+def kl_by_position(
+    base: Float[Tensor, "B T V"], trained: Float[Tensor, "B T V"], is_completion: Bool[Tensor, "B T"]
+) -> Float[Tensor, "C"]:
+    """KL(trained ‖ base) over the whole vocabulary at each of the completion's tokens, mean over rows that reach it."""
+    p, q = trained.log_softmax(-1), base.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1) * is_completion
+    rows = is_completion.sum(dim=0)
+    return (kl.sum(dim=0) / rows)[rows > 0]
+
+
+@torch.no_grad()
+def logit_lens(
+    bridge: TransformerBridge, cache: dict[str, Tensor], id: int, where: Bool[Tensor, "B T"]
+) -> Float[Tensor, "L+1"]:
+    """Log-probability of the token if the model stopped after 0, 1, … L blocks (nostalgebraist 2020, logit lens)."""
+    names = ["blocks.0.hook_in", *(f"blocks.{i}.hook_out" for i in range(bridge.cfg.n_layers))]
+    logits = (bridge.unembed(bridge.ln_final(cache[name][where])) for name in names)
+    return torch.stack([x.log_softmax(-1)[:, id].mean() for x in logits])
+
+
+@torch.no_grad()
+def attribute(bridge: TransformerBridge, cache: dict[str, Tensor], id: int, where: Bool[Tensor, "B T"]) -> Attribution:
+    """Direct logit attribution (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits).
+
+    The residual stream is a sum x = Σ_c x_c, and with the final norm's scale s held fixed the logit is linear in it:
+    ((x - mean x) / s · γ + β) · w + b = Σ_c x_c · u / s + β · w + b, where u = γ w less its mean; RMSNorm centres
+    nothing, so there u = γ w.
+    """
+    norm, head = bridge.ln_final, bridge.unembed.original_component
+    w = head.weight[id].float()
+    u = w * (norm.weight + 1 if norm.uses_weight_offset else norm.weight)
+    u = u if norm.uses_rms_norm else u - u.mean()
+    scale = cache["ln_final.hook_scale"][where]  # [n, 1]
+    biases = sum(bias[id].item() for bias in [getattr(head, "bias", None)] if bias is not None)
+    biases += sum((bias @ w).item() for bias in [getattr(norm.original_component, "bias", None)] if bias is not None)
+    rows = []
+    for i, block in enumerate(bridge.blocks):
+        output = block.attn.o.original_component
+        z = cache[f"blocks.{i}.attn.o.hook_in"][where]  # [n, H, d_head]
+        per_head = (z * (u @ stored_matrix(output)).view(z.shape[1:])).sum(-1) / scale  # u W_O: [H * d_head]
+        mlp = cache[f"blocks.{i}.mlp.hook_out"][where] @ u[:, None] / scale
+        rows.append(torch.cat([per_head, mlp], dim=1).mean(dim=0))
+        if isinstance(getattr(output, "bias", None), Tensor):
+            biases += (output.bias @ u / scale).mean().item()
+    embedding = (cache["blocks.0.hook_in"][where] @ u[:, None] / scale).mean().item()
+    return Attribution(torch.stack(rows), embedding, biases)
+
+
+def stored_matrix(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+
+
+@torch.no_grad()
+def ablation_drop(bridge: TransformerBridge, texts: Texts, id: int, layer: int, part: int) -> float:
+    """By how much the token's logit really falls when a head, or the MLP behind the last one, writes zeros."""
+    is_mlp = part == bridge.cfg.n_heads
+
+    def zero(x, hook):
+        return x * 0 if is_mlp else x.index_fill(2, torch.tensor(part), 0.0)
+
+    name = f"blocks.{layer}.mlp.hook_out" if is_mlp else f"blocks.{layer}.attn.o.hook_in"
+    with_it, without = bridge(texts.tokens), bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)])
+    return (with_it - without)[texts.where][:, id].mean().item()
+
+
+def weight_matrices(bridge: TransformerBridge) -> dict[tuple[str, int], Float[Tensor, "d_out d_in"]]:
+    """Every trained matrix by name and layer; not GPT-2's fused qkv, which the bridge does not compute with."""
+    matrices = {("embed", 0): bridge.embed.original_component.weight}
+    if bridge.unembed.original_component.weight.data_ptr() != matrices["embed", 0].data_ptr():
+        matrices["unembed", bridge.cfg.n_layers - 1] = bridge.unembed.original_component.weight
+    for i, block in enumerate(bridge.blocks):
+        for part, short in ((block.attn, "attn"), (block.mlp, "mlp")):
+            for name, child in part.named_children():
+                layer = getattr(child, "original_component", None)
+                if name != "qkv" and isinstance(layer, nn.Linear | Conv1D):
+                    matrices[f"{short}.{name}", i] = stored_matrix(layer)
+    return matrices
+
+
+class Update(NamedTuple):
+    """A weight update ΔW beside its W."""
+
+    size: float  # ‖ΔW‖ / ‖W‖, Frobenius
+    rank: float  # effective rank: exp of the entropy of the singular values, normalised (Roy & Vetterli 2007)
+
+
+@torch.no_grad()
+def weight_updates(base: TransformerBridge, trained: TransformerBridge) -> dict[tuple[str, int], Update]:
+    after = weight_matrices(trained)
+    return {key: weight_update(matrix, after[key]) for key, matrix in weight_matrices(base).items()}
+
+
+def weight_update(before: Float[Tensor, "d_out d_in"], after: Float[Tensor, "d_out d_in"]) -> Update:
+    """
+    >>> [round(x, 2) for x in weight_update(torch.ones(3, 3), torch.ones(3, 3) + 0.5 * torch.eye(3))]
+    [0.29, 3.0]
+    """
+    difference = (after - before).float()
+    if not difference.any():
+        return Update(0.0, 0.0)
+    shares = torch.linalg.svdvals(difference)
+    shares = shares / shares.sum()
+    entropy = torch.special.entr(shares).sum()
+    return Update((difference.norm() / before.float().norm()).item(), entropy.exp().item())
+
+
+def part_name(layer: int, part: int, heads: int) -> str:
+    return f"layer {layer} MLP" if part == heads else f"layer {layer} head {part}"
+
+
+def print_inspection(
+    token: str,
+    divergence: Float[Tensor, "C"],
+    lenses: list[Float[Tensor, "L+1"]],
+    shares: list[Attribution],
+    drops: dict[tuple[int, int], float],
+    updates: dict[tuple[str, int], Update],
+) -> None:
+    """Three tables and the sentence that they are for."""
+
+    def table(title: str, *columns: str, rows: list[tuple]) -> None:
+        table = Table(*columns, title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, *figures in rows:
+            table.add_row(name, *(figure if isinstance(figure, str) else f"{figure:.3g}" for figure in figures))
+        console.print(table)
+
+    heads = shares[0].components.shape[1] - 1
+    worst = divergence.argmax().item()
+    console.print(f"KL(trained ‖ base): mean {divergence.mean():.3g} nats a token, most at token {worst + 1}: "
+                  f"{divergence[worst]:.3g}", soft_wrap=True)  # fmt: skip
+    table(f"log-probability of {token!r} if the model ended there (logit lens)", "", "base", "trained",
+          rows=[(f"after block {i - 1}" if i else "embedding", *pair)
+                for i, pair in enumerate(zip(*(lens.tolist() for lens in lenses), strict=True))])  # fmt: skip
+    base, trained = shares
+    named = [(part_name(*part, heads), base.components[part].item(), trained.components[part].item(), drop)
+             for part, drop in drops.items()]  # fmt: skip
+    rest = [("embedding", base.embedding, trained.embedding), ("biases", base.biases, trained.biases)]
+    others = [share.total - sum(row[i] for row in [*named, *rest]) for i, share in enumerate(shares, start=1)]
+    rest += [("all other heads and MLPs", *others), (f"logit of {token!r}", base.total, trained.total)]
+    rows = [(name, b, t, t - b, *drop) for name, b, t, *drop in [*named, *rest]]
+    table(f"who writes the logit of {token!r} (direct logit attribution)", "", "base", "trained", "change",
+          "drop when ablated", rows=[row if len(row) == 5 else (*row, "") for row in rows])  # fmt: skip
+    carriers = [part_name(*part, heads) for part, drop in drops.items() if drop > 0]
+    console.print(f"\nablated, these lower the logit of {token!r}: {', '.join(carriers) or 'none of them'}")
+    largest = sorted(updates.items(), key=lambda item: -item[1].size)[:8]
+    table("largest weight updates", "", "‖ΔW‖ / ‖W‖", "effective rank",
+          rows=[(name if "embed" in name else f"layer {layer} {name}", *update)
+                for (name, layer), update in largest])  # fmt: skip
+
+
+def plot_inspection(
+    token: str,
+    divergence: Float[Tensor, "C"],
+    lenses: list[Float[Tensor, "L+1"]],
+    shares: list[Attribution],
+    updates: dict[tuple[str, int], Update],
+    patterns: list[Float[Tensor, "L B H T T"]],
+    texts: Texts,
+    words: list[str],
+    path: Path,
+) -> None:
+    """Eight panels, each with a caption that says how to read it."""
+    figure, axes = plt.subplots(4, 2, figsize=(9, 16), layout="constrained")
+
+    def finish(axis, title: str, caption: str) -> None:
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(textwrap.fill(caption, 68), fontsize=8, loc="left")
+
+    def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], colors: str, limit: float, label: str):
+        low = -limit if colors == "PuOr" else 0.0
+        image = axis.imshow(values, cmap=colors, vmin=low, vmax=limit, aspect="auto", interpolation="nearest")
+        for ticks, names, room in ((axis.set_yticks, rows, 16), (axis.set_xticks, columns, 16)):
+            step = math.ceil(len(names) / room)
+            ticks(range(0, len(names), step), names[::step], fontsize=7)
+        figure.colorbar(image, ax=axis, shrink=0.8).set_label(label, fontsize=8)
+
+    layers, heads = shares[0].components.shape[0], shares[0].components.shape[1] - 1
+    axes[0, 0].plot(range(1, len(divergence) + 1), divergence, color="C0", marker=".")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("nats", fontsize=8)
+    finish(axes[0, 0], "KL(trained ‖ base) by position", "Token of the completion, from left to right. High: there the "
+           "two models would write different things. Mean over all completions.")  # fmt: skip
+    for lens, name, style in zip(lenses, ("base", "trained"), ("--", "-"), strict=True):
+        axes[0, 1].plot(lens, linestyle=style, marker=".", color="C0" if style == "-" else "C1", label=name)
+    axes[0, 1].set_xticks(range(0, layers + 1, math.ceil(layers / 12)))
+    axes[0, 1].set_ylabel("log-probability", fontsize=8)
+    axes[0, 1].legend(fontsize=8)
+    finish(axes[0, 1], f"Logit lens: {token!r} after each block", f"Blocks passed. How likely {token!r} would be if "
+           "the model ended there. Where the curves part, training has changed the computation.")  # fmt: skip
+    limit = max(share.components.abs().max().item() for share in shares)
+    parts = [*map(str, range(heads)), "MLP"]
+    for axis, share, name in zip(axes[1], shares, ("base", "trained"), strict=True):
+        heatmap(axis, share.components, list(map(str, range(layers))), parts, "PuOr", limit, "share of the logit")
+        axis.set_ylabel("layer", fontsize=8)
+        finish(axis, f"Who writes the logit of {token!r}: {name}", "Heads by number, then the MLP. Purple pushes the "
+               f"logit up, orange down; with embedding {share.embedding:.1f} and biases {share.biases:.1f} they add up "
+               f"to {share.total:.1f}. Both panels have one scale.")  # fmt: skip
+    names = list(dict.fromkeys(name for name, _ in updates))
+    for axis, field, label in zip(axes[2], ("size", "rank"), ("‖ΔW‖ / ‖W‖", "effective rank"), strict=True):
+        grid = torch.full((len(names), layers), math.nan)
+        for (name, layer), update in updates.items():
+            grid[names.index(name), layer] = getattr(update, field)
+        heatmap(axis, grid, names, list(map(str, range(layers))), "viridis", grid.nan_to_num().max().item(), label)
+    finish(axes[2, 0], "How far each matrix moved", "Layer. Size of the update, as a share of the matrix that it "
+           "changes. White: there is no such matrix.")  # fmt: skip
+    finish(axes[2, 1], "In how many directions", "Layer. 1: the whole update is one direction in, one out. LoRA cannot "
+           "exceed its rank; full training can.")  # fmt: skip
+    valid = texts.is_completion[None, :, None, :]  # rows of attention that belong to a completion
+    moved = ((patterns[1] - patterns[0]).abs().sum(-1) / 2 * valid).sum(dim=(1, 3)) / valid.sum()
+    layer, head = divmod(moved.argmax().item(), heads)
+    length = int(texts.is_completion[0].nonzero().max()) + 1
+    for axis, pattern, name in zip(axes[3], patterns, ("base", "trained"), strict=True):
+        heatmap(
+            axis, pattern[layer, 0, head, :length, :length], words[:length], words[:length], "Blues", 1.0, "attention"
+        )
+        axis.tick_params(axis="x", labelrotation=90)
+        finish(axis, f"Attention of layer {layer} head {head}: {name}", "Each row is a token and says where it looks; "
+               f"rows add up to 1. Of all heads this one moved most: {moved.max():.0%} of its attention, on "
+               "average.")  # fmt: skip
+    save_picture(figure, path)
+
+
 # ---- 17 Comparing runs -----------------------------------------------------------------------------------------------
 # In: run directories. Out: their curves in one picture.
 
@@ -1585,7 +1912,7 @@ def train(args: RLHFArgs) -> Path:
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for bad input."""
     transformers.utils.logging.disable_progress_bar()
-    commands = {"label": label, "compare": compare}
+    commands = {"label": label, "inspect": inspect, "compare": compare}
     try:
         if argv and argv[0] in commands:
             parse(commands[argv[0]], argv[1:])
