@@ -59,6 +59,7 @@ import torch
 import transformers
 import tyro
 from jaxtyping import Bool, Float, Int
+from matplotlib.colors import SymLogNorm
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -1758,11 +1759,12 @@ def print_inspection(
     """Three tables and the sentence that they are for."""
 
     def table(title: str, *columns: str, rows: list[tuple]) -> None:
-        table = Table(*columns, title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
+        table = Table(*columns, box=None, pad_edge=False)
         for column in table.columns[1:]:
             column.justify = "right"
         for name, *figures in rows:
             table.add_row(name, *(figure if isinstance(figure, str) else f"{figure:.3g}" for figure in figures))
+        console.print(f"\n{title}")
         console.print(table)
 
     heads = shares[0].components.shape[1] - 1
@@ -1801,18 +1803,17 @@ def plot_inspection(
     path: Path,
 ) -> None:
     """Eight panels, each with a caption that says how to read it."""
-    figure, axes = plt.subplots(4, 2, figsize=(9, 16), layout="constrained")
+    figure, axes = plt.subplots(4, 2, figsize=(9, 15), layout="constrained")
 
     def finish(axis, title: str, caption: str) -> None:
         axis.set_title(title, fontsize=10)
-        axis.set_xlabel(textwrap.fill(caption, 68), fontsize=8, loc="left")
+        axis.set_xlabel(textwrap.fill(caption, 56), fontsize=8, loc="left")
 
-    def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], colors: str, limit: float, label: str):
-        low = -limit if colors == "PuOr" else 0.0
-        image = axis.imshow(values, cmap=colors, vmin=low, vmax=limit, aspect="auto", interpolation="nearest")
-        for ticks, names, room in ((axis.set_yticks, rows, 16), (axis.set_xticks, columns, 16)):
-            step = math.ceil(len(names) / room)
-            ticks(range(0, len(names), step), names[::step], fontsize=7)
+    def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], label: str, **colors):
+        image = axis.imshow(values, aspect="auto", interpolation="nearest", **colors)
+        for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
+            step = math.ceil(len(names) / 40)
+            set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5)
         figure.colorbar(image, ax=axis, shrink=0.8).set_label(label, fontsize=8)
 
     layers, heads = shares[0].components.shape[0], shares[0].components.shape[1] - 1
@@ -1828,10 +1829,11 @@ def plot_inspection(
     axes[0, 1].legend(fontsize=8)
     finish(axes[0, 1], f"Logit lens: {token!r} after each block", f"Blocks passed. How likely {token!r} would be if "
            "the model ended there. Where the curves part, training has changed the computation.")  # fmt: skip
-    limit = max(share.components.abs().max().item() for share in shares)
+    limit = max(share.components.abs().max().item() for share in shares) + 1e-6
+    signed = {"cmap": "PuOr", "norm": SymLogNorm(limit / 20, vmin=-limit, vmax=limit)}
     parts = [*map(str, range(heads)), "MLP"]
     for axis, share, name in zip(axes[1], shares, ("base", "trained"), strict=True):
-        heatmap(axis, share.components, list(map(str, range(layers))), parts, "PuOr", limit, "share of the logit")
+        heatmap(axis, share.components, list(map(str, range(layers))), parts, "share of the logit", **signed)
         axis.set_ylabel("layer", fontsize=8)
         finish(axis, f"Who writes the logit of {token!r}: {name}", "Heads by number, then the MLP. Purple pushes the "
                f"logit up, orange down; with embedding {share.embedding:.1f} and biases {share.biases:.1f} they add up "
@@ -1841,7 +1843,7 @@ def plot_inspection(
         grid = torch.full((len(names), layers), math.nan)
         for (name, layer), update in updates.items():
             grid[names.index(name), layer] = getattr(update, field)
-        heatmap(axis, grid, names, list(map(str, range(layers))), "viridis", grid.nan_to_num().max().item(), label)
+        heatmap(axis, grid, names, list(map(str, range(layers))), label, vmin=0)
     finish(axes[2, 0], "How far each matrix moved", "Layer. Size of the update, as a share of the matrix that it "
            "changes. White: there is no such matrix.")  # fmt: skip
     finish(axes[2, 1], "In how many directions", "Layer. 1: the whole update is one direction in, one out. LoRA cannot "
@@ -1852,7 +1854,14 @@ def plot_inspection(
     length = int(texts.is_completion[0].nonzero().max()) + 1
     for axis, pattern, name in zip(axes[3], patterns, ("base", "trained"), strict=True):
         heatmap(
-            axis, pattern[layer, 0, head, :length, :length], words[:length], words[:length], "Blues", 1.0, "attention"
+            axis,
+            pattern[layer, 0, head, :length, :length],
+            words[:length],
+            words[:length],
+            "attention",
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
         )
         axis.tick_params(axis="x", labelrotation=90)
         finish(axis, f"Attention of layer {layer} head {head}: {name}", "Each row is a token and says where it looks; "
