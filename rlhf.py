@@ -928,24 +928,59 @@ PANELS = {
     "entropy": "entropy, nats a token",
     "distinct_2": "distinct bigrams: falls when the mode collapses",
 }
+# Okabe and Ito's colours, which the colour-blind tell apart, each with a style; 5 and 3 repeat after 15 lines only.
+COLORS, STYLES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"), ("-", "-.", ":")
+LINES = [(COLORS[i % 5], STYLES[i % 3]) for i in range(15)]
 
 
 def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
-    """Reward, KL, entropy and distinct-2 over phases, one line a run."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), sharex=True, layout="constrained")
-    with plt.style.context("tableau-colorblind10"):
-        for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-            for number, (label, history) in enumerate(runs.items()):
-                axis.plot([m["phase"] for m in history], [m[key] for m in history], color=f"C{number}", label=label)
-            axis.set_title(title, fontsize=10)
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[1]:
-        axis.set_xlabel("phase")
+    """Reward, KL, entropy and distinct-2 over phases, one line a run; for several runs also reward against KL.
+
+    A gold reward (Gao et al. 2210.10760) is dashed, on its own axis: where the two part, the policy has found what the
+    learned reward gets wrong. Where a history holds key_low and key_high, as `average` makes them, that band is shaded.
+    """
+    rows = [["reward", "kl"], ["entropy", "distinct_2"], *([["frontier"] * 2] if len(runs) > 1 else [])]
+    lines = sum(label.count("\n") + 1 for label in runs) if len(runs) > 1 else 0
+    figure = plt.figure(figsize=(9, 2.75 * len(rows) + 0.2 * lines), layout="constrained")
+    axes = figure.subplot_mosaic(rows)
+    for key, title in PANELS.items():
+        draw_lines(axes[key], runs, key)
+        axes[key].set_title(title, fontsize=10)
+        axes[key].set_xlabel("phase", fontsize=9)
+    for axis in axes.values():
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    if any("gold_reward" in history[0] for history in runs.values()):
+        gold = axes["reward"].twinx()
+        draw_lines(gold, runs, "gold_reward", style="--")
+        for axis in (axes["reward"], gold):
+            axis.autoscale(axis="y")  # each from its lowest to its highest, since the scales have nothing in common
+        gold.spines["top"].set_visible(False)
+        ways = [plt.Line2D([], [], color="#595959", linestyle=style) for style in ("-", "--")]
+        gold.legend(ways, ["trained on, left axis", "gold, right axis"], fontsize=8, loc="lower right")
     if len(runs) > 1:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        axis = axes["frontier"]
+        for history, (color, style) in zip(runs.values(), itertools.cycle(LINES), strict=False):
+            kl, reward = [m["kl"] for m in history], [m["reward"] for m in history]
+            axis.plot(kl, reward, color=color, linestyle=style)
+            axis.plot(kl[-1], reward[-1], color=color, marker="o")
+        axis.set_title("frontier: mean reward against KL; the dot is the last phase", fontsize=10)
+        axis.set_xlabel("KL to the reference, nats a token", fontsize=9)
+        figure.legend(*axes["reward"].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False)
     save_picture(figure, path)
+
+
+def draw_lines(axis, runs: dict[str, list[dict]], key: str, style: str | None = None, **look) -> None:
+    """One metric of every run that has it, with its band; from 0 unless something is below."""
+    for (label, history), (color, own_style) in zip(runs.items(), itertools.cycle(LINES), strict=False):
+        if key in history[0]:
+            phases, values = [m["phase"] for m in history], [m[key] for m in history]
+            axis.plot(phases, values, color=color, linestyle=style or own_style, label=label, **look)
+            if f"{key}_low" in history[0]:
+                band = ([m[f"{key}_{edge}"] for m in history] for edge in ("low", "high"))
+                axis.fill_between(phases, *band, color=color, alpha=0.2, linewidth=0)
+    if axis.dataLim.y0 >= 0:
+        axis.set_ylim(bottom=0)
 
 
 def save_picture(figure: plt.Figure, path: Path) -> None:
@@ -1809,12 +1844,12 @@ def plot_inspection(
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(textwrap.fill(caption, 56), fontsize=8, loc="left")
 
-    def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], label: str, **colors):
+    def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], label: str, ticks=None, **colors) -> None:
         image = axis.imshow(values, aspect="auto", interpolation="nearest", **colors)
         for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
             step = math.ceil(len(names) / 40)
             set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5)
-        figure.colorbar(image, ax=axis, shrink=0.8).set_label(label, fontsize=8)
+        figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks, format="%.3g").set_label(label, fontsize=8)
 
     layers, heads = shares[0].components.shape[0], shares[0].components.shape[1] - 1
     axes[0, 0].plot(range(1, len(divergence) + 1), divergence, color="C0", marker=".")
@@ -1830,14 +1865,15 @@ def plot_inspection(
     finish(axes[0, 1], f"Logit lens: {token!r} after each block", f"Blocks passed. How likely {token!r} would be if "
            "the model ended there. Where the curves part, training has changed the computation.")  # fmt: skip
     limit = max(share.components.abs().max().item() for share in shares) + 1e-6
-    signed = {"cmap": "PuOr", "norm": SymLogNorm(limit / 20, vmin=-limit, vmax=limit)}
+    ticks = [sign * limit / fraction for sign in (-1, 1) for fraction in (1, 3, 10)] + [0]
+    signed = {"ticks": ticks, "cmap": "PuOr", "norm": SymLogNorm(limit / 20, vmin=-limit, vmax=limit)}
     parts = [*map(str, range(heads)), "MLP"]
     for axis, share, name in zip(axes[1], shares, ("base", "trained"), strict=True):
         heatmap(axis, share.components, list(map(str, range(layers))), parts, "share of the logit", **signed)
         axis.set_ylabel("layer", fontsize=8)
         finish(axis, f"Who writes the logit of {token!r}: {name}", "Heads by number, then the MLP. Purple pushes the "
                f"logit up, orange down; with embedding {share.embedding:.1f} and biases {share.biases:.1f} they add up "
-               f"to {share.total:.1f}. Both panels have one scale.")  # fmt: skip
+               f"to {share.total:.1f}. Both panels have one, logarithmic, scale.")  # fmt: skip
     names = list(dict.fromkeys(name for name, _ in updates))
     for axis, field, label in zip(axes[2], ("size", "rank"), ("‖ΔW‖ / ‖W‖", "effective rank"), strict=True):
         grid = torch.full((len(names), layers), math.nan)
@@ -1871,29 +1907,57 @@ def plot_inspection(
 
 
 # ---- 17 Comparing runs -----------------------------------------------------------------------------------------------
-# In: run directories. Out: their curves in one picture.
+# In: run directories. Out: one picture of their curves. Runs that differ in nothing but the seed become one line, their
+# mean, in a band from the lowest to the highest.
 
 
 def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
-    """Draws the curves of several runs over each other.
+    """Draws the curves of several runs over each other, and reward against KL; seeds of one setting become a band.
 
     Args:
         runs: run directories
         output: the picture
     """
     require(len(runs) > 0, "compare: expected at least one run directory")
-    settings, histories = {}, {}
-    for run in runs:
-        require((run / "metrics.jsonl").is_file(), f"{run}: is no run directory, it holds no metrics.jsonl")
-        settings[run] = json.loads((run / "args.json").read_text())
-        histories[run] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = [field.name for field in dataclasses.fields(RLHFArgs) if field.name != "run_dir"]
-    differing = [name for name in names if len({str(record[name]) for record in settings.values()}) > 1]
-    labels = {run: ", ".join(f"{name} {settings[run][name]}" for name in differing) or run.name for run in runs}
-    if len(set(labels.values())) < len(runs):
-        labels = {run: f"{run.name} ({label})" for run, label in labels.items()}
-    plot_curves({labels[run]: histories[run] for run in runs}, output)
+    settings, histories = zip(*map(read_run, runs), strict=True)
+    names = [field.name for field in dataclasses.fields(RLHFArgs) if field.name not in ("run_dir", "seed")]
+    differing = [name for name in names if len({str(record.get(name)) for record in settings}) > 1]
+    groups: dict[str, list[list[dict]]] = {}
+    for record, history in zip(settings, histories, strict=True):
+        label = ", ".join(f"{name} {record.get(name)}" for name in differing) or (
+            "all runs" if len(runs) > 1 else runs[0].name
+        )
+        groups.setdefault(label, []).append(history)
+    labels = {label: label if len(group) == 1 else f"{label} (mean of {len(group)}, band from lowest to highest)"
+              for label, group in groups.items()}  # fmt: skip
+    curves = {textwrap.fill(labels[label], 110): average(group) for label, group in groups.items()}
+    plot_curves(curves, output)
     console.print(f"wrote {output}", soft_wrap=True)
+
+
+def read_run(run: Path) -> tuple[dict, list[dict]]:
+    """A run's settings and its metrics, one dict a phase."""
+    require((run / "args.json").is_file(), f"{run}: is no run directory, it holds no args.json")
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8") if (run / "metrics.jsonl").is_file() else ""
+    require(bool(lines), f"{run}: holds no metrics.jsonl with at least one phase")
+    return json.loads((run / "args.json").read_text(encoding="utf-8")), [json.loads(x) for x in lines.splitlines()]
+
+
+def average(histories: list[list[dict]]) -> list[dict]:
+    """Phase by phase, as far as all go: each key's mean and, of several, key_low and key_high.
+
+    >>> average([[{"kl": 1.0}], [{"kl": 2.0}, {"kl": 5.0}]])
+    [{'kl': 1.5, 'kl_low': 1.0, 'kl_high': 2.0}]
+    """
+    if len(histories) == 1:
+        return histories[0]
+    merged = []
+    for phases in zip(*histories, strict=False):
+        values = {key: [m[key] for m in phases] for key in phases[0] if all(key in m for m in phases)}
+        merged.append({})
+        for key, numbers in values.items():
+            merged[-1] |= {key: sum(numbers) / len(numbers), f"{key}_low": min(numbers), f"{key}_high": max(numbers)}
+    return merged
 
 
 # ---- 18 Command line -------------------------------------------------------------------------------------------------
