@@ -1253,15 +1253,21 @@ def label(
     rows = load_prompts(prefix, prompts)
     policy = TransformerWithValueHead(base_model, device=pick_device(device))
     check_context(policy.bridge, rows, gen_len)
-    ask(file, pairs, lambda number: draw_pair(policy, rows, number, gen_len, temperature, seed))
+    ask(file, pairs, lambda number, answers: draw_pair(policy, rows, number, answers, gen_len, temperature, seed))
 
 
 def draw_pair(
-    policy: TransformerWithValueHead, rows: list[dict], number: int, gen_len: int, temperature: float, seed: int
+    policy: TransformerWithValueHead,
+    rows: list[dict],
+    number: int,
+    answers: list[str],
+    gen_len: int,
+    temperature: float,
+    seed: int,
 ) -> tuple[str, str, str]:
     """Pair `number` of the sequence that the seed fixes: a prompt and two different completions, left and right.
 
-    While they are equal both are drawn anew, so which of the two stands on the left is a fair coin.
+    While they are equal, or among the answers, both are drawn anew: so which stands on the left is a fair coin.
     """
     prompt, tokenizer, device = rows[number % len(rows)]["prompt"], policy.bridge.tokenizer, policy.bridge.cfg.device
     generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
@@ -1270,25 +1276,22 @@ def draw_pair(
         drawn = get_samples(policy, tokens, mask, gen_len, temperature, generator=generator)
         completions = unpad(drawn.tokens[:, tokens.shape[1] :], drawn.attention_mask[:, tokens.shape[1] :])
         left, right = tokenizer.batch_decode(completions, skip_special_tokens=True)
-        if left != right:
+        is_met = preference(prompt, left, right) in answers or preference(prompt, right, left) in answers
+        if left != right and not is_met:
             return prompt, left, right
-    raise SettingError(f"label: {prompt!r} was completed the same way 40 times; raise --temperature or --gen-len")
+    raise SettingError(f"label: nothing new for {prompt!r} in 20 draws; raise --temperature or --gen-len")
 
 
-def ask(file: Path, pairs: int, draw: Callable[[int], tuple[str, str, str]]) -> None:
+def ask(file: Path, pairs: int, draw: Callable[[int, list[str]], tuple[str, str, str]]) -> None:
     """Shows pairs and stores answers until the file holds `pairs` of them, or a key or the end of input says stop."""
     skips = file.with_name(file.name + ".skipped")
     answers, skipped = whole_lines(file), {json.loads(line)["pair"] for line in whole_lines(skips)}
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(keypresses()) as keys:
         while len(answers) < pairs:
             number = next_number(len(answers), skipped)
-            prompt, left, right = draw(number)
-            better = {"l": preference(prompt, left, right), "r": preference(prompt, right, left)}
-            if set(better.values()) & set(answers):  # met before under another number
-                key = "s"
-            else:
-                show_pair(prompt, left, right, f"pair {len(answers) + 1} of {pairs}")
-                key = next((key for key in keys if key in "lrsuq"), "q")
+            prompt, left, right = draw(number, answers)
+            show_pair(prompt, left, right, f"pair {len(answers) + 1} of {pairs}")
+            key = next((key for key in keys if key in "lrsuq"), "q")
             if key == "q":
                 break
             if key == "s":
@@ -1297,8 +1300,8 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[str, str, str]]) -> 
             elif key == "u":
                 rewrite(file, answers := answers[:-1])
             else:
-                answers.append(better[key])
-                append_line(file, better[key])
+                answers.append(preference(prompt, left, right) if key == "l" else preference(prompt, right, left))
+                append_line(file, answers[-1])
             console.print({"l": "left", "r": "right", "s": "skipped", "u": "undone"}[key])
     console.print(f"{len(answers)} answers in {file}; the same command goes on from here", soft_wrap=True)
 
@@ -1845,20 +1848,20 @@ def plot_inspection(
         axis.set_xlabel(textwrap.fill(caption, 56), fontsize=8, loc="left")
 
     def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], label: str, ticks=None, **colors) -> None:
-        image = axis.imshow(values, aspect="auto", interpolation="nearest", **colors)
+        image = axis.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colors)
         for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
             step = math.ceil(len(names) / 40)
             set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5)
         figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks, format="%.3g").set_label(label, fontsize=8)
 
     layers, heads = shares[0].components.shape[0], shares[0].components.shape[1] - 1
-    axes[0, 0].plot(range(1, len(divergence) + 1), divergence, color="C0", marker=".")
+    axes[0, 0].plot(range(1, len(divergence) + 1), divergence.numpy(), color="C0", marker=".")
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("nats", fontsize=8)
     finish(axes[0, 0], "KL(trained ‖ base) by position", "Token of the completion, from left to right. High: there the "
            "two models would write different things. Mean over all completions.")  # fmt: skip
     for lens, name, style in zip(lenses, ("base", "trained"), ("--", "-"), strict=True):
-        axes[0, 1].plot(lens, linestyle=style, marker=".", color="C0" if style == "-" else "C1", label=name)
+        axes[0, 1].plot(lens.numpy(), linestyle=style, marker=".", color="C0" if style == "-" else "C1", label=name)
     axes[0, 1].set_xticks(range(0, layers + 1, math.ceil(layers / 12)))
     axes[0, 1].set_ylabel("log-probability", fontsize=8)
     axes[0, 1].legend(fontsize=8)
