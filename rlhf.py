@@ -22,8 +22,11 @@ Left out   A reward per token, a critic of its own (the value head shares the tr
     python rlhf.py compare runs/a runs/b         draws the curves of several runs over each other
 """
 
+import argparse
 import contextlib
+import copy
 import dataclasses
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -34,16 +37,19 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
 import textwrap
+import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 try:
     import termios
@@ -55,9 +61,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 import transformers
 import tyro
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from jaxtyping import Bool, Float, Int
 from matplotlib.colors import SymLogNorm
 from rich.console import Console, Group
@@ -67,6 +78,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 from transformers.pytorch_utils import Conv1D
 
 from kernels import linear_token_logprobs, lora_linear, token_logprobs
@@ -87,6 +99,8 @@ def require(condition: bool, message: str) -> None:
 # ---- 1 Settings ------------------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, its comment the help.
 
+Repeatable = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # --reward A --reward B
+
 
 @dataclass(frozen=True)
 class RLHFArgs:
@@ -95,15 +109,15 @@ class RLHFArgs:
     # The experiment
     algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # baseline: learned critic, mean of the group, mean of its others
     base_model: str = "tiny"  # `tiny` (embedded), a name that TransformerLens knows, a hub id, or a local directory
-    reward: str = "periods"  # `periods`, `char:X` or `path/to/file.py:function`
+    reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL[:LABEL], preferences:FILE, FILE.py:FUNCTION
+    reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
+    gold_reward: str | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
     prompts: Path | None = None  # instead of the prefix: a file, one prompt a line, or JSON lines with "prompt"
     seed: int = 0  # of adapters and value head, samples and shuffling
-    device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
-    run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
 
     # Rollout phase
-    total_phases: int = 40  # rollout phase and learning phase, this many times
+    total_phases: int = 50  # rollout phase and learning phase, this many times
     batch_size: int = 64  # completions in a rollout phase
     group_size: int | None = None  # completions of one prompt, each other's baseline; by default the whole batch
     gen_len: int = 32  # tokens in a completion, at most
@@ -116,27 +130,37 @@ class RLHFArgs:
     num_minibatches: int = 4  # optimizer steps each time
     clip_coef: float = 0.2  # ε: the ratio stops paying beyond 1 ± ε
     clip_high: float | None = None  # a higher upper end, 1 + this in place of 1 + ε (DAPO)
-    kl_coef: float = 0.14  # β: the price of leaving the reference; 0 lets the policy collapse
+    kl_coef: float = 0.12  # β: the price of leaving the reference; 0 lets the policy collapse
+    kl_target: float | None = None  # adapt β until the KL is this, in nats a token
+    kl_horizon: int = 2560  # completions over which β adapts: the fewer, the faster
     kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"  # exact, or estimated from the sampled token alone
-    ent_coef: float = 0.001  # reward for uncertainty
+    ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: float = 0.15  # weight of the value loss (ppo)
     gamma: float = 1.0  # discount (ppo)
     gae_lambda: float = 1.0  # GAE's λ (ppo): 1 is Monte Carlo, 0 the one-step estimate of the course
     scale_by_group_std: bool = True  # divide by the group's standard deviation (grpo); without it, Dr. GRPO
     loss_average: Literal["sequence", "token", "constant"] = "sequence"  # see masked_mean
 
-    # Optimizer
+    # What is trained, and how fast
     base_lr: float = 5e-4  # of the transformer, or of its adapters
     head_lr: float = 3e-3  # of the value head, which starts from nothing (ppo)
     warmup_steps: int = 3  # phases over which the learning rates rise linearly
     final_scale: float = 0.1  # of the learning rates in the last phase, reached linearly
     max_grad_norm: float = 1.0  # longer gradients are shortened to this
-
-    # LoRA
+    train_layers: int | None = None  # train only so many of the last blocks, and freeze what is below
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: int = 4  # r
     lora_alpha: float = 32.0  # the adapters are scaled by alpha / rank
     lora_targets: tuple[str, ...] = ("q", "k", "v", "o")  # matrices of each block, of the MLP too: in, out, gate
+
+    # The machine
+    device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights that LoRA freezes
+    low_gpu_mem: bool = False  # gpt2 in place of gpt2-medium, and half the batch; by itself where memory is short
+    run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
+    resume: Path | None = None  # a run directory: go on from its last checkpoint, with its settings
+    save_every: int = 10  # phases between checkpoints; Ctrl-C and SIGTERM leave one too
+    track: Literal["wandb", "tensorboard"] | None = None  # send the metrics there, too
 
     def __post_init__(self):
         check_settings(self)
@@ -188,9 +212,11 @@ class TransformerWithValueHead(nn.Module):
     `bridge` is the TransformerLens model: `bridge.run_with_cache` and `bridge.run_with_hooks` work at any time.
     """
 
-    def __init__(self, base_model: str, has_critic: bool = False, device: str = "cpu"):
+    def __init__(self, base_model: str, has_critic: bool = False, device: str = "cpu", dtype: str = "float32"):
         super().__init__()
-        self.bridge = load_bridge(base_model, device)
+        self.bridge, self.published = load_bridge(
+            base_model, device, dtype
+        )  # and its weights by the names of their files
         self.value_head = None
         self.values: Float[Tensor, "B T"] | None = None  # of the last forward pass, left here by the hook
         if has_critic:
@@ -307,11 +333,9 @@ class LoRALinear(nn.Module):
         return lora_linear(x, self.matrix, self.bias, self.lora_a, self.lora_b, self.scale)
 
 
-def add_lora(bridge: TransformerBridge, targets: tuple[str, ...], rank: int, alpha: float) -> None:
-    """Freezes the model and puts a LoRALinear under the hooks of each target matrix of each block."""
-    bridge.requires_grad_(False)
-    for block in bridge.blocks:
-        # "qkv" is GPT-2's fused matrix, which the bridge keeps beside q, k and v but does not compute with.
+def add_lora(blocks: list[nn.Module], targets: tuple[str, ...], rank: int, alpha: float) -> None:
+    """Puts a LoRALinear under the hooks of each target matrix of each block."""
+    for block in blocks:
         matrices = {
             name: component
             for part in (block.attn, block.mlp)
@@ -321,6 +345,20 @@ def add_lora(bridge: TransformerBridge, targets: tuple[str, ...], rank: int, alp
         for target in targets:
             require(target in matrices, f"--lora-targets {target}: no such matrix; expected of {', '.join(matrices)}")
             matrices[target].set_original_component(LoRALinear(matrices[target].original_component, rank, alpha))
+
+
+def choose_trained(bridge: TransformerBridge, args: RLHFArgs) -> None:
+    """Freezes all but what is to be trained: adapters, or the weights themselves, of all blocks or the last few."""
+    blocks = list(bridge.blocks)[-(args.train_layers or 0) :]
+    if args.lora or args.train_layers:
+        bridge.requires_grad_(False)
+    if args.lora:
+        add_lora(blocks, args.lora_targets, args.lora_rank, args.lora_alpha)
+    elif args.train_layers:
+        nn.ModuleList([*blocks, bridge.ln_final]).requires_grad_(True)
+    for block in bridge.blocks:
+        if hasattr(block.attn, "qkv"):  # GPT-2's fused matrix: the bridge keeps it, but computes with q, k and v
+            block.attn.qkv.requires_grad_(False)
 
 
 @contextlib.contextmanager
@@ -435,28 +473,25 @@ def char_reward(char: str) -> RewardFn:
     return count
 
 
-def get_rewards(reward_fn: RewardFn, rows: list[dict], completions: list[str]) -> Float[Tensor, "B"]:
-    """Calls the reward function and checks what it returns.
+class Reward(NamedTuple):
+    """One term of the reward."""
 
-    Raises SettingError, naming the completion, for a count that is off, a NaN or infinity, or something that is no
-    number.
-    """
+    name: str  # under which its mean is logged
+    function: RewardFn
+    weight: float
+
+
+def get_rewards(rewards: list[Reward], rows: list[dict], completions: list[str]) -> Float[Tensor, "B R"]:
+    """What each reward function gives each completion; each is called once, the other columns as lists."""
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    rewards = reward_fn(prompts=[row["prompt"] for row in rows], completions=completions, **columns)
-    try:
-        rewards = list(rewards)
-    except TypeError:
-        raise SettingError(f"reward function: returned {rewards!r}; expected a list of numbers") from None
-    matches = len(rewards) == len(completions)
-    require(matches, f"reward function: returned {len(rewards)} values for {len(completions)} completions")
-    for i, (reward, completion) in enumerate(zip(rewards, completions, strict=True)):
-        try:
-            is_finite = not isinstance(reward, str) and math.isfinite(reward)
-        except TypeError:
-            is_finite = False
-        message = f"reward function: value {i} is {reward!r}, not a finite number, for the completion {completion!r}"
-        require(is_finite, message)
-    return torch.tensor([float(reward) for reward in rewards])
+    prompts = [row["prompt"] for row in rows]
+    scores = [call_reward(reward, prompts, completions, columns) for reward in rewards]
+    return torch.tensor(scores).T
+
+
+def weigh(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> Float[Tensor, "B"]:
+    """The reward: the weighted sum of its terms."""
+    return scores @ scores.new_tensor([reward.weight for reward in rewards])
 
 
 def normalize(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -522,7 +557,6 @@ class ReplayMemory:
     logprobs: Float[Tensor, "B C"]  # of π_old
     ref_logprobs: Float[Tensor, "B C"]
     ref_features: Float[Tensor, "B C D"]
-    rewards: Float[Tensor, "B"]  # as they came, before any normalisation
     advantages: Float[Tensor, "B C"]
     values: Float[Tensor, "B C"] | None = None
     returns: Float[Tensor, "B C"] | None = None  # what the critic should have said
@@ -611,24 +645,37 @@ def masked_mean(
     return x.sum() / (mask.sum() if average == "token" else len(x) * gen_len)
 
 
-def grpo_objective(new: Evaluation, old: ReplayMemory, args: RLHFArgs) -> Float[Tensor, ""]:
+def grpo_objective(new: Evaluation, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
     """J = E[ min(ρ A, clip(ρ) A) - β KL ] + c_ent E[ S ] (DeepSeekMath 2402.03300, eq. 3, with an entropy bonus)."""
     surrogate = clipped_surrogate(new.logprobs, old.logprobs, old.advantages, *clip_range(args))
-    per_token = surrogate - args.kl_coef * new.kl + args.ent_coef * new.entropy
+    per_token = surrogate - kl_coef * new.kl + args.ent_coef * new.entropy
     return masked_mean(per_token, old.mask, args.loss_average, args.gen_len)
 
 
-def ppo_objective(new: Evaluation, old: ReplayMemory, args: RLHFArgs) -> Float[Tensor, ""]:
+def ppo_objective(new: Evaluation, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
     """J = the same - c_vf E[ (V - V_target)² ] (PPO 1707.06347, eq. 9, with a KL penalty)."""
     value_loss = masked_mean((new.values - old.returns).square(), old.mask, args.loss_average, args.gen_len)
-    return grpo_objective(new, old, args) - args.vf_coef * value_loss
+    return grpo_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, args: RLHFArgs) -> float:
+    """β ← β (1 + clip(KL/target - 1, ±0.2) n/horizon) after n completions (1909.08593, section 2.2); fixed without a
+    target.
+
+    >>> adapt_kl_coef(1.0, 9.0, RLHFArgs(kl_target=1.0, batch_size=64, kl_horizon=128))  # far too high: + 0.2 / 2
+    1.1
+    """
+    if args.kl_target is None:
+        return kl_coef
+    error = min(max(kl / args.kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * args.batch_size / args.kl_horizon)
 
 
 class Algorithm(NamedTuple):
     """All that tells one algorithm from another."""
 
     compute_advantages: Callable[..., Float[Tensor, "B C"]]
-    objective: Callable[[Evaluation, ReplayMemory, RLHFArgs], Float[Tensor, ""]]
+    objective: Callable[[Evaluation, ReplayMemory, float, RLHFArgs], Float[Tensor, ""]]
     has_critic: bool
 
 
@@ -641,33 +688,41 @@ ALGORITHMS = {
 
 # ---- 10 Objective to update ------------------------------------------------------------------------------------------
 # In: the settings. Out: a trained policy. All state lives in the trainer, and nothing here knows which algorithm runs.
+# Several processes share the work by rows: each draws its part of the batch, and their gradients are averaged.
 
 
 class RLHFTrainer:
     """Alternates rollout phases and learning phases: `RLHFTrainer(RLHFArgs(algo="grpo", lora=True)).train()`."""
 
     def __init__(self, args: RLHFArgs):
-        self.args, self.algorithm, self.device = args, ALGORITHMS[args.algo], pick_device(args.device)
-        self.rows, self.reward_fn = load_prompts(args.prefix, args.prompts), load_reward(args.reward)
-        torch.manual_seed(args.seed)
-        self.policy = TransformerWithValueHead(args.base_model, self.algorithm.has_critic, self.device)
+        self.accelerator = Accelerator(cpu=args.device == "cpu", log_with=args.track)
+        self.run_dir = broadcast_object_list([choose_run_dir(args)])[0]
+        self.device = pick_device(args.device, self.accelerator)
+        self.args = args = relieve_memory(args, self.device)
+        check_processes(args, self.accelerator)
+        self.algorithm, self.rows = ALGORITHMS[args.algo], load_prompts(args.prefix, args.prompts)
+        with self.accelerator.main_process_first():  # what is made on first use, like `tiny`, is made once
+            torch.manual_seed(args.seed)
+            self.policy = TransformerWithValueHead(
+                args.base_model, self.algorithm.has_critic, self.device, args.dtype if args.lora else "float32"
+            )
+            self.rewards = load_rewards(args, self.run_dir, self.device)
         self.tokenizer = self.policy.bridge.tokenizer
         check_context(self.policy.bridge, self.rows, args.gen_len)
-        if args.lora:  # the reference is the policy itself, adapters off
-            add_lora(self.policy.bridge, args.lora_targets, args.lora_rank, args.lora_alpha)
-            self.frozen_copy = None
-        else:
+        choose_trained(self.policy.bridge, args)
+        self.frozen_copy = None  # with LoRA the reference is the policy itself, adapters off
+        if not args.lora:
             self.frozen_copy = TransformerWithValueHead(args.base_model, device=self.device).requires_grad_(False)
+        trained = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
+        head = [weight for name, weight in trained.items() if name.startswith("value_head")]
+        base = [weight for name, weight in trained.items() if not name.startswith("value_head")]
+        groups = [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}]
         # No weight decay: it would pull full fine-tuning towards zero weights, and the KL term pulls to the reference.
-        base = [parameter for parameter in self.policy.bridge.parameters() if parameter.requires_grad]
-        groups = [{"params": base, "lr": args.base_lr}]
-        if self.policy.value_head:
-            groups.append({"params": list(self.policy.value_head.parameters()), "lr": args.head_lr})
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_scale)
-        self.generator = torch.Generator(self.device).manual_seed(args.seed)
-        self.prompt_order = self.epochs_of_prompts()
-        self.phase = 0
+        self.trained, self.optimizer = trained, torch.optim.AdamW(groups, weight_decay=0.0)
+        self.generator = torch.Generator(self.device)
+        self.phase, self.kl_coef, self.stop = 0, args.kl_coef, StopSignals(self.accelerator)
+        if args.resume:
+            load_checkpoint(self)
 
     def lr_scale(self, phase: int) -> float:
         """Linear warm-up over warmup_steps phases, then linear decay to final_scale in the last one."""
@@ -676,11 +731,18 @@ class RLHFTrainer:
             return (phase + 1) / (warmup + 1)
         return 1 - (1 - self.args.final_scale) * min(1.0, (phase - warmup) / max(1, last - warmup))
 
-    def epochs_of_prompts(self) -> Iterator[dict]:
-        """All prompts in a seeded order, then all again in another."""
-        while True:
-            order = torch.randperm(len(self.rows), generator=self.generator, device=self.device)
-            yield from (self.rows[i] for i in order.tolist())
+    def prompts_of(self, phase: int) -> list[dict]:
+        """The phase's prompts: the file is gone through again and again, each time in another seeded order."""
+        count, size = self.args.batch_size // self.args.samples_per_prompt, len(self.rows)
+        places = [divmod(i, size) for i in range(phase * count, (phase + 1) * count)]
+        orders = {e: np.random.default_rng((self.args.seed, e)).permutation(size) for e in {e for e, _ in places}}
+        return [self.rows[orders[epoch][i]] for epoch, i in places]
+
+    def gather(self, x: Float[Tensor, "b ..."] | None, pad: int = 0) -> Float[Tensor, "B ..."] | None:
+        """The rows of all processes, one process after the other."""
+        if x is None or self.accelerator.num_processes == 1:
+            return x
+        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1, pad_index=pad))
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[TransformerWithValueHead]:
@@ -697,21 +759,32 @@ class RLHFTrainer:
         return drawn, self.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
     @torch.no_grad()
-    def rollout_phase(self) -> tuple[ReplayMemory, list[dict]]:
-        """Fills a memory: samples, rewards, the reference's opinion, advantages. Also returns the samples as text."""
-        args = self.args
-        # 1. Prompts: group_size rows of each, one group after the other.
-        prompts = [next(self.prompt_order) for _ in range(args.batch_size // args.samples_per_prompt)]
-        rows = [row for row in prompts for _ in range(args.samples_per_prompt)]
+    def rollout_phase(self) -> tuple[ReplayMemory, dict[str, float], list[dict]]:
+        """Fills a memory: samples, rewards, advantages, the reference's opinion. Also returns the phase's metrics and
+        the samples as text."""
+        args, rank = self.args, self.accelerator.process_index
+        # A seed for each phase and process: going on after a stop needs no stored state.
+        self.generator.manual_seed(int(np.random.SeedSequence((args.seed, self.phase, rank)).generate_state(1)[0]))
+        # 1. Prompts: group_size rows of each, one group after the other; of these, the share of this process.
+        rows = [row for row in self.prompts_of(self.phase) for _ in range(args.samples_per_prompt)]
+        share = len(rows) // self.accelerator.num_processes
+        mine = slice(rank * share, (rank + 1) * share)
+        rows = rows[mine]
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
         drawn, texts = self.sample(rows, self.generator)
-        P = drawn.tokens.shape[1] - drawn.logprobs.shape[1]
+        C = drawn.logprobs.shape[1]
+        P = drawn.tokens.shape[1] - C
         mask = drawn.attention_mask[:, P:]
         completion = drawn.tokens[:, P:].masked_fill(~mask, -100)
-        # 3. Rewards, and from them advantages.
-        raw_rewards = get_rewards(self.reward_fn, rows, texts).to(self.device)
+        # 3. Rewards, and from them advantages: those of all processes, since a group may be spread over several.
+        scores = self.gather(get_rewards(self.rewards, rows, texts).to(self.device))
+        raw_rewards = weigh(scores, self.rewards)
         rewards = normalize(raw_rewards) if args.normalize_reward else raw_rewards
-        advantages = self.algorithm.compute_advantages(rewards, drawn.values, mask, args)
+        values, everyones_mask = self.gather(drawn.values), self.gather(mask)
+        advantages = self.algorithm.compute_advantages(rewards, values, everyones_mask, args)
+        metrics = rollout_metrics(self.gather(completion, pad=-100), raw_rewards, advantages, values)
+        metrics |= {reward.name: mean for reward, mean in zip(self.rewards, scores.mean(0).tolist(), strict=True)}
+        advantages = advantages[mine, :C]
         # 4. The reference's features, from which the learning phase has the exact KL, and its log-probabilities.
         with self.reference() as reference:
             ref_features, _ = reference.completion_features(drawn.tokens, drawn.attention_mask, P)
@@ -723,12 +796,11 @@ class RLHFTrainer:
             logprobs=drawn.logprobs,
             ref_logprobs=ref_logprobs,
             ref_features=ref_features,
-            rewards=raw_rewards,
             advantages=advantages,
             values=drawn.values,
             returns=None if drawn.values is None else advantages + drawn.values,
         )
-        return memory, describe(rows, texts, raw_rewards, ref_logprobs.sum(dim=1))
+        return memory, metrics, describe(rows, texts, raw_rewards[mine], ref_logprobs.sum(dim=1))
 
     def evaluate(self, minibatch: ReplayMemory) -> Evaluation:
         """What the policy says now of the minibatch's completions; gradients flow."""
@@ -746,59 +818,126 @@ class RLHFTrainer:
 
     def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times; returns means over its tokens, by name."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        totals, tokens, lr = Counter(), 0, self.scheduler.get_last_lr()[0]
-        for _ in range(self.args.batches_per_learning_phase):
-            for minibatch in memory.minibatches(self.args.num_minibatches, self.generator):
-                new = self.evaluate(minibatch)
-                loss = -self.algorithm.objective(new, minibatch, self.args)
+        args, totals = self.args, Counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * self.lr_scale(self.phase)
+        for _ in range(args.batches_per_learning_phase):
+            for minibatch in memory.minibatches(args.num_minibatches, self.generator):
+                with self.accelerator.autocast():
+                    new = self.evaluate(minibatch)
+                objective = self.algorithm.objective(new, minibatch, self.kl_coef, args)
                 self.optimizer.zero_grad()
-                loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+                (-objective * self.token_share(minibatch)).backward()
+                weights = [weight for weight in self.trained.values() if weight.grad is not None]
+                for weight in weights:
+                    weight.grad = self.accelerator.reduce(weight.grad, "mean")
+                grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
                 self.optimizer.step()
-                metrics = self.minibatch_metrics(new, minibatch) | {"grad_norm": grad_norm.item()}
+                metrics = minibatch_metrics(new, minibatch, clip_range(args)) | {"grad_norm": grad_norm.item()}
                 count = int(minibatch.mask.sum())
-                totals.update({name: value * count for name, value in metrics.items()})
-                tokens += count
-        self.scheduler.step()
-        return {name: total / tokens for name, total in totals.items()} | {"lr": lr}
+                totals.update({name: value * count for name, value in metrics.items()} | {"tokens": count})
+        sums = self.accelerator.reduce(torch.tensor(list(totals.values()), device=self.device), "sum").tolist()
+        metrics = {name: value / sums[-1] for name, value in zip(totals, sums, strict=True) if name != "tokens"}
+        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
+        self.kl_coef = adapt_kl_coef(self.kl_coef, metrics["kl"], args)
+        self.phase += 1
+        return metrics
 
-    @torch.no_grad()
-    def minibatch_metrics(self, new: Evaluation, old: ReplayMemory) -> dict[str, float]:
-        """Means over the minibatch's tokens."""
-        ratio = (new.logprobs - old.logprobs).exp()  # 1, up to rounding, in the first minibatch of a phase
-        low, high = clip_range(self.args)
-        per_token = {"kl": new.kl, "entropy": new.entropy, "clip_fraction": ((ratio < low) | (ratio > high)).float()}
-        if new.values is not None:
-            per_token["value_loss"] = (new.values - old.returns).square()
-        return {name: masked_mean(x, old.mask).item() for name, x in per_token.items()}
+    def token_share(self, minibatch: ReplayMemory) -> float:
+        """1, unless all tokens count alike and another process has more of them: the mean of gradients is over
+        processes."""
+        if self.args.loss_average != "token":
+            return 1.0
+        count = minibatch.mask.sum().float()
+        return (count / self.accelerator.reduce(count, "mean")).item()
 
     def train(self) -> Path:
-        """All phases; returns the run directory."""
-        with RunLog(self) as log:
-            log.samples("before", self.showcase())
-            while self.phase < self.args.total_phases:
+        """All phases that are still to come; returns the run directory."""
+        args = self.args
+        with RunLog(self) as log, self.stop:
+            if self.phase == 0:
+                log.samples("before", self.showcase())
+            while self.phase < args.total_phases and not self.stop.is_requested():
                 start = time.perf_counter()
-                memory, samples = self.rollout_phase()
+                with self.saved_on_error(), self.accelerator.autocast():
+                    memory, rollout, samples = self.rollout_phase()
                 middle = time.perf_counter()
-                metrics = rollout_metrics(memory) | self.learning_phase(memory)
+                metrics = {"phase": self.phase + 1} | rollout | self.learning_phase(memory)
                 end = time.perf_counter()
-                self.phase += 1
                 metrics |= {
                     "rollout_seconds": middle - start,
                     "learning_seconds": end - middle,
-                    "tokens_per_second": memory.mask.sum().item() / (end - start),
+                    "tokens_per_second": metrics["completion_length"] * args.batch_size / (end - start),
                     "peak_memory_mb": peak_memory_mb(self.device),
                 }
-                log.phase({"phase": self.phase} | metrics, samples[:3])
-            log.samples("after", self.showcase())
-        return log.run_dir
+                log.phase(metrics, samples[:3])
+                if self.phase % args.save_every == 0:
+                    save_checkpoint(self)
+            save_checkpoint(self)
+            if self.phase == args.total_phases:
+                log.samples("after", self.showcase())
+                export(self)
+        return self.run_dir
+
+    @contextlib.contextmanager
+    def saved_on_error(self) -> Iterator[None]:
+        """A reward function that fails must not take with it what was learned before."""
+        try:
+            yield
+        except Exception:
+            save_checkpoint(self)
+            raise
 
     def showcase(self) -> list[dict]:
         """A few completions from the run's seed: the same draws before and after training."""
         rows = [self.rows[i % len(self.rows)] for i in range(8)]
         _, texts = self.sample(rows, torch.Generator(self.device).manual_seed(self.args.seed))
-        return describe(rows, texts, get_rewards(self.reward_fn, rows, texts))
+        return describe(rows, texts, weigh(get_rewards(self.rewards, rows, texts), self.rewards))
+
+
+# ---- 11 Update to log ------------------------------------------------------------------------------------------------
+# In: one dict of numbers a phase. Out: a line, a JSON line, a picture; and beside each number what it should look like.
+
+
+def rollout_metrics(
+    completion: Int[Tensor, "B C"],  # -100 where masked
+    rewards: Float[Tensor, "B"],  # as they came, before any normalisation
+    advantages: Float[Tensor, "B C"],
+    values: Float[Tensor, "B C"] | None,
+) -> dict[str, float]:
+    """What the rollout phase tells by itself."""
+    mask = completion != -100
+    metrics = {
+        "reward": rewards.mean().item(),
+        "reward_std": rewards.std(correction=0).item(),
+        "completion_length": mask.sum(dim=1).float().mean().item(),
+        "distinct_2": distinct_2(unpad(completion, mask)),
+    }
+    if values is not None:  # 1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads
+        unexplained, returns = advantages[mask].var(correction=0), (advantages + values)[mask].var(correction=0)
+        metrics["explained_variance"] = (1 - unexplained / (returns + 1e-8)).item()
+    return metrics
+
+
+@torch.no_grad()
+def minibatch_metrics(new: Evaluation, old: ReplayMemory, clip: tuple[float, float]) -> dict[str, float]:
+    """Means over the minibatch's tokens."""
+    ratio = (new.logprobs - old.logprobs).exp()  # 1, up to rounding, in the first minibatch of a phase
+    is_clipped = (ratio < clip[0]) | (ratio > clip[1])
+    per_token = {"kl": new.kl, "entropy": new.entropy, "clip_fraction": is_clipped.float()}
+    if new.values is not None:
+        per_token["value_loss"] = (new.values - old.returns).square()
+    return {name: masked_mean(x, old.mask).item() for name, x in per_token.items()}
+
+
+def distinct_2(completions: list[list[int]]) -> float:
+    """Distinct bigrams over all bigrams: mode collapse as a number (Li et al., 1510.03055). 0 without any bigram.
+
+    >>> distinct_2([[1, 2, 1, 2], [3, 4]])   # 12, 21, 34 of four
+    0.75
+    """
+    bigrams = [pair for tokens in completions for pair in zip(tokens, tokens[1:], strict=False)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[int]]:
@@ -821,57 +960,22 @@ def describe(rows: list[dict], texts: list[str], rewards: Tensor, ref_logprobs: 
     return samples
 
 
-# ---- 11 Update to log ------------------------------------------------------------------------------------------------
-# In: one dict of numbers a phase. Out: a line, a JSON line, a picture; and beside each number what it should look like.
-
-
-def rollout_metrics(memory: ReplayMemory) -> dict[str, float]:
-    """What the rollout phase alone tells."""
-    mask = memory.mask
-    metrics = {
-        "reward": memory.rewards.mean().item(),
-        "reward_std": memory.rewards.std(correction=0).item(),
-        "completion_length": mask.sum(dim=1).float().mean().item(),
-        "distinct_2": distinct_2(unpad(memory.completion, mask)),
-    }
-    if memory.values is not None:  # 1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads
-        unexplained = (memory.returns - memory.values)[mask].var(correction=0)
-        metrics["explained_variance"] = (1 - unexplained / (memory.returns[mask].var(correction=0) + 1e-8)).item()
-    return metrics
-
-
-def distinct_2(completions: list[list[int]]) -> float:
-    """Distinct bigrams over all bigrams: mode collapse as a number (Li et al., 1510.03055). 0 without any bigram.
-
-    >>> distinct_2([[1, 2, 1, 2], [3, 4]])   # 12, 21, 34 of four
-    0.75
-    """
-    bigrams = [pair for tokens in completions for pair in zip(tokens, tokens[1:], strict=False)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
-
-
 class RunLog:
-    """The run directory and the terminal."""
+    """The run directory and the terminal. Of several processes the first writes, the others are silent."""
 
     def __init__(self, trainer: RLHFTrainer):
-        args = trainer.args
-        name = time.strftime(f"%Y%m%d-%H%M%S-{args.algo}{'-lora' if args.lora else ''}")
-        self.run_dir = args.run_dir or Path("runs") / name
-        taken = (self.run_dir / "metrics.jsonl").exists()
-        require(not taken, f"--run-dir {self.run_dir}: holds a run already; give another, or delete it")
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-        record = dataclasses.asdict(args) | {
-            "device": trainer.device,
-            "versions": versions | {"python": platform.python_version()},
-        }
-        (self.run_dir / "args.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+        self.run_dir, self.accelerator = trainer.run_dir, trainer.accelerator
+        self.is_main = self.accelerator.is_main_process
+        console.quiet = not self.is_main
         self.history: list[dict] = []
+        if self.is_main:
+            self.history = open_run_dir(trainer)
+        start_tracker(trainer)
         self.bar = Progress(
             TextColumn("phase {task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
             console=console,
         )  # fmt: skip
-        self.task = self.bar.add_task("", total=args.total_phases)
+        self.task = self.bar.add_task("", total=trainer.args.total_phases, completed=trainer.phase)
         self.live = Live(self.bar, console=console, transient=True)
 
     def __enter__(self) -> "RunLog":
@@ -880,20 +984,23 @@ class RunLog:
 
     def __exit__(self, *exception) -> None:
         self.live.stop()
+        self.accelerator.end_training()
         if self.history:
             plot_curves({self.run_dir.name: self.history}, self.run_dir / "curves.png")
             console.print(f"results in {self.run_dir}", soft_wrap=True)
 
-    def append(self, file: str, record: dict) -> None:
-        with open(self.run_dir / file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    def append(self, file: str, *records: dict) -> None:
+        if self.is_main:
+            with open(self.run_dir / file, "a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def phase(self, metrics: dict, samples: list[dict]) -> None:
         """One line in metrics.jsonl, three in samples.jsonl, one in the terminal with the samples under it."""
-        self.history.append(metrics)
+        self.append("samples.jsonl", *({"phase": metrics["phase"]} | sample for sample in samples))
         self.append("metrics.jsonl", metrics)
-        for sample in samples:
-            self.append("samples.jsonl", {"phase": metrics["phase"]} | sample)
+        self.accelerator.log({name: x for name, x in metrics.items() if name != "phase"}, step=metrics["phase"])
+        if self.is_main:
+            self.history.append(metrics)
         figures = "  ".join(f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2"))
         console.print(f"phase {metrics['phase']:>3}  {figures}  {metrics['tokens_per_second']:.0f} tokens/s")
         self.bar.update(self.task, completed=metrics["phase"])
@@ -901,8 +1008,7 @@ class RunLog:
 
     def samples(self, when: str, samples: list[dict]) -> None:
         """The showcase, into samples.jsonl and the terminal."""
-        for sample in samples:
-            self.append("samples.jsonl", {"phase": when} | sample)
+        self.append("samples.jsonl", *({"phase": when} | sample for sample in samples))
         console.print(f"\nsamples {when} training")
         console.print(sample_table(samples[:4]))
 
@@ -1000,9 +1106,10 @@ def save_picture(figure: plt.Figure, path: Path) -> None:
 def check_settings(args: RLHFArgs) -> None:
     """Raises SettingError for the first setting that cannot work, whatever the model."""
     require(args.algo in ALGORITHMS, f"--algo {args.algo}: unknown; expected one of {', '.join(ALGORITHMS)}")
-    counts = "total_phases batch_size gen_len num_minibatches batches_per_learning_phase lora_rank"
-    for name in counts.split():
-        require(getattr(args, name) >= 1, f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    counts = "total_phases batch_size gen_len num_minibatches batches_per_learning_phase lora_rank top_k train_layers"
+    for name in (*counts.split(), "kl_horizon", "save_every"):
+        value = getattr(args, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
     for flag, parts in {"num-minibatches": args.num_minibatches, "group-size": args.samples_per_prompt}.items():
         divides = parts >= 1 and args.batch_size % parts == 0
         require(divides, f"--batch-size {args.batch_size}: must be divisible by --{flag} {parts}")
@@ -1011,7 +1118,15 @@ def check_settings(args: RLHFArgs) -> None:
     warm = 0 <= args.warmup_steps < args.total_phases
     require(warm, f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}")
     require(args.temperature > 0, f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy")
-    require(args.top_k is None or args.top_k >= 1, f"--top-k {args.top_k}: must be at least 1")
+    require(args.kl_target is None or args.kl_target > 0, f"--kl-target {args.kl_target}: must be positive")
+    require(args.seed >= 0, f"--seed {args.seed}: must not be negative")
+    count = len(args.reward) or 1
+    weighted = len(args.reward_weights) in (0, count)
+    require(weighted, f"--reward-weights: {len(args.reward_weights)} given for {count} rewards; expected one for each")
+    installed = args.track is None or importlib.util.find_spec(args.track) is not None
+    require(installed, f"--track {args.track}: is not installed; pip install {args.track}")
+    frozen = args.lora or args.dtype == "float32"
+    require(frozen, f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32")
 
 
 def load_prompts(prefix: str, path: Path | None) -> list[dict]:
@@ -1020,11 +1135,15 @@ def load_prompts(prefix: str, path: Path | None) -> list[dict]:
         return [{"prompt": prefix}]
     require(path.is_file(), f"--prompts {path}: no such file")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise SettingError(f"--prompts {path}: is not UTF-8 text (byte {error.start})") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         if path.suffix not in (".jsonl", ".json"):
-            rows.append({"prompt": line})
+            rows.append({"prompt": line.removesuffix("\r")})
             continue
         try:
             row = json.loads(line)
@@ -1040,20 +1159,42 @@ def load_prompts(prefix: str, path: Path | None) -> list[dict]:
 
 def check_context(bridge: TransformerBridge, rows: list[dict], gen_len: int) -> None:
     """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context."""
-    tokens, _ = tokenize(bridge.tokenizer, [row["prompt"] for row in rows], "cpu")
-    room = bridge.cfg.n_ctx - tokens.shape[1]
+    room = bridge.cfg.n_ctx - tokenize(bridge.tokenizer, [row["prompt"] for row in rows], "cpu")[0].shape[1]
     message = f"--gen-len {gen_len}: the context of {bridge.cfg.n_ctx} leaves {room} tokens after the longest prompt"
     require(gen_len <= room, message)
 
 
-def load_bridge(base_model: str, device: str) -> TransformerBridge:
-    """Boots `tiny`, a name that TransformerLens knows, a hub id or a local directory; never runs a model's own code."""
-    path = tiny_model() if base_model == "tiny" else base_model
+def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[TransformerBridge, dict[str, Tensor]]:
+    """Boots `tiny`, a name that TransformerLens knows, a hub id or a local directory; never runs a model's own code.
+
+    Also returns the weights under the names that they have in the model's files: the bridge renames what it wraps.
+    """
+    name = model_name(base_model)
     try:
-        return TransformerBridge.boot_transformers(str(path), device=device).eval()
-    except (OSError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise SettingError(f"--base-model {base_model}: cannot be loaded: {reason}") from error
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device)
+        published = model.state_dict(keep_vars=True)
+        bridge = TransformerBridge.boot_transformers(
+            name, hf_model=model, device=device, dtype=model.dtype, tokenizer=load_tokenizer(name)
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        raise SettingError(f"--base-model {base_model}: cannot be loaded: {first_line(error)}") from error
+    return bridge.eval(), published
+
+
+def model_name(base_model: str) -> str:
+    """What transformers calls it: a directory or a hub id."""
+    return str(tiny_model()) if base_model == "tiny" else resolve_model_alias(base_model) or base_model
+
+
+def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    readable = bool(tokenizer.encode("This is text.", add_special_tokens=False))  # without files: an empty vocabulary
+    require(readable and tokenizer.eos_token_id is not None, f"{name}: has no tokenizer with an end-of-text token")
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @torch.no_grad()
@@ -1063,35 +1204,144 @@ def is_head_linear(bridge: TransformerBridge) -> bool:
     features = bridge.original_model.base_model(input_ids=tokens).last_hidden_state
     if features.shape[-1] != bridge.unembed.original_component.weight.shape[-1]:
         return False
-    return torch.allclose(bridge.unembed(features), bridge.original_model(tokens).logits, atol=1e-4)
+    return torch.allclose(bridge.unembed(features), bridge.original_model(tokens).logits, atol=1e-4, rtol=1e-2)
 
 
-def load_reward(spec: str) -> RewardFn:
+def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
+    """The terms of the reward, and with weight 0 what is only logged."""
+    specs = args.reward or ("periods",)
+    weights = args.reward_weights or (1.0,) * len(specs)
+    names = [f"reward/{spec}" for spec in specs]
+    if args.gold_reward:
+        specs, weights, names = (*specs, args.gold_reward), (*weights, 0.0), [*names, "gold_reward"]
+    functions = [load_reward(spec, args, run_dir, device) for spec in specs]
+    return [Reward(*term) for term in zip(names, functions, weights, strict=True)]
+
+
+def load_reward(spec: str, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
     """The reward function that a --reward flag names."""
+    kind, colon, rest = spec.partition(":")
     if spec == "periods":
         return periods
-    if spec.startswith("char:") and len(spec) > len("char:"):
-        return char_reward(spec.removeprefix("char:"))
+    if kind == "char" and rest:
+        return char_reward(rest)
+    if spec == "sentiment":
+        return classifier_reward("lvwerra/distilbert-imdb", "POSITIVE", device)
+    if kind == "classifier" and rest:
+        path, _, label = rest.rpartition(":")
+        return classifier_reward(path or rest, label if path else None, device)
+    if kind == "preferences" and rest:
+        return preferences_reward(Path(rest), args, run_dir, device)
     path, colon, name = spec.rpartition(":")
-    is_file = bool(colon) and path.endswith(".py")
-    require(is_file, f"--reward {spec}: unknown; expected `periods`, `char:X` or `path/to/file.py:function`")
+    expected = "`periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, `preferences:FILE` or `FILE.py:FUNCTION`"
+    require(bool(colon) and path.endswith(".py"), f"--reward {spec}: unknown; expected {expected}")
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        traceback.print_exc()
+        raise SettingError(f"--reward {spec}: {path} raises {type(error).__name__} when loaded") from error
     require(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no function {name}")
     return getattr(module, name)
 
 
-def pick_device(device: str) -> str:
+def classifier_reward(model: str, label: str | None, device: str) -> RewardFn:
+    """Score of a sequence classifier for prompt and completion: the label's probability, or, of a reward model with one
+    output, that output. Long texts keep their end."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, truncation_side="left")
+        classifier = transformers.AutoModelForSequenceClassification.from_pretrained(model).to(device).eval()
+    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        raise SettingError(f"--reward classifier:{model}: cannot be loaded: {first_line(error)}") from error
+    if tokenizer.pad_token_id is None:  # GPT-2's has none
+        tokenizer.pad_token, classifier.config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+    labels = {name: number for number, name in classifier.config.id2label.items()}
+    known = label in labels or (label is None and len(labels) == 1)
+    require(known, f"--reward classifier:{model}:{label or ''}: no such label; expected one of {', '.join(labels)}")
+    width = min(tokenizer.model_max_length, getattr(classifier.config, "max_position_embeddings", 512))
+
+    @torch.no_grad()
+    def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
+        texts, scores = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)], []
+        for start in range(0, len(texts), 64):
+            batch = tokenizer(
+                [text or tokenizer.pad_token for text in texts[start : start + 64]],
+                padding=True, truncation=True, max_length=width, return_tensors="pt",
+            )  # fmt: skip
+            logits = classifier(**batch.to(device)).logits.float()
+            scores += (logits[:, 0] if label is None else logits.softmax(-1)[:, labels[label]]).tolist()
+        return scores
+
+    return score
+
+
+def call_reward(reward: Reward, prompts: list[str], completions: list[str], columns: dict[str, list]) -> list[float]:
+    """Calls a reward function and checks what it returns.
+
+    Raises SettingError, naming the completion, for a count that is off, a NaN or infinity, or something that is no
+    number; and, with its traceback shown once, for what the function itself raises.
+    """
+    where = f"reward function {reward.name.removeprefix('reward/')}"
+    try:
+        scores = reward.function(prompts=prompts, completions=completions, **columns)
+    except Exception as error:
+        traceback.print_exc()
+        raise SettingError(f"{where}: raised {type(error).__name__}: {first_line(error)}") from error
+    try:
+        scores = list(scores)
+    except TypeError:
+        raise SettingError(f"{where}: returned {scores!r}; expected a list of numbers") from None
+    require(
+        len(scores) == len(completions),
+        f"{where}: returned {len(scores)} values for {len(completions)} completions",
+    )
+    for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
+        try:
+            is_finite = not isinstance(score, str) and math.isfinite(score)
+        except TypeError:
+            is_finite = False
+        require(is_finite, f"{where}: value {i} is {score!r}, not a finite number, for the completion {completion!r}")
+    return [float(score) for score in scores]
+
+
+def pick_device(device: str, accelerator: Accelerator) -> str:
     """Resolves `auto` and refuses what torch does not have here."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return str(accelerator.device)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"--device {device}: not available here: {str(error).splitlines()[0]}") from None
+        raise SettingError(f"--device {device}: not available here: {first_line(error)}") from None
     return device
+
+
+def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
+    """Raises SettingError where the processes cannot share the work evenly."""
+    parts = accelerator.num_processes * args.num_minibatches
+    message = f"--batch-size {args.batch_size}: must be divisible by {accelerator.num_processes} processes times"
+    require(args.batch_size % parts == 0, f"{message} --num-minibatches {args.num_minibatches}")
+    precision = accelerator.mixed_precision
+    require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
+
+
+def relieve_memory(args: RLHFArgs, device: str) -> RLHFArgs:
+    """Half the batch, and gpt2 in place of gpt2-medium, on request or where that model would not fit; says so."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else machine_memory()
+    needed = (4 if args.lora else 12) * 2**30  # of gpt2-medium: weights, and gradients, moments, reference without LoRA
+    if not (args.low_gpu_mem or (args.base_model == "gpt2-medium" and total < needed)):
+        return args
+    model = "gpt2" if args.base_model == "gpt2-medium" else args.base_model
+    half = args.batch_size // 2
+    can_halve = half % args.num_minibatches == 0 and (args.group_size is None or half % args.group_size == 0)
+    batch_size = half if half and can_halve else args.batch_size
+    console.print(f"saving memory ({total / 2**30:.0f} GiB here): {model}, {batch_size} completions a phase")
+    return dataclasses.replace(args, base_model=model, batch_size=batch_size, low_gpu_mem=True)
+
+
+def machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory_mb(device: str) -> float:
@@ -1102,7 +1352,286 @@ def peak_memory_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-# ---- 13 The embedded model -------------------------------------------------------------------------------------------
+# ---- 13 What outlives the run ----------------------------------------------------------------------------------------
+# In: the trainer. Out: its run directory: checkpoints to go on from, and the result as PEFT and transformers load it.
+# Whatever is written is written beside and then renamed, so that a kill at any moment leaves the last whole one.
+
+
+def choose_run_dir(args: RLHFArgs) -> Path:
+    """The directory of --run-dir, of --resume, or a new one by date; the same in all processes."""
+    if args.resume:
+        return args.resume
+    name = time.strftime(f"%Y%m%d-%H%M%S-{args.algo}{'-lora' if args.lora else ''}")
+    run_dir = args.run_dir or Path("runs") / name
+    message = f"--run-dir {run_dir}: holds a run already; go on with it by --resume {run_dir}, or give another"
+    require(not any((run_dir / name).exists() for name in ("args.json", "metrics.jsonl")), message)
+    return run_dir
+
+
+def saved_settings(run_dir: Path) -> RLHFArgs:
+    """The settings of the run in this directory."""
+    path = run_dir / "args.json"
+    require(path.is_file(), f"{run_dir}: is no run directory, it holds no args.json")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    names = {field.name for field in dataclasses.fields(RLHFArgs)}
+    settings = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items() if name in names}
+    for name in ("prompts", "run_dir", "resume"):
+        settings[name] = None if settings[name] is None else Path(settings[name])
+    return RLHFArgs(**settings)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file or directory written beside and renamed to its place."""
+    beside = path.with_name(f"{path.name}.unfinished")
+    discard(beside)
+    try:
+        write(beside)
+        if path.is_dir():  # a file is replaced by the renaming itself
+            discard(path)
+        beside.rename(path)
+    except OSError as error:
+        discard(beside)
+        raise SettingError(f"{path}: cannot be written ({error.strerror or error}); what was there is whole") from error
+
+
+def discard(path: Path) -> None:
+    """Deletes a file or directory, if it exists."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def open_run_dir(trainer: RLHFTrainer) -> list[dict]:
+    """Writes args.json, or, in a run that goes on, forgets the phases after its checkpoint; returns the others."""
+    run_dir, args = trainer.run_dir, trainer.args
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")}
+        versions["python"] = platform.python_version()
+        record = dataclasses.asdict(args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
+        text = json.dumps(record, indent=2, default=str) + "\n"
+        write_whole(run_dir / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
+    kept = {}
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        path = run_dir / name
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        records = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]  # the last may be torn
+        done = range(1, trainer.phase + 1)
+        kept[name] = [(line, r) for line, r in records if r["phase"] in done or (r["phase"] == "before" and done)]
+        text = "".join(line for line, _ in kept[name])
+        write_whole(path, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    return [record for _, record in kept["metrics.jsonl"]]
+
+
+def fingerprint(trainer: RLHFTrainer) -> str:
+    """Of the model that training starts from, which a checkpoint holds only in part."""
+    with trainer.reference() as reference:
+        weights = reference.published.values()
+    count, norm = sum(weight.numel() for weight in weights), sum(weight.float().norm().item() for weight in weights)
+    return f"{len(weights)} tensors of {count} numbers, norms {norm:.5g}"
+
+
+def save_checkpoint(trainer: RLHFTrainer) -> None:
+    """checkpoint/phase-N.safetensors: trained weights, moments of AdamW, β. All else follows from settings and phase.
+
+    The one before is kept, in case that this one is damaged later.
+    """
+    if not trainer.accelerator.is_main_process:
+        return
+    directory = trainer.run_dir / "checkpoint"
+    tensors = {}
+    for name, weight in trainer.trained.items():
+        moments = trainer.optimizer.state.get(weight, {})
+        tensors |= {name: weight.detach()} | {f"{name}@{key}": value for key, value in moments.items()}
+    state = {"phase": str(trainer.phase), "kl_coef": trainer.kl_coef.hex(), "base_model": fingerprint(trainer)}
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, state)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(parents=True)
+    write_whole(directory / f"phase-{trainer.phase:05}.safetensors", lambda path: path.write_bytes(data))
+    for old in sorted(directory.glob("phase-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(trainer: RLHFTrainer) -> None:
+    """Goes back to the newest checkpoint that is whole; with none at all, the run begins anew."""
+    directory = trainer.run_dir / "checkpoint"
+    foreign = [path for path in directory.glob("*") if not path.name.startswith("phase-")]
+    refused = "is no checkpoint of this program, and a pickle could run code; move it away"
+    require(not foreign, f"{foreign[0] if foreign else directory}: {refused}")
+    for path in sorted(directory.glob("phase-*.safetensors"), reverse=True):
+        try:
+            with safetensors.safe_open(path, "pt", device=trainer.device) as file:
+                state, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            break
+        except (OSError, safetensors.SafetensorError) as error:
+            console.print(f"{path}: is damaged ({first_line(error)}); going on from the checkpoint before")
+    else:
+        return
+    same = state["base_model"] == (here := fingerprint(trainer))
+    require(same, f"--resume {trainer.run_dir}: its base model was another: {state['base_model']}; here {here}")
+    for name, weight in trainer.trained.items():
+        weight.data.copy_(tensors[name])
+        moments = {key.rpartition("@")[2]: value for key, value in tensors.items() if key.rpartition("@")[0] == name}
+        if moments:
+            trainer.optimizer.state[weight] = moments
+    trainer.phase, trainer.kl_coef = int(state["phase"]), float.fromhex(state["kl_coef"])
+
+
+class StopSignals:
+    """While entered, the first Ctrl-C or SIGTERM asks for a stop after the phase; a second one stops at once."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.received, self.before = accelerator, 0, {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame) -> None:
+        self.received = number
+        self.__exit__()
+        console.print("stopping after this phase; once more to stop at once")
+
+    def is_requested(self) -> bool:
+        """Whether any process was asked to."""
+        received = torch.tensor(float(self.received), device=self.accelerator.device)
+        self.received = int(self.accelerator.gather(received).max())
+        return self.received > 0
+
+
+def start_tracker(trainer: RLHFTrainer) -> None:
+    """Opens what --track names, through accelerate."""
+    args = trainer.args
+    if args.track is None:
+        return
+    trainer.accelerator.project_configuration.set_directories(str(trainer.run_dir))
+    try:
+        settings = {name: str(value) for name, value in dataclasses.asdict(args).items()}
+        trainer.accelerator.init_trackers("rlhf", settings, {"wandb": {"dir": str(trainer.run_dir)}})
+    except Exception as error:
+        raise SettingError(f"--track {args.track}: cannot be opened: {first_line(error)}") from error
+
+
+def export(trainer: RLHFTrainer) -> None:
+    """Writes model/ and, with LoRA, adapter/."""
+    if not trainer.accelerator.is_main_process:
+        return
+    policy, source = trainer.policy, trainer.args.base_model
+    write_whole(trainer.run_dir / "model", lambda path: export_model(policy, path))
+    if trainer.args.lora:
+        write_whole(trainer.run_dir / "adapter", lambda path: export_adapter(policy, source, path))
+
+
+def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
+    """Which output rows of a fused query-key-value matrix belong to q, k and v; GPT-2 stacks them, NeoX alternates by
+    head. Found by having the bridge split a matrix whose every row holds its own number."""
+    fused = attn.qkv.original_component
+    is_conv1d, weight = isinstance(fused, Conv1D), fused.weight.data
+    rows = torch.arange(weight.shape[1 if is_conv1d else 0], device=weight.device, dtype=torch.float32)
+    try:
+        fused.weight.data = rows.expand(len(weight), -1) if is_conv1d else rows[:, None].expand(-1, weight.shape[1])
+        parts = attn.split_qkv_matrix(attn.original_component)
+    finally:
+        fused.weight.data = weight
+    return {name: part.weight[:, 0].detach().long() for name, part in zip("qkv", parts, strict=True)}
+
+
+def lora_update(layer: LoRALinear) -> Float[Tensor, "d_out d_in"]:
+    """(α/r) B A."""
+    return layer.scale * layer.lora_b @ layer.lora_a
+
+
+@torch.no_grad()
+def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
+    """The model's weights as its files name and store them, adapters merged in."""
+    merged = {}  # by the identity of the tensor that a module was made with
+    for module in policy.bridge.modules():
+        if isinstance(module, LoRALinear):
+            update = lora_update(module).t() if isinstance(module.base, Conv1D) else lora_update(module)
+            merged[id(module.base.weight)] = (module.base.weight.float() + update).to(module.base.weight.dtype)
+    weights = {name: merged.get(id(weight), weight.detach()) for name, weight in policy.published.items()}
+    for block in policy.bridge.blocks:
+        if not hasattr(block.attn, "qkv"):
+            continue
+        fused = block.attn.qkv.original_component
+        weight, bias = fused.weight.detach().clone(), None if fused.bias is None else fused.bias.detach().clone()
+        matrix = weight.t() if isinstance(fused, Conv1D) else weight
+        for part, rows in fused_rows(block.attn).items():
+            ours = getattr(block.attn, part).original_component
+            matrix[rows] = merged.get(id(ours.weight), ours.weight)
+            if bias is not None:
+                bias[rows] = ours.bias
+        new = {id(fused.weight): weight, id(fused.bias): bias}
+        weights |= {name: new[id(old)] for name, old in policy.published.items() if id(old) in new}
+    return weights
+
+
+def export_model(policy: TransformerWithValueHead, path: Path) -> None:
+    """An ordinary Hugging Face directory with tokenizer and generation config."""
+    model = policy.bridge.original_model
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = None  # eager was for the hooks
+    with torch.device("meta"):
+        shell = transformers.AutoModelForCausalLM.from_config(config)
+    shell.generation_config = model.generation_config
+    shell.save_pretrained(path, state_dict=trained_weights(policy))
+    policy.bridge.tokenizer.save_pretrained(path)
+
+
+@torch.no_grad()
+def export_adapter(policy: TransformerWithValueHead, source: str, path: Path) -> None:
+    """A PEFT directory. On a fused matrix the adapters of q, k and v become one, block-diagonal, of rank 3 r."""
+    layers = {id(layer.base.weight): layer for layer in policy.bridge.modules() if isinstance(layer, LoRALinear)}
+    adapters = {}  # module name: (A, B, rank)
+    for name, weight in policy.published.items():
+        if id(weight) in layers:
+            layer = layers[id(weight)]
+            adapters[name.removesuffix(".weight")] = layer.lora_a, layer.lora_b
+    for block in policy.bridge.blocks:
+        if not hasattr(block.attn, "qkv"):
+            continue
+        fused = block.attn.qkv.original_component.weight
+        name = next(name for name, weight in policy.published.items() if weight is fused).removesuffix(".weight")
+        parts = {part: getattr(block.attn, part).original_component for part in "qkv"}
+        parts = {part: layer for part, layer in parts.items() if isinstance(layer, LoRALinear)}
+        if parts:
+            rows = fused_rows(block.attn)
+            lora_a = torch.cat([layer.lora_a for layer in parts.values()])
+            lora_b = lora_a.new_zeros(sum(map(len, rows.values())), len(lora_a))
+            column = 0
+            for part, layer in parts.items():
+                rank = len(layer.lora_a)
+                lora_b[rows[part], column : column + rank] = layer.lora_b
+                column += rank
+            adapters[name] = lora_a, lora_b
+    layer = next(iter(layers.values()))
+    rank = len(layer.lora_a)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": source,
+        "inference_mode": True,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in policy.bridge.modules()),
+        "r": rank,
+        "lora_alpha": layer.scale * rank,
+        "target_modules": list(adapters),
+        "rank_pattern": {name: len(a) for name, (a, _) in adapters.items() if len(a) != rank},
+        "alpha_pattern": {name: layer.scale * len(a) for name, (a, _) in adapters.items() if len(a) != rank},
+    }
+    tensors = {}
+    for name, (a, b) in adapters.items():
+        prefix = f"base_model.model.{name}"
+        tensors |= {f"{prefix}.lora_A.weight": a.contiguous(), f"{prefix}.lora_B.weight": b.contiguous()}
+    path.mkdir()
+    safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- 14 The embedded model -------------------------------------------------------------------------------------------
 # In: the English that every Python carries. Out: `tiny`, a GPT-2 of a million parameters, as a Hugging Face directory.
 
 END_OF_TEXT = "<|endoftext|>"
@@ -1219,7 +1748,7 @@ def train_tiny(path: Path, steps: int = 900, rows: int = 8, width: int = 64) -> 
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(path)
 
 
-# ---- 14 People to preferences ----------------------------------------------------------------------------------------
+# ---- 15 People to preferences ----------------------------------------------------------------------------------------
 # In: pairs of completions, and one key from a person for each. Out: a preferences file, a JSON line an answer, each on
 # disk before the next pair is shown. Where to go on follows from that file and the list of skips beside it alone.
 
@@ -1251,7 +1780,7 @@ def label(
         device: `auto` takes the first there is of cuda, mps and cpu
     """
     rows = load_prompts(prefix, prompts)
-    policy = TransformerWithValueHead(base_model, device=pick_device(device))
+    policy = TransformerWithValueHead(base_model, device=pick_device(device, Accelerator(cpu=device == "cpu")))
     check_context(policy.bridge, rows, gen_len)
     ask(file, pairs, lambda number, answers: draw_pair(policy, rows, number, answers, gen_len, temperature, seed))
 
@@ -1389,7 +1918,7 @@ def rewrite(path: Path, lines: list[str]) -> None:
     os.replace(new, path)
 
 
-# ---- 15 Preferences to reward ----------------------------------------------------------------------------------------
+# ---- 16 Preferences to reward ----------------------------------------------------------------------------------------
 # In: a preferences file. Out: a sequence classifier with one label, as an ordinary Hugging Face directory: the base
 # model's trunk under a scalar head on the last token. People compare well and grade badly, hence the pairs.
 
@@ -1448,6 +1977,15 @@ def calibration_error(margins: Float[Tensor, "n"], bins: int = 10) -> float:
     return gaps.abs().sum().item() / len(margins)
 
 
+def preferences_reward(file: Path, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
+    """Learns RUN/reward_model from the file and has it judge; a run that goes on has learned it already."""
+    specs = [spec for spec in (*args.reward, args.gold_reward or "") if spec.startswith("preferences:")]
+    require(len(specs) == 1, "--reward preferences: one a run; give another as classifier:RUN/reward_model")
+    if args.resume is None and PartialState().is_main_process:
+        train_reward_model(file, args.base_model, run_dir / "reward_model", device, args.seed)
+    return classifier_reward(str(run_dir / "reward_model"), None, device)
+
+
 def train_reward_model(
     file: Path,
     base_model: str,
@@ -1496,19 +2034,20 @@ def train_reward_model(
     accuracy, calibration = (chosen > rejected).float().mean().item(), calibration_error(chosen - rejected)
     console.print(f"reward model: {len(training)} pairs learned; of {len(held_out)} held out {accuracy:.0%} right, "
                   f"calibration error {calibration:.2f}", soft_wrap=True)  # fmt: skip
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(directory, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+    return directory
 
 
 def scalar_model(base_model: str, device: str):
     """The base model's trunk under a new scalar head that starts at zero, and its tokenizer."""
-    path = str(tiny_model() if base_model == "tiny" else base_model)
+    name = model_name(base_model)
     try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).float().to(device)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, truncation_side="left", padding_side="right")
-    except (OSError, ValueError) as error:
-        raise SettingError(f"{base_model}: no reward model can be made of it: {str(error).splitlines()[0]}") from error
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=1).float().to(device)
+        tokenizer = load_tokenizer(name)
+    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        raise SettingError(f"--base-model {base_model}: makes no reward model: {first_line(error)}") from error
+    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
     nn.init.zeros_(model.score.weight)
@@ -1566,19 +2105,7 @@ def subtract_mean(model: nn.Module, tokenizer, texts: list[str]) -> None:
         norms[-1].bias -= score_all(model, tokenizer, texts).mean() * weight / weight.square().sum()
 
 
-def classifier_reward(model: str, label: str | None = None, device: str = "cpu") -> RewardFn:
-    """The logit of a sequence classifier, given prompt and completion as one text."""
-    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(model).eval().to(device)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model, truncation_side="left", padding_side="right")
-
-    def reward(prompts: list[str], completions: list[str], **columns) -> list[float]:
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        return score_all(classifier, tokenizer, texts).tolist()
-
-    return reward
-
-
-# ---- 16 What changed inside ------------------------------------------------------------------------------------------
+# ---- 17 What changed inside ------------------------------------------------------------------------------------------
 # In: a run directory. Out: the trained model beside the one it started from: where they differ, which heads and MLPs
 # carry a token's logit, how far and in how many directions the weights moved. All of it is read off TransformerLens.
 
@@ -1644,7 +2171,7 @@ def inspect(
     console.print(f"{run / 'model'} against {settings['base_model']}: {samples} completions of {prompt!r} by the "
                   f"trained model, {texts.where.sum()} places ({places})", soft_wrap=True)  # fmt: skip
     print_inspection(token, divergence, lenses, shares, drops, updates)
-    words = [printable(tokenizer.decode([i])).replace("\n", "⏎") for i in texts.tokens[0].tolist()]
+    words = ["".join(c if c.isprintable() else "·" for c in tokenizer.decode([i])) for i in texts.tokens[0].tolist()]
     plot_inspection(token, divergence, lenses, shares, updates, patterns, texts, words, run / "inspect.png")
     console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
 
@@ -1844,14 +2371,14 @@ def plot_inspection(
     figure, axes = plt.subplots(4, 2, figsize=(9, 15), layout="constrained")
 
     def finish(axis, title: str, caption: str) -> None:
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(textwrap.fill(caption, 56), fontsize=8, loc="left")
+        axis.set_title(title, fontsize=10, parse_math=False)
+        axis.set_xlabel(textwrap.fill(caption, 56), fontsize=8, loc="left", parse_math=False)
 
     def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], label: str, ticks=None, **colors) -> None:
         image = axis.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colors)
         for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
             step = math.ceil(len(names) / 40)
-            set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5)
+            set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5, parse_math=False)
         figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks, format="%.3g").set_label(label, fontsize=8)
 
     layers, heads = shares[0].components.shape[0], shares[0].components.shape[1] - 1
@@ -1909,7 +2436,7 @@ def plot_inspection(
     save_picture(figure, path)
 
 
-# ---- 17 Comparing runs -----------------------------------------------------------------------------------------------
+# ---- 18 Comparing runs -----------------------------------------------------------------------------------------------
 # In: run directories. Out: one picture of their curves. Runs that differ in nothing but the seed become one line, their
 # mean, in a band from the lowest to the highest.
 
@@ -1963,26 +2490,48 @@ def average(histories: list[list[dict]]) -> list[dict]:
     return merged
 
 
-# ---- 18 Command line -------------------------------------------------------------------------------------------------
+# ---- 19 Command line -------------------------------------------------------------------------------------------------
 
 
-def parse(target: Callable, argv: list[str]):
+def parse(target: Callable, argv: list[str], **options):
     """tyro reads the command line; of the box in which it complains, the sentence is kept."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(target, args=argv, config=(tyro.conf.PositionalRequiredArgs,))
+            return tyro.cli(target, args=argv, config=(tyro.conf.PositionalRequiredArgs,), **options)
     except SystemExit as stop:
         if stop.code:
             lines = [line.strip("│ \n") for line in complaint.getvalue().splitlines()[1:]]
             sentence = " ".join(lines[: next((i for i, line in enumerate(lines) if set(line) <= {"─"}), None)])
+            sentence = sentence.removeprefix("Error parsing RLHFArgs: ")
             raise SettingError(f"{sentence} (python rlhf.py --help lists all settings)") from None
         raise
 
 
-def train(args: RLHFArgs) -> Path:
-    """Trains; returns the run directory."""
-    return RLHFTrainer(args).train()
+def parse_settings(argv: list[str]) -> RLHFArgs:
+    """The settings of the command line; with --resume those of the run, which the command line must not contradict."""
+    if not any(flag.split("=")[0] == "--resume" for flag in argv):
+        return parse(RLHFArgs, argv)
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("--resume", type=Path, default=Path())
+    run_dir = known.parse_known_args(argv)[0].resume
+    saved = dataclasses.replace(saved_settings(run_dir), run_dir=None, resume=run_dir)
+    args = parse(RLHFArgs, argv, default=saved)
+    for field in dataclasses.fields(RLHFArgs):
+        ours, theirs = getattr(args, field.name), getattr(saved, field.name)
+        flag = field.name.replace("_", "-")
+        require(ours == theirs, f"--resume {run_dir}: was begun with --{flag} {theirs}, not {ours}; leave --{flag} out")
+    return args
+
+
+def train(args: RLHFArgs) -> int:
+    """Trains; returns the exit status."""
+    trainer = RLHFTrainer(args)
+    trainer.train()
+    if not trainer.stop.received:
+        return 0
+    console.print(f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}")
+    return 128 + trainer.stop.received
 
 
 def main(argv: list[str]) -> int:
@@ -1992,12 +2541,11 @@ def main(argv: list[str]) -> int:
     try:
         if argv and argv[0] in commands:
             parse(commands[argv[0]], argv[1:])
-        else:
-            train(parse(RLHFArgs, argv))
+            return 0
+        return train(parse_settings(argv))
     except SettingError as error:
         print(f"rlhf.py: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

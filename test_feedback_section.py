@@ -67,7 +67,10 @@ def test_each_key_does_what_it_says(tmp_path, type_keys, capsys):
     assert rlhf.KEYS in output and max(map(len, output.replace(str(file), "").splitlines())) <= 80
 
 
-def test_undo_of_nothing_is_harmless(tmp_path, type_keys):
+def test_undo_of_nothing_is_harmless_and_of_the_only_answer_empties_the_file(tmp_path, type_keys):
+    type_keys("lu")
+    rlhf.ask(tmp_path / "p.jsonl", 5, numbered_pair)
+    assert (tmp_path / "p.jsonl").read_text() == ""
     type_keys("uul")
     rlhf.ask(tmp_path / "p.jsonl", 5, numbered_pair)
     assert chosen(tmp_path / "p.jsonl") == ["left 0"]
@@ -267,13 +270,13 @@ def test_a_reward_is_learned_and_reloads_as_an_ordinary_classifier(learned):
         rewards = [[model(**tokenizer(t, return_tensors="pt")).logits.item() for t in pair] for pair in pairs]
     assert sum(a > b for a, b in rewards) / len(rewards) > 0.95
     assert abs(sum(map(sum, rewards)) / len(rewards) / 2) < 0.1 * numpy.std(rewards)  # training texts alone: exactly 0
-    reward_fn = rlhf.classifier_reward(str(directory))
+    reward_fn = rlhf.classifier_reward(str(directory), None, "cpu")
     prompts, completions = ["This is "] * len(pairs), [pair.chosen.removeprefix("This is ") for pair in pairs]
     assert reward_fn(prompts=prompts, completions=completions) == pytest.approx([a for a, _ in rewards], abs=1e-4)
 
 
 def test_of_a_text_longer_than_the_context_the_end_counts(learned):
-    reward_fn = rlhf.classifier_reward(str(learned[1]))
+    reward_fn = rlhf.classifier_reward(str(learned[1]), None, "cpu")
     tail = " and a test" * 40
     stop, comma, other = reward_fn(prompts=["", "", "No" * 50], completions=[tail + ".", tail + ",", tail + "."])
     assert stop > comma and other == pytest.approx(stop, abs=1e-5)
@@ -301,6 +304,25 @@ def test_the_reward_has_mean_zero_and_merging_changes_nothing(gpt2):  # noqa: F8
     torch.testing.assert_close(rlhf.score_all(model, tokenizer, texts), adapted, atol=1e-4, rtol=1e-4)
     rlhf.subtract_mean(model, tokenizer, texts)
     torch.testing.assert_close(rlhf.score_all(model, tokenizer, texts), adapted - adapted.mean(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_learns_its_reward_and_remembers_it(learned, gpt2, tmp_path, capsys):  # noqa: F811
+    """--reward preferences:FILE, from the file to RL; and --gold-reward takes its place beside it."""
+    run, flags = tmp_path / "run", "--algo grpo --lora --batch-size 8 --gen-len 6 --total-phases 2 --warmup-steps 1"
+    argv = [*flags.split(), "--device", "cpu", "--base-model", gpt2, "--run-dir", str(run)]
+    assert rlhf.main([*argv, "--reward", f"preferences:{learned[0]}", "--gold-reward", "periods"]) == 0
+    assert "of 18 held out" in capsys.readouterr().out
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2 and all("gold_reward" in m for m in metrics)
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    again = rlhf.classifier_reward(str(run / "reward_model"), None, "cpu")
+    (reward,) = again(prompts=[sample["prompt"]], completions=[sample["completion"]])
+    assert sample["reward"] == pytest.approx(reward, abs=1e-4)
+    assert rlhf.main(["inspect", str(run), "--samples", "4", "--gen-len", "6"]) == 0
+    for rewards in (["preferences:nowhere.jsonl"], [f"preferences:{learned[0]}"] * 2):
+        flags = [flag for reward in rewards for flag in ("--reward", reward)]
+        assert rlhf.main([*argv[:-1], str(tmp_path / "other"), *flags]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 # ---- Inspection ------------------------------------------------------------------------------------------------------
@@ -350,7 +372,7 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
         if "bias" in name or "norm" in name or "ln_" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(path)
-    bridge, id = rlhf.load_bridge(path, "cpu"), 17
+    bridge, id = rlhf.load_bridge(path, "cpu")[0], 17
     tokens = torch.randint(1, 250, (3, 9))
     where = torch.rand(3, 9) < 0.5
     texts = rlhf.Texts(tokens, where, where)
@@ -411,6 +433,16 @@ def test_named_components_do_lower_the_logit(collapsed, gpt2, capsys):  # noqa: 
             assert rlhf.ablation_drop(trained.bridge, texts, id, int(layer), part) == pytest.approx(drop, abs=1e-3)
 
 
+def test_what_does_not_lower_the_logit_is_not_named(capsys):
+    share = rlhf.Attribution(torch.arange(6.0).view(2, 3), embedding=1.0, biases=2.0)
+    drops = {(1, 2): 0.5, (1, 1): -0.1, (0, 2): 0.0, (1, 0): 1.5}
+    rlhf.print_inspection(".", torch.ones(3), [torch.zeros(3)] * 2, [share] * 2, drops, {})
+    output = capsys.readouterr().out
+    assert "lower the logit of '.': layer 1 MLP, layer 1 head 0\n" in output
+    rest = next(line.split() for line in output.splitlines() if line.startswith("all other"))
+    assert rest[-3:] == ["1", "1", "0"]  # 0 + 1 + 2 + 3 + 4 + 5, less the four in the table
+
+
 def test_lens_and_kl_by_brute_force(collapsed, gpt2):  # noqa: F811
     base, trained = (rlhf.TransformerWithValueHead(str(path)) for path in (gpt2, collapsed / "model"))
     texts = rlhf.draw_texts(trained, "This is", 5, 4, 6, 0)
@@ -440,8 +472,9 @@ def test_weight_updates_know_size_and_rank(gpt2, tmp_path):  # noqa: F811
     weight = model.transformer.h[1].mlp.c_fc.weight
     weight.data += torch.tensor(numbers.normal(size=(32, 3)) @ numbers.normal(size=(3, 128)), dtype=torch.float32)
     run = make_run(tmp_path, gpt2, model)
-    updates = rlhf.weight_updates(rlhf.load_bridge(gpt2, "cpu"), rlhf.load_bridge(str(run / "model"), "cpu"))
+    updates = rlhf.weight_updates(*(rlhf.load_bridge(path, "cpu")[0] for path in (gpt2, str(run / "model"))))
     assert len(updates) == 1 + 2 * 6
+    assert rlhf.main(["inspect", str(run), "--token", "$", "--samples", "2", "--gen-len", "4"]) == 0  # no mathematics
     moved = {key: update for key, update in updates.items() if update.size}
     assert moved.keys() == {("mlp.in", 1)}
     before = base.transformer.h[1].mlp.c_fc.weight.detach().double().numpy()
@@ -461,6 +494,7 @@ def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsy
         ([str(collapsed), "--token", "zqj"], "is no single token but 3 ('z', 'q', 'j')"),
         ([str(collapsed), "--token", ""], "is no single token but 0"),
         ([str(collapsed), "--gen-len", "100"], "context of 64"),
+        ([str(collapsed / "model")], "is no run directory"),
     ]:
         assert rlhf.main(["inspect", *argv]) == 2
         complaint = capsys.readouterr().err

@@ -206,7 +206,7 @@ def test_soft_capped_head_uses_the_models_own_logits(soft_capped):
 
 
 def test_hooks_work_before_during_and_after_training(gpt2):
-    trainer = RLHFTrainer(small_args(gpt2, algo="ppo", lora=True, reward="char:e", temperature=1.5))
+    trainer = RLHFTrainer(small_args(gpt2, algo="ppo", lora=True, reward=("char:e",), temperature=1.5))
     bridge, tokens = trainer.policy.bridge, torch.arange(8)[None]
     for _ in range(2):
         with torch.no_grad():
@@ -215,7 +215,7 @@ def test_hooks_work_before_during_and_after_training(gpt2):
             assert cache["ln_final.hook_out"].shape == (1, 8, 32)
             zeroed = bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.0.attn.hook_out", lambda x, hook: x * 0)])
         assert not torch.allclose(zeroed, logits)
-        memory, _ = trainer.rollout_phase()  # the value head's own hook has survived
+        memory, *_ = trainer.rollout_phase()  # the value head's own hook has survived
         assert trainer.learning_phase(memory)["value_loss"] > 0
 
 
@@ -232,7 +232,7 @@ def randomize_adapters(model: nn.Module) -> None:
 @pytest.mark.parametrize("targets", [("q", "k", "v", "o"), ("in", "out"), ("q", "out")])
 def test_lora_is_the_base_plus_a_low_rank_update_and_exactly_the_base_when_off(gpt2, targets):
     model, base = TransformerWithValueHead(gpt2), TransformerWithValueHead(gpt2)
-    rlhf.add_lora(model.bridge, targets, rank=3, alpha=6.0)
+    rlhf.choose_trained(model.bridge, RLHFArgs(lora=True, lora_targets=targets, lora_rank=3, lora_alpha=6.0))
     tokens = torch.arange(10)[None]
     torch.testing.assert_close(model.bridge(tokens), base.bridge(tokens))  # B is zero
     randomize_adapters(model)
@@ -253,11 +253,11 @@ def test_lora_is_the_base_plus_a_low_rank_update_and_exactly_the_base_when_off(g
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_training_moves_the_policy_and_not_the_reference(gpt2, lora):
-    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=lora, reward="char:e", temperature=1.5))
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=lora, reward=("char:e",), temperature=1.5))
     tokens = torch.arange(10)[None]
     mask, before = torch.ones_like(tokens).bool(), TransformerWithValueHead(gpt2).bridge(tokens)
     for _ in range(3):
-        memory, _ = trainer.rollout_phase()
+        memory, *_ = trainer.rollout_phase()
         trainer.learning_phase(memory)
     with trainer.reference() as reference, torch.no_grad():
         torch.testing.assert_close(reference.logits(reference.features(tokens, mask)), before, atol=1e-6, rtol=0)
@@ -294,8 +294,10 @@ def test_top_k_restricts_what_is_drawn_and_not_how_it_is_scored(gpt2):
 
 
 def test_end_of_text_is_an_action_and_what_follows_is_masked(gpt2):
-    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", batch_size=256, gen_len=20, temperature=2.0, reward="char:e"))
-    memory, samples = trainer.rollout_phase()
+    trainer = RLHFTrainer(
+        small_args(gpt2, algo="grpo", batch_size=256, gen_len=20, temperature=2.0, reward=("char:e",))
+    )
+    memory, _, samples = trainer.rollout_phase()
     P, endings = memory.prompt_width, 0
     for row in range(256):
         drawn, kept = memory.tokens[row, P:].tolist(), memory.mask[row].tolist()
@@ -307,7 +309,7 @@ def test_end_of_text_is_an_action_and_what_follows_is_masked(gpt2):
         assert (memory.logprobs[row, length:] == 0).all() and (memory.advantages[row, length:] == 0).all()
     assert endings > 5
     new = trainer.evaluate(memory)
-    gradient = torch.autograd.grad(trainer.algorithm.objective(new, memory, trainer.args), new.logprobs)[0]
+    gradient = torch.autograd.grad(trainer.algorithm.objective(new, memory, 0.1, trainer.args), new.logprobs)[0]
     is_eos = memory.completion == 0
     assert (gradient[is_eos] != 0).all() and (gradient[~memory.mask] == 0).all()
 
@@ -317,7 +319,7 @@ def test_a_completion_that_is_only_end_of_text(gpt2):
     weight = trainer.policy.bridge.ln_final.original_component
     weight.bias.data = 50 * trainer.policy.output_layer[0][0].detach()  # the end-of-text token, always
     weight.weight.data.zero_()
-    memory, samples = trainer.rollout_phase()
+    memory, _, samples = trainer.rollout_phase()
     assert (memory.completion == 0).all() and all(sample["completion"] == "" for sample in samples)
     assert all(math.isfinite(value) for value in trainer.learning_phase(memory).values())
 
@@ -332,13 +334,13 @@ def test_ratio_is_one_on_the_first_minibatch(gpt2, prompts_file, algo, lora, tem
         small_args(gpt2, algo=algo, lora=lora, temperature=temperature, prompts=prompts_file, group_size=4)
     )
     for _ in range(3):
-        memory, _ = trainer.rollout_phase()
+        memory, *_ = trainer.rollout_phase()
         minibatch = next(memory.minibatches(2, trainer.generator))
         assert len({tuple(row) for row in minibatch.attention_mask[:, : memory.prompt_width].tolist()}) == 2
         new = trainer.evaluate(minibatch)
         ratio = (new.logprobs - minibatch.logprobs).exp()[minibatch.mask]
         torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
-        assert trainer.minibatch_metrics(new, minibatch)["clip_fraction"] == 0
+        assert rlhf.minibatch_metrics(new, minibatch, rlhf.clip_range(trainer.args))["clip_fraction"] == 0
         if algo == "ppo":
             torch.testing.assert_close(new.values * minibatch.mask, minibatch.values, atol=1e-5, rtol=0)
         trainer.learning_phase(memory)
@@ -350,12 +352,12 @@ def test_ratio_is_one_on_the_first_minibatch(gpt2, prompts_file, algo, lora, tem
 def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
     path = tmp_path / "mine.py"
     path.write_text("def f(prompts, completions, id, **columns):\n    return [100.0 * i + len(prompts) for i in id]\n")
-    trainer = RLHFTrainer(small_args(gpt2, prompts=prompts_file, group_size=4, reward=f"{path}:f"))
-    memory, samples = trainer.rollout_phase()
-    assert memory.rewards.tolist() == [108.0 if s["prompt"].startswith("Here") else 8.0 for s in samples]
+    trainer = RLHFTrainer(small_args(gpt2, prompts=prompts_file, group_size=4, reward=(f"{path}:f",)))
+    _, _, samples = trainer.rollout_phase()
+    assert [s["reward"] for s in samples] == [108.0 if s["prompt"].startswith("Here") else 8.0 for s in samples]
     assert [s["prompt"] for s in samples[:4]] == [samples[0]["prompt"]] * 4  # a group stands together
     with pytest.raises(SettingError, match="has no function g"):
-        rlhf.load_reward(f"{path}:g")
+        rlhf.load_reward(f"{path}:g", trainer.args, tmp_path, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -371,7 +373,7 @@ def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
 )
 def test_bad_rewards_name_the_completion(returned, expected):
     with pytest.raises(SettingError, match=expected):
-        rlhf.get_rewards(lambda **_: returned, [{"prompt": "p"}] * 2, ["good", "bad"])
+        rlhf.get_rewards([rlhf.Reward("reward/f", lambda **_: returned, 1.0)], [{"prompt": "p"}] * 2, ["good", "bad"])
 
 
 def test_normalize():
@@ -441,7 +443,7 @@ def random_minibatch(rows=3, width=4, dtype=torch.float64) -> tuple[Evaluation, 
     old = ReplayMemory(
         tokens=torch.zeros(rows, width + 2, dtype=torch.long), attention_mask=torch.ones(rows, width + 2).bool(),
         completion=completion, logprobs=-draw().abs() - 1, ref_logprobs=-draw().abs() - 1,
-        ref_features=draw()[..., None], rewards=draw()[:, 0], advantages=draw(), values=draw(), returns=draw(),
+        ref_features=draw()[..., None], advantages=draw(), values=draw(), returns=draw(),
     )  # fmt: skip
     new = Evaluation(old.logprobs + 0.3 * draw(), draw().abs(), draw().abs(), draw())
     return Evaluation(*(x.requires_grad_() for x in new)), old
@@ -468,10 +470,10 @@ def test_objectives_by_hand():
         kl=torch.tensor([[0.2, 0.4, 0.0, 0.2]]), values=torch.tensor([[1.0, 0.0, -2.0, 1.0]]),
     )  # fmt: skip
     args = RLHFArgs(clip_coef=0.2, kl_coef=0.5, ent_coef=0.1, vf_coef=0.25)
-    assert rlhf.grpo_objective(new, old, args).item() == pytest.approx(-0.475, abs=1e-6)
-    assert rlhf.ppo_objective(new, old, args).item() == pytest.approx(-0.85, abs=1e-6)
+    assert rlhf.grpo_objective(new, old, args.kl_coef, args).item() == pytest.approx(-0.475, abs=1e-6)
+    assert rlhf.ppo_objective(new, old, args.kl_coef, args).item() == pytest.approx(-0.85, abs=1e-6)
     higher = dataclasses.replace(args, clip_high=0.4)  # the first token may go up to 1.4: + 0.2 / 4
-    assert rlhf.grpo_objective(new, old, higher).item() == pytest.approx(-0.425, abs=1e-6)
+    assert rlhf.grpo_objective(new, old, higher.kl_coef, higher).item() == pytest.approx(-0.425, abs=1e-6)
 
 
 def brute_force_objective(new, old, args, average) -> float:
@@ -501,7 +503,7 @@ def test_grpo_objective_is_deepseekmath_equation_3_and_4(average):
     new = new._replace(kl=rlhf.kl_estimate(new.logprobs, old.ref_logprobs, "k3"))
     args = RLHFArgs(loss_average=average, kl_coef=0.04, clip_high=0.3, ent_coef=0.01)
     expected = brute_force_objective(new, old, args, average)
-    assert rlhf.grpo_objective(new, old, args).item() == pytest.approx(expected, rel=1e-12)
+    assert rlhf.grpo_objective(new, old, args.kl_coef, args).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_ppo_objective_is_equations_7_and_9():
@@ -513,7 +515,7 @@ def test_ppo_objective_is_equations_7_and_9():
     surrogate = torch.where(ratio * a < clipped * a, ratio * a, clipped * a).mean()
     value_loss = (new.values - old.returns)[keep].pow(2).mean()
     expected = surrogate - 0.15 * value_loss + 0.001 * new.entropy[keep].mean()
-    torch.testing.assert_close(rlhf.ppo_objective(new, old, args), expected)
+    torch.testing.assert_close(rlhf.ppo_objective(new, old, args.kl_coef, args), expected)
 
 
 @pytest.mark.parametrize("objective", [rlhf.grpo_objective, rlhf.ppo_objective])
@@ -521,7 +523,7 @@ def test_ppo_objective_is_equations_7_and_9():
 def test_gradients_equal_finite_differences(objective, average):
     new, old = random_minibatch()
     args = RLHFArgs(loss_average=average)
-    assert torch.autograd.gradcheck(lambda *fields: objective(Evaluation(*fields), old, args), tuple(new))
+    assert torch.autograd.gradcheck(lambda *fields: objective(Evaluation(*fields), old, args.kl_coef, args), tuple(new))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -551,7 +553,7 @@ def test_kl_estimates_by_enumeration():
 def test_full_kl_of_the_trainer_is_the_sum_over_the_vocabulary(gpt2):
     trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, temperature=0.7))
     randomize_adapters(trainer.policy)
-    memory, _ = trainer.rollout_phase()
+    memory, *_ = trainer.rollout_phase()
     new, P = trainer.evaluate(memory), memory.prompt_width
     base = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
     p = (trainer.policy.bridge(memory.tokens)[:, P - 1 : -1] / 0.7).log_softmax(-1)
@@ -567,9 +569,9 @@ def test_full_kl_of_the_trainer_is_the_sum_over_the_vocabulary(gpt2):
 
 def test_minibatches_are_a_seeded_partition():
     _, old = random_minibatch()
-    old = dataclasses.replace(old, rewards=torch.arange(3.0))
+    old = dataclasses.replace(old, returns=torch.arange(3.0))
     orders = [
-        [mb.rewards.tolist() for mb in old.minibatches(3, torch.Generator().manual_seed(s))] for s in (0, 0, 1, 2)
+        [mb.returns.tolist() for mb in old.minibatches(3, torch.Generator().manual_seed(s))] for s in (0, 0, 1, 2)
     ]
     assert all(sorted(sum(order, [])) == [0.0, 1.0, 2.0] for order in orders)
     assert orders[0] == orders[1] and len({str(order) for order in orders}) > 1
@@ -580,16 +582,19 @@ def test_learning_rate_rises_then_falls_to_final_scale(gpt2):
     scales = [trainer.lr_scale(phase) for phase in range(11)]
     assert scales[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and scales[-1] == pytest.approx(0.1)
     assert [a - b for a, b in itertools.pairwise(scales[4:])] == pytest.approx([0.15] * 6)
+    memory, *_ = trainer.rollout_phase()
+    lr = trainer.learning_phase(memory)["lr"]
     base, head = trainer.optimizer.param_groups
-    assert base["initial_lr"] == trainer.args.base_lr and head["initial_lr"] == trainer.args.head_lr
+    assert lr == base["lr"] == pytest.approx(0.2 * trainer.args.base_lr)
+    assert head["lr"] == pytest.approx(0.2 * trainer.args.head_lr)
 
 
 def test_prompts_are_all_seen_before_any_is_repeated(gpt2, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join("abcde"))
-    trainer = RLHFTrainer(small_args(gpt2, prompts=path))
-    drawn = [next(trainer.prompt_order)["prompt"] for _ in range(15)]
-    assert all(sorted(drawn[i : i + 5]) == list("abcde") for i in (0, 5, 10)) and drawn[:5] != drawn[5:10]
+    trainer = RLHFTrainer(small_args(gpt2, prompts=path, group_size=4))  # two prompts a phase
+    drawn = [row["prompt"] for phase in range(10) for row in trainer.prompts_of(phase)]
+    assert all(sorted(drawn[i : i + 5]) == list("abcde") for i in (0, 5, 10, 15)) and drawn[:5] != drawn[5:10]
 
 
 @pytest.mark.parametrize("algo, lora", [("ppo", False), ("grpo", True)])
@@ -600,7 +605,7 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
         argv = ["--base-model", gpt2, "--run-dir", str(tmp_path / name), *flags, *["--lora"] * lora]
         assert rlhf.main(argv) == 0
         assert {p.name for p in (tmp_path / name).iterdir()} == {
-            "args.json", "metrics.jsonl", "samples.jsonl", "curves.png"
+            "args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint", "model", *["adapter"] * lora
         }  # fmt: skip
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [line["phase"] for line in lines] == [1, 2, 3, 4] and all(TIMINGS <= line.keys() for line in lines)
@@ -608,7 +613,8 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
         samples = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
         assert {sample["phase"] for sample in samples} == {"before", 1, 2, 3, 4, "after"}
     assert runs[0] == runs[1]
-    keys = "phase reward reward_std kl entropy clip_fraction grad_norm lr completion_length distinct_2".split()
+    keys = "phase reward reward_std kl entropy clip_fraction grad_norm lr completion_length distinct_2 kl_coef".split()
+    keys += ["reward/periods"]
     keys += ["value_loss", "explained_variance"] if algo == "ppo" else []
     assert runs[0][0].keys() == set(keys)
     assert "phase   4" in capsys.readouterr().out
@@ -621,22 +627,20 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
 def test_it_learns(gpt2):
     """A random model, asked for the letter e, says it more often after a dozen phases."""
     trainer = RLHFTrainer(
-        small_args(gpt2, algo="grpo", lora=True, reward="char:e", batch_size=64, base_lr=1e-2, kl_coef=0.0,
+        small_args(gpt2, algo="grpo", lora=True, reward=("char:e",), batch_size=64, base_lr=1e-2, kl_coef=0.0,
                    total_phases=12)
     )  # fmt: skip
     rewards = []
     for _ in range(12):
-        memory, _ = trainer.rollout_phase()
+        memory, metrics, _ = trainer.rollout_phase()
         trainer.learning_phase(memory)
-        rewards.append(memory.rewards.mean().item())
+        rewards.append(metrics["reward"])
     assert rewards[-1] > 3 * (rewards[0] + 0.1)
 
 
 def test_minibatch_means_are_weighted_by_tokens():
     new, old = random_minibatch(dtype=torch.float32)
-    trainer = RLHFTrainer.__new__(RLHFTrainer)
-    trainer.args = RLHFArgs()
-    metrics = trainer.minibatch_metrics(new, old)
+    metrics = rlhf.minibatch_metrics(new, old, (0.8, 1.2))
     assert metrics["kl"] == pytest.approx(new.kl[old.mask].mean().item())
     ratio = (new.logprobs - old.logprobs).exp()[old.mask]
     assert metrics["clip_fraction"] == pytest.approx(((ratio > 1.2) | (ratio < 0.8)).float().mean().item())
