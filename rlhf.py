@@ -1462,7 +1462,9 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
                 state, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             break
         except (OSError, safetensors.SafetensorError) as error:
-            console.print(f"{path}: is damaged ({first_line(error)}); going on from the checkpoint before")
+            console.print(
+                f"{path}: is damaged ({first_line(error)}); going on from the checkpoint before", soft_wrap=True
+            )
     else:
         return
     same = state["base_model"] == (here := fingerprint(trainer))

@@ -3,18 +3,27 @@
 No network and no GPU: the models are small random ones of real architectures, made here and loaded like any other.
 """
 
+import contextlib
 import dataclasses
 import doctest
+import io
 import itertools
 import json
 import math
 import os
+import random
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -685,3 +694,386 @@ def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_examples_in_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0 and result.failed == 0
+
+
+# ---- Real models: families, export, resume, processes ----------------------------------------------------------------
+
+SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
+FAMILIES = {
+    "gpt2": lambda: transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2),
+    "neox": lambda: transformers.GPTNeoXConfig(**SHAPE),
+    "llama": lambda: transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=False),
+    "qwen2": lambda: transformers.Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
+}
+
+
+def logits_of(directory: Path, adapter: Path | None = None) -> torch.Tensor:
+    """What transformers makes of a directory, an adapter added to its weights by hand as PEFT's documents say:
+    W + alpha/r B A, transposed where fan_in_fan_out is set."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+    if adapter is not None:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        tensors = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+        for name in config["target_modules"]:
+            A, B = (tensors.pop(f"base_model.model.{name}.lora_{letter}.weight") for letter in "AB")
+            rank = config["rank_pattern"].get(name, config["r"])
+            assert len(A) == rank
+            update = config["alpha_pattern"].get(name, config["lora_alpha"]) / rank * B @ A
+            model.get_submodule(name).weight.data += update.t() if config["fan_in_fan_out"] else update
+        assert not tensors
+    with torch.no_grad():
+        return model(torch.arange(3, 13)[None]).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("lora", [True, False])
+def test_export_loads_in_transformers_and_as_peft(family, lora, tmp_path):
+    base = save_model(tmp_path / "base", FAMILIES[family]())
+    targets = ("q", "v", "o", "out")  # not k: the fused matrix of GPT-2 and NeoX has rows without an adapter
+    trainer = RLHFTrainer(
+        small_args(base, algo="grpo", lora=lora, reward=("char:e",), base_lr=1e-2, lora_targets=targets,
+                   run_dir=tmp_path / "run", total_phases=2)
+    )  # fmt: skip
+    if lora:
+        randomize_adapters(trainer.policy)
+    trainer.train()
+    tokens = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        trained = trainer.policy.bridge.original_model(tokens).logits
+    assert (trained - logits_of(base)).abs().max() > 0.1
+    torch.testing.assert_close(logits_of(tmp_path / "run" / "model"), trained, atol=1e-4, rtol=0)
+    if lora:
+        torch.testing.assert_close(logits_of(base, tmp_path / "run" / "adapter"), trained, atol=1e-4, rtol=0)
+    model, tokenizer = (
+        kind.from_pretrained(tmp_path / "run" / "model")
+        for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
+    assert tokenizer("This is", add_special_tokens=False).input_ids == trainer.tokenizer.encode(
+        "This is", add_special_tokens=False
+    )
+    greedy = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    ours = rlhf.get_samples(trainer.policy, tokens, torch.ones_like(tokens).bool(), 8, top_k=1)
+    assert greedy[0].tolist() == ours.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_lora_work_in_every_family(family, tmp_path):
+    base = save_model(tmp_path / "base", FAMILIES[family]())
+    trainer = RLHFTrainer(small_args(base, algo="ppo", lora=True, lora_targets=("q", "k", "v", "o", "in", "out")))
+    for _ in range(2):
+        memory, *_ = trainer.rollout_phase()
+        new = trainer.evaluate(memory)
+        torch.testing.assert_close(new.logprobs, memory.logprobs, atol=1e-5, rtol=0)
+        trainer.learning_phase(memory)
+    tokens, mask = rlhf.tokenize(trainer.tokenizer, ["No", "Here is a longer sentence, with a comma"], "cpu")
+    with torch.no_grad():
+        padded = trainer.policy.features(tokens, mask)[0, -1]
+        alone = trainer.policy.features(tokens[:1, -int(mask[0].sum()) :], mask[:1, -int(mask[0].sum()) :])[0, -1]
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_weights_in_bfloat16(gpt2):
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, dtype="bfloat16", reward=("char:e",)))
+    assert {weight.dtype for weight in trainer.trained.values()} == {torch.float32}
+    assert {weight.dtype for weight in trainer.policy.published.values()} == {torch.bfloat16}
+    memory, *_ = trainer.rollout_phase()
+    metrics = trainer.learning_phase(memory)
+    assert all(math.isfinite(value) for value in metrics.values()) and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_train_layers_trains_only_the_last_blocks(gpt2, lora):
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=lora, train_layers=1, reward=("char:e",), base_lr=1e-2))
+    before = {name: weight.clone() for name, weight in rlhf.trained_weights(trainer.policy).items()}
+    memory, *_ = trainer.rollout_phase()
+    trainer.learning_phase(memory)
+    moved = {name for name, weight in rlhf.trained_weights(trainer.policy).items() if not weight.equal(before[name])}
+    assert moved and all(".h.1." in name or "ln_f" in name for name in moved)
+    assert any("c_attn" in name for name in moved)
+
+
+def test_full_fine_tuning_moves_every_weight(gpt2):
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", reward=("char:e",), base_lr=1e-2, temperature=1.5))
+    before = {name: weight.clone() for name, weight in rlhf.trained_weights(trainer.policy).items()}
+    memory, *_ = trainer.rollout_phase()
+    trainer.learning_phase(memory)
+    assert all(not weight.equal(before[name]) for name, weight in rlhf.trained_weights(trainer.policy).items())
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("algo, lora", [("ppo", True), ("grpo", False)])
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_path, algo, lora):
+    flags = f"--algo {algo} --batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 6 --warmup-steps 1".split()
+    flags += ["--base-model", gpt2, "--prompts", str(prompts_file), "--group-size", "4", "--reward", "char:e"]
+    flags += ["--save-every", "1", "--kl-target", "0.05", "--device", "cpu", *["--lora"] * lora]
+    assert rlhf.main([*flags, "--run-dir", str(tmp_path / "whole")]) == 0
+    torn, kills, delays = tmp_path / "torn", 0, random.Random(0)
+    for attempt in range(60):
+        goes_on = (torn / "args.json").exists()
+        child = os.fork()
+        if child == 0:
+            with contextlib.redirect_stdout(io.StringIO()):
+                os._exit(rlhf.main(["--resume", str(torn)] if goes_on else [*flags, "--run-dir", str(torn)]))
+        deadline = time.monotonic() + delays.uniform(0.05, 0.2 + 0.05 * attempt)
+        while (status := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if status[0] == 0:
+            os.kill(child, signal.SIGKILL)
+            kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+        elif (code := os.waitstatus_to_exitcode(status[1])) == 0:
+            break
+        else:
+            pytest.fail(f"the run ended with {code}")
+    assert kills >= 2
+    assert metrics_of(torn) == metrics_of(tmp_path / "whole")
+    for name in ("samples.jsonl", "model/model.safetensors"):
+        assert (torn / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    ours, whole = (
+        safetensors.torch.load_file(run / "checkpoint" / "phase-00006.safetensors")
+        for run in (torn, tmp_path / "whole")
+    )
+    assert ours.keys() == whole.keys() and all(ours[name].equal(whole[name]) for name in whole)
+
+
+def test_resume_refuses_what_it_should(gpt2, tmp_path, capsys):
+    run, flags = tmp_path / "run", "--batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 3 --warmup-steps 1"
+    shutil.copytree(gpt2, tmp_path / "base")
+    argv = [*flags.split(), "--lora", "--base-model", str(tmp_path / "base"), "--save-every", "1"]
+    assert rlhf.main([*argv, "--run-dir", str(run)]) == 0
+    whole = metrics_of(run)
+
+    def resumed(*more, expected: str, status: int = 2):
+        capsys.readouterr()
+        assert rlhf.main(["--resume", str(run), *more]) == status
+        out, err = capsys.readouterr()
+        text = (out if status == 0 else err).replace("\n", " ")
+        assert re.search(expected, text), text
+        assert status == 0 or err.count("\n") == 1
+
+    resumed("--base-lr", "3", expected="begun with --base-lr 0.0005, not 3.0")
+    (run / "checkpoint" / "optimizer.pt").write_bytes(b"\x80\x04.")
+    resumed(expected="optimizer.pt: is no checkpoint.*pickle")
+    (run / "checkpoint" / "optimizer.pt").unlink()
+    (run / "checkpoint" / "phase-00003.safetensors").write_bytes(b"\x80\x04.")
+    resumed(expected="phase-00003.safetensors: is damaged.*the checkpoint before", status=0)
+    assert metrics_of(run) == whole
+    save_model(tmp_path / "base", transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2))
+    resumed(expected="its base model was another")
+    assert rlhf.main(["--resume", str(tmp_path)]) == 2
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(gpt2, tmp_path, monkeypatch, capsys):
+    trainer = RLHFTrainer(small_args(gpt2, lora=True, run_dir=tmp_path / "run", save_every=1, total_phases=2))
+    trainer.train()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()}
+
+    def full(path, data):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    trainer.phase = 3
+    with pytest.raises(SettingError, match="phase-00003.safetensors: cannot be written .No space left on device"):
+        rlhf.save_checkpoint(trainer)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, capsys, number):
+    source = tmp_path / "reward.py"
+    source.write_text(
+        "import os\ncalls = []\n\ndef f(prompts, completions, **columns):\n    calls.append(0)\n"
+        f"    if len(calls) == 3:\n        os.kill(os.getpid(), {int(number)})\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    flags = "--batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 5 --warmup-steps 1 --device cpu".split()
+    argv = [*flags, "--base-model", gpt2, "--reward", f"{source}:f"]
+    assert rlhf.main([*argv, "--run-dir", str(tmp_path / "run")]) == 128 + number
+    assert "stopped after phase 2; go on with" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["phase-00002.safetensors"]
+    source.write_text("def f(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+    assert rlhf.main(["--resume", str(tmp_path / "run")]) == 0
+    assert rlhf.main([*argv, "--run-dir", str(tmp_path / "whole")]) == 0
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_failing_reward_function_costs_no_learning(gpt2, tmp_path, capsys):
+    source = tmp_path / "reward.py"
+    source.write_text(
+        "calls = []\n\ndef f(prompts, completions, **columns):\n    calls.append(0)\n"
+        "    return [1.0 / (4 - len(calls))] * len(completions)\n"
+    )
+    argv = "--batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 5 --warmup-steps 1 --device cpu".split()
+    argv += ["--base-model", gpt2, "--reward", f"{source}:f", "--run-dir", str(tmp_path / "run")]
+    assert rlhf.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.count("Traceback") == 1 and "reward.py:f: raised ZeroDivisionError" in error.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["phase-00002.safetensors"]
+
+
+PROCESS = """
+import sys, torch
+import rlhf
+base, out = sys.argv[1:]
+results = {}
+for algo, group, average in (("ppo", 12, "sequence"), ("grpo", 4, "token"), ("rloo", 12, "token")):
+    args = rlhf.RLHFArgs(
+        base_model=base, algo=algo, lora=True, reward=("char:e",), batch_size=12, group_size=group, gen_len=6,
+        device="cpu", num_minibatches=1, batches_per_learning_phase=1, total_phases=3, warmup_steps=0, loss_average=average, temperature=1.5,
+        run_dir=rlhf.Path(out, algo),
+    )
+    trainer = rlhf.RLHFTrainer(args)
+    world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    sample, generator = trainer.sample, torch.Generator().manual_seed(3)
+
+    def share_of_one_batch(rows, _):
+        drawn, texts = sample([{"prompt": "This is"}] * 12, generator)
+        mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
+        return rlhf.Samples(*(None if x is None else x[mine] for x in drawn)), texts[mine]
+
+    trainer.sample = share_of_one_batch
+    memory, metrics, _ = trainer.rollout_phase()
+    metrics |= trainer.learning_phase(memory)
+    results[algo] = {n: w.detach().clone() for n, w in trainer.trained.items()}, metrics
+if rank == 0:
+    torch.save(results, out + ".pt")
+"""
+
+
+def launch(count: int, *command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(Path(rlhf.__file__).parent), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    return subprocess.run([*torchrun, *command], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_make_the_update_of_one(gpt2, tmp_path):
+    """Groups of 4 straddle the processes' halves of 12 completions; a group of 12 is spread over both."""
+    (tmp_path / "process.py").write_text(PROCESS)
+    results = []
+    for count in (1, 2):
+        run = launch(count, str(tmp_path / "process.py"), gpt2, str(tmp_path / str(count)))
+        assert run.returncode == 0, run.stderr
+        results.append(torch.load(tmp_path / f"{count}.pt"))
+    for algo, (weights, metrics) in results[0].items():
+        assert results[1][algo][1] == pytest.approx(metrics, abs=1e-5), algo
+        for name, weight in weights.items():
+            torch.testing.assert_close(results[1][algo][0][name], weight, atol=1e-5, rtol=0)
+
+
+def test_a_whole_run_on_two_processes_and_one_that_dies(gpt2, tmp_path):
+    flags = (
+        "--algo grpo --lora --batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 3 --warmup-steps 1".split()
+    )
+    flags += ["--base-model", gpt2, "--device", "cpu"]
+    run = launch(2, rlhf.__file__, *flags, "--run-dir", str(tmp_path / "run"))
+    assert run.returncode == 0, run.stderr
+    assert [line["phase"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    assert run.stdout.count("samples after training") == 1  # one process talks
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    (tmp_path / "reward.py").write_text(
+        "import os, signal\n\ndef f(prompts, completions, **columns):\n"
+        "    if os.environ['RANK'] == '1':\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return [0.0] * len(prompts)\n"
+    )
+    start = time.monotonic()
+    dead = launch(2, rlhf.__file__, *flags, "--reward", f"{tmp_path}/reward.py:f", "--run-dir", str(tmp_path / "dead"))
+    assert dead.returncode != 0 and time.monotonic() - start < 120
+
+
+# ---- Rewards and settings of the second chapter ----------------------------------------------------------------------
+
+
+def test_several_rewards_are_weighted_and_the_gold_one_is_only_logged(gpt2):
+    settings = dict(
+        reward=("char:e", "char:s"), reward_weights=(1.0, 0.5), gold_reward="char:a", normalize_reward=False
+    )
+    trainer = RLHFTrainer(small_args(gpt2, batch_size=64, gen_len=20, num_minibatches=1, **settings))
+    _, metrics, samples = trainer.rollout_phase()
+    texts = [sample["completion"] for sample in samples]
+    for char, name in (("e", "reward/char:e"), ("s", "reward/char:s"), ("a", "gold_reward")):
+        assert metrics[name] == pytest.approx(sum(text.count(char) for text in texts) / 64)
+    expected = [text.count("e") + 0.5 * text.count("s") for text in texts]
+    assert [sample["reward"] for sample in samples] == expected
+    assert metrics["reward"] == pytest.approx(sum(expected) / 64)
+
+
+@pytest.fixture
+def classifier(gpt2, tmp_path) -> str:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(gpt2, num_labels=2, id2label={0: "BAD", 1: "GOOD"}, pad_token_id=0)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path / "classifier")
+    transformers.AutoTokenizer.from_pretrained(gpt2).save_pretrained(tmp_path / "classifier")
+    return str(tmp_path / "classifier")
+
+
+def test_classifier_reward_is_the_labels_probability(classifier, gpt2):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
+    prompts, completions = ["This is", "No", ""], [" a test.", ". It has words " * 40, ""]
+    scores = rlhf.load_reward(f"classifier:{classifier}:GOOD", RLHFArgs(), Path(), "cpu")(prompts, completions)
+    for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+        tokens = tokenizer(prompt + completion, return_tensors="pt").input_ids[:, -64:]  # the end of a long text
+        if tokens.shape[1]:
+            with torch.no_grad():
+                assert score == pytest.approx(model(tokens).logits.softmax(-1)[0, 1].item(), abs=1e-5)
+    assert all(0 <= score <= 1 for score in scores)
+    trainer = RLHFTrainer(small_args(gpt2, reward=(f"classifier:{classifier}:GOOD",)))
+    assert 0 < trainer.rollout_phase()[1]["reward"] < 1
+
+
+@pytest.mark.parametrize("suffix, expected", [("", "no such label.*BAD, GOOD"), (":UGLY", "no such label.*BAD, GOOD")])
+def test_classifier_labels_are_checked(classifier, suffix, expected):
+    with pytest.raises(SettingError, match=expected):
+        rlhf.load_reward(f"classifier:{classifier}{suffix}", RLHFArgs(), Path(), "cpu")
+    with pytest.raises(SettingError, match="cannot be loaded"):
+        rlhf.load_reward("classifier:/no/where", RLHFArgs(), Path(), "cpu")
+
+
+def test_kl_coefficient_follows_its_target():
+    """Ziegler et al.: e = clip(KL/target - 1, ±0.2), β ← β (1 + e n / horizon)."""
+    args = RLHFArgs(kl_target=0.5, batch_size=64, kl_horizon=640)
+    for kl, error in ((0.55, 0.1), (5.0, 0.2), (0.0, -0.2), (0.5, 0.0)):
+        assert rlhf.adapt_kl_coef(0.3, kl, args) == pytest.approx(0.3 * (1 + error * 64 / 640))
+    assert rlhf.adapt_kl_coef(0.3, 9.9, RLHFArgs()) == 0.3
+
+
+def test_low_gpu_mem_takes_the_smaller_model_and_half_the_batch(monkeypatch, capsys):
+    medium = RLHFArgs(base_model="gpt2-medium", lora=True)
+    monkeypatch.setattr(rlhf, "machine_memory", lambda: 2 * 2**30)
+    small = rlhf.relieve_memory(medium, "cpu")
+    assert (small.base_model, small.batch_size) == ("gpt2", 32) and "saving memory" in capsys.readouterr().out
+    monkeypatch.setattr(rlhf, "machine_memory", lambda: 64 * 2**30)
+    assert rlhf.relieve_memory(medium, "cpu") == medium
+    asked = rlhf.relieve_memory(dataclasses.replace(medium, low_gpu_mem=True, num_minibatches=64), "cpu")
+    assert (asked.base_model, asked.batch_size) == ("gpt2", 64)  # 32 would not divide
+
+
+def test_prompts_of_any_length_and_alphabet(gpt2, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffNo\r\nNo\r\n\r\nünïcode 漢字 🎉\r\n".encode() + b"word " * 8)
+    rows = rlhf.load_prompts("", path)
+    assert [row["prompt"] for row in rows] == ["No", "No", "ünïcode 漢字 🎉", "word " * 8]
+    trainer = RLHFTrainer(small_args(gpt2, prompts=path, group_size=2))
+    memory, *_ = trainer.rollout_phase()
+    torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.logprobs, atol=1e-5, rtol=0)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingError, match="not UTF-8"):
+        rlhf.load_prompts("", path)
+
+
+def test_model_directories_that_cannot_be_loaded(gpt2, tmp_path):
+    for name, match in (("tokenizer*", "has no tokenizer"), ("model.safetensors", "cannot be loaded")):
+        broken = tmp_path / name.strip("*")
+        shutil.copytree(gpt2, broken)
+        for path in broken.glob(name):
+            path.write_bytes(path.read_bytes()[:2000]) if path.suffix == ".safetensors" else path.unlink()
+        with pytest.raises(SettingError, match=match):
+            TransformerWithValueHead(str(broken))
