@@ -29,6 +29,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -50,6 +51,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+try:
+    import termios
+    import tty
+except ImportError:  # Windows
+    termios = None
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -60,13 +67,15 @@ import safetensors.torch
 import torch
 import transformers
 import tyro
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from jaxtyping import Bool, Float, Int
+from matplotlib.colors import SymLogNorm
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
@@ -1025,24 +1034,64 @@ PANELS = {
     "entropy": "entropy, nats a token",
     "distinct_2": "distinct bigrams: falls when the mode collapses",
 }
+# Okabe and Ito's colours, which the colour-blind tell apart, each with a style; 5 and 3 repeat after 15 lines only.
+COLORS, STYLES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"), ("-", "-.", ":")
+LINES = [(COLORS[i % 5], STYLES[i % 3]) for i in range(15)]
 
 
 def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
-    """Reward, KL, entropy and distinct-2 over phases, one line a run."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5.5), sharex=True, layout="constrained")
-    with plt.style.context("tableau-colorblind10"):
-        for axis, (key, title) in zip(axes.flat, PANELS.items(), strict=True):
-            for number, (label, history) in enumerate(runs.items()):
-                axis.plot([m["phase"] for m in history], [m[key] for m in history], color=f"C{number}", label=label)
-            axis.set_title(title, fontsize=10)
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[1]:
-        axis.set_xlabel("phase")
+    """Reward, KL, entropy and distinct-2 over phases, one line a run; for several runs also reward against KL.
+
+    A gold reward (Gao et al. 2210.10760) is dashed, on its own axis: where the two part, the policy has found what the
+    learned reward gets wrong. Where a history holds key_low and key_high, as `average` makes them, that band is shaded.
+    """
+    rows = [["reward", "kl"], ["entropy", "distinct_2"], *([["frontier"] * 2] if len(runs) > 1 else [])]
+    lines = sum(label.count("\n") + 1 for label in runs) if len(runs) > 1 else 0
+    figure = plt.figure(figsize=(9, 2.75 * len(rows) + 0.2 * lines), layout="constrained")
+    axes = figure.subplot_mosaic(rows)
+    for key, title in PANELS.items():
+        draw_lines(axes[key], runs, key)
+        axes[key].set_title(title, fontsize=10)
+        axes[key].set_xlabel("phase", fontsize=9)
+    for axis in axes.values():
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    if any("gold_reward" in history[0] for history in runs.values()):
+        gold = axes["reward"].twinx()
+        draw_lines(gold, runs, "gold_reward", style="--")
+        for axis in (axes["reward"], gold):
+            axis.autoscale(axis="y")  # each from its lowest to its highest, since the scales have nothing in common
+        gold.spines["top"].set_visible(False)
+        ways = [plt.Line2D([], [], color="#595959", linestyle=style) for style in ("-", "--")]
+        gold.legend(ways, ["trained on, left axis", "gold, right axis"], fontsize=8, loc="lower right")
     if len(runs) > 1:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    temporary = path.with_suffix(".tmp.png")  # replaced whole, so that a reader never meets half a picture
+        axis = axes["frontier"]
+        for history, (color, style) in zip(runs.values(), itertools.cycle(LINES), strict=False):
+            kl, reward = [m["kl"] for m in history], [m["reward"] for m in history]
+            axis.plot(kl, reward, color=color, linestyle=style)
+            axis.plot(kl[-1], reward[-1], color=color, marker="o")
+        axis.set_title("frontier: mean reward against KL; the dot is the last phase", fontsize=10)
+        axis.set_xlabel("KL to the reference, nats a token", fontsize=9)
+        figure.legend(*axes["reward"].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False)
+    save_picture(figure, path)
+
+
+def draw_lines(axis, runs: dict[str, list[dict]], key: str, style: str | None = None, **look) -> None:
+    """One metric of every run that has it, with its band; from 0 unless something is below."""
+    for (label, history), (color, own_style) in zip(runs.items(), itertools.cycle(LINES), strict=False):
+        if key in history[0]:
+            phases, values = [m["phase"] for m in history], [m[key] for m in history]
+            axis.plot(phases, values, color=color, linestyle=style or own_style, label=label, **look)
+            if f"{key}_low" in history[0]:
+                band = ([m[f"{key}_{edge}"] for m in history] for edge in ("low", "high"))
+                axis.fill_between(phases, *band, color=color, alpha=0.2, linewidth=0)
+    if axis.dataLim.y0 >= 0:
+        axis.set_ylim(bottom=0)
+
+
+def save_picture(figure: plt.Figure, path: Path) -> None:
+    """Replaced whole, so that a reader never meets half a picture."""
+    temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     plt.close(figure)
     temporary.replace(path)
@@ -1120,7 +1169,7 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[T
 
     Also returns the weights under the names that they have in the model's files: the bridge renames what it wraps.
     """
-    name = str(tiny_model()) if base_model == "tiny" else resolve_model_alias(base_model) or base_model
+    name = model_name(base_model)
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device)
         published = model.state_dict(keep_vars=True)
@@ -1130,6 +1179,11 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[T
     except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
         raise SettingError(f"--base-model {base_model}: cannot be loaded: {first_line(error)}") from error
     return bridge.eval(), published
+
+
+def model_name(base_model: str) -> str:
+    """What transformers calls it: a directory or a hub id."""
+    return str(tiny_model()) if base_model == "tiny" else resolve_model_alias(base_model) or base_model
 
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
@@ -1176,8 +1230,10 @@ def load_reward(spec: str, args: RLHFArgs, run_dir: Path, device: str) -> Reward
     if kind == "classifier" and rest:
         path, _, label = rest.rpartition(":")
         return classifier_reward(path or rest, label if path else None, device)
+    if kind == "preferences" and rest:
+        return preferences_reward(Path(rest), args, run_dir, device)
     path, colon, name = spec.rpartition(":")
-    expected = "`periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]` or `path/to/file.py:function`"
+    expected = "`periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, `preferences:FILE` or `FILE.py:FUNCTION`"
     require(bool(colon) and path.endswith(".py"), f"--reward {spec}: unknown; expected {expected}")
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
     module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
@@ -1694,33 +1750,749 @@ def train_tiny(path: Path, steps: int = 900, rows: int = 8, width: int = 64) -> 
     transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(path)
 
 
-# ---- 15 Comparing runs -----------------------------------------------------------------------------------------------
-# In: run directories. Out: their curves in one picture.
+# ---- 15 People to preferences ----------------------------------------------------------------------------------------
+# In: pairs of completions, and one key from a person for each. Out: a preferences file, a JSON line an answer, each on
+# disk before the next pair is shown. Where to go on follows from that file and the list of skips beside it alone.
+
+KEYS = "[l] left is better   [r] right is better   [s] skip   [u] undo   [q] quit"
+
+
+def label(
+    file: Path,
+    base_model: str = "tiny",
+    prefix: str = "This is",
+    prompts: Path | None = None,
+    pairs: int = 200,
+    gen_len: int = 32,
+    temperature: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Shows two completions side by side; one key says which is better, and the answer is appended to a file.
+
+    Args:
+        file: the preferences, JSON lines; an earlier session goes on where it ended
+        base_model: `tiny`, a name that TransformerLens knows, a hub id, or a local directory
+        prefix: the prompt that every completion continues
+        prompts: instead of the prefix, a file, one prompt a line, or JSON lines with "prompt"
+        pairs: stop when the file holds this many answers
+        gen_len: tokens in a completion, at most
+        temperature: divides the logits
+        seed: fixes the sequence of pairs
+        device: `auto` takes the first there is of cuda, mps and cpu
+    """
+    rows = load_prompts(prefix, prompts)
+    policy = TransformerWithValueHead(base_model, device=pick_device(device, Accelerator(cpu=device == "cpu")))
+    check_context(policy.bridge, rows, gen_len)
+    ask(file, pairs, lambda number, answers: draw_pair(policy, rows, number, answers, gen_len, temperature, seed))
+
+
+def draw_pair(
+    policy: TransformerWithValueHead,
+    rows: list[dict],
+    number: int,
+    answers: list[str],
+    gen_len: int,
+    temperature: float,
+    seed: int,
+) -> tuple[str, str, str]:
+    """Pair `number` of the sequence that the seed fixes: a prompt and two different completions, left and right.
+
+    While they are equal, or among the answers, both are drawn anew: so which stands on the left is a fair coin.
+    """
+    prompt, tokenizer, device = rows[number % len(rows)]["prompt"], policy.bridge.tokenizer, policy.bridge.cfg.device
+    generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
+    tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
+    for _ in range(20):
+        drawn = get_samples(policy, tokens, mask, gen_len, temperature, generator=generator)
+        completions = unpad(drawn.tokens[:, tokens.shape[1] :], drawn.attention_mask[:, tokens.shape[1] :])
+        left, right = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        is_met = preference(prompt, left, right) in answers or preference(prompt, right, left) in answers
+        if left != right and not is_met:
+            return prompt, left, right
+    raise SettingError(f"label: nothing new for {prompt!r} in 20 draws; raise --temperature or --gen-len")
+
+
+def ask(file: Path, pairs: int, draw: Callable[[int, list[str]], tuple[str, str, str]]) -> None:
+    """Shows pairs and stores answers until the file holds `pairs` of them, or a key or the end of input says stop."""
+    skips = file.with_name(file.name + ".skipped")
+    answers, skipped = whole_lines(file), {json.loads(line)["pair"] for line in whole_lines(skips)}
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(keypresses()) as keys:
+        while len(answers) < pairs:
+            number = next_number(len(answers), skipped)
+            prompt, left, right = draw(number, answers)
+            show_pair(prompt, left, right, f"pair {len(answers) + 1} of {pairs}")
+            key = next((key for key in keys if key in "lrsuq"), "q")
+            if key == "q":
+                break
+            if key == "s":
+                skipped.add(number)
+                append_line(skips, json.dumps({"pair": number}))
+            elif key == "u":
+                rewrite(file, answers := answers[:-1])
+            else:
+                answers.append(preference(prompt, left, right) if key == "l" else preference(prompt, right, left))
+                append_line(file, answers[-1])
+            console.print({"l": "left", "r": "right", "s": "skipped", "u": "undone"}[key])
+    console.print(f"{len(answers)} answers in {file}; the same command goes on from here", soft_wrap=True)
+
+
+def next_number(answered: int, skipped: set[int]) -> int:
+    """Every pair before the next one is answered or skipped; an answer undone makes its pair the next one again.
+
+    >>> next_number(3, skipped={1, 4})   # 0, 2 and 3 are answered
+    5
+    """
+    unskipped = (number for number in itertools.count() if number not in skipped)
+    return next(itertools.islice(unskipped, answered, None))
+
+
+def preference(prompt: str, chosen: str, rejected: str) -> str:
+    """One line of a preferences file."""
+    return json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False)
+
+
+def show_pair(prompt: str, left: str, right: str, title: str) -> None:
+    """The prompt, two columns that share the terminal's width, and the keys."""
+    table = Table("left", "right", title=f"\n{title}", title_justify="left", expand=True)
+    for column in table.columns:
+        column.ratio, column.overflow = 1, "fold"
+    table.add_row(*(Text(printable(text) or "(nothing)") for text in (left, right)))
+    console.print(table, Text(f"after: {printable(prompt)}"), Text(KEYS), sep="\n")
+
+
+def printable(text: str) -> str:
+    """Control characters made visible: what a model writes must not steer the terminal.
+
+    >>> printable("red" + chr(27) + "[31m")
+    'red␛[31m'
+    """
+    return text.translate({code: 0x2400 + code for code in range(32) if code != ord("\n")} | {127: "␡"})
+
+
+def keypresses() -> Iterator[str]:
+    """Characters of standard input as they come: of a terminal without Enter, of a pipe one by one, up to its end."""
+    stdin = sys.stdin.fileno()
+    with contextlib.ExitStack() as restore:
+        if termios and os.isatty(stdin):
+            restore.callback(termios.tcsetattr, stdin, termios.TCSANOW, termios.tcgetattr(stdin))
+            tty.setcbreak(stdin, termios.TCSANOW)  # not the default, which would throw away a key typed early
+        while (key := os.read(stdin, 1).decode("latin-1").lower()) not in ("", "\x04"):
+            yield key
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that need not exist; half a line at its end, left by a crash, is moved to PATH.torn."""
+    require(not path.is_dir(), f"{path}: is a directory")
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
+    *lines, rest = text.split("\n")
+    if rest and is_json(rest):  # whole but for its line feed
+        rewrite(path, lines := [*lines, rest])
+    elif rest:
+        torn = path.with_name(path.name + ".torn")
+        append_line(torn, rest)
+        rewrite(path, lines)
+        console.print(f"{path}: half a line at its end, of an interrupted session, was moved to {torn}", soft_wrap=True)
+    return [line for line in lines if line.strip()]
+
+
+def is_json(text: str) -> bool:
+    try:
+        return bool(json.loads(text))
+    except json.JSONDecodeError:
+        return False
+
+
+def append_line(path: Path, line: str) -> None:
+    """Returns when the line is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rewrite(path: Path, lines: list[str]) -> None:
+    """Replaces a file whole: a crash leaves the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    new.unlink(missing_ok=True)
+    append_line(new, "\n".join(lines)) if lines else new.touch()
+    os.replace(new, path)
+
+
+# ---- 16 Preferences to reward ----------------------------------------------------------------------------------------
+# In: a preferences file. Out: a sequence classifier with one label, as an ordinary Hugging Face directory: the base
+# model's trunk under a scalar head on the last token. People compare well and grade badly, hence the pairs.
+
+
+class Preference(NamedTuple):
+    """Two texts, each a prompt with its completion."""
+
+    chosen: str
+    rejected: str
+
+
+def load_preferences(path: Path) -> list[Preference]:
+    """Reads JSON lines of "prompt", "chosen" and "rejected"; where both hold the prompt already, it is not repeated."""
+    require(path.is_file(), f"{path}: no such file")
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SettingError(f"{path}, line {number}: is not JSON ({error.msg})") from None
+        for key in ("prompt", "chosen", "rejected"):
+            value = row.get(key) if isinstance(row, dict) else None
+            is_chat = isinstance(value, list)
+            found = "a list of messages" if is_chat else "none" if value is None else type(value).__name__
+            require(isinstance(value, str), f'{path}, line {number}: expected a text under "{key}", found {found}')
+        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+        require(chosen != rejected, f'{path}, line {number}: "chosen" and "rejected" are the same text')
+        if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
+            chosen, rejected = prompt + chosen, prompt + rejected
+        pairs.append(Preference(chosen, rejected))
+    require(bool(pairs), f"{path}: is empty; expected one preference a line")
+    require(len(pairs) > 1, f"{path}: holds one preference; expected at least two, to learn from one and test on one")
+    return pairs
+
+
+def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"]) -> Float[Tensor, ""]:
+    """-E[ log σ(r_chosen - r_rejected) ] (Christiano 1706.03741, eq. 1; InstructGPT 2203.02155, eq. 1).
+
+    >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))   # log 2: no opinion
+    tensor(0.6931)
+    """
+    return -nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+def calibration_error(margins: Float[Tensor, "n"], bins: int = 10) -> float:
+    """Σ_b n_b/n |accuracy_b - confidence_b| over bins of the confidence σ(|r_chosen - r_rejected|) (1706.04599, eq. 3).
+
+    >>> round(calibration_error(torch.tensor([0.0, 0.0, 50.0, -50.0])), 3)   # σ says 0.5 and 1; right are 0 and 1/2
+    0.5
+    """
+    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
+    bin_of = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, device=margins.device).scatter_add(0, bin_of, right - confidence)
+    return gaps.abs().sum().item() / len(margins)
+
+
+def preferences_reward(file: Path, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
+    """Learns RUN/reward_model from the file and has it judge; a run that goes on has learned it already."""
+    specs = [spec for spec in (*args.reward, args.gold_reward or "") if spec.startswith("preferences:")]
+    require(len(specs) == 1, "--reward preferences: one a run; give another as classifier:RUN/reward_model")
+    if args.resume is None and PartialState().is_main_process:
+        train_reward_model(file, args.base_model, run_dir / "reward_model", device, args.seed)
+    return classifier_reward(str(run_dir / "reward_model"), None, device)
+
+
+def train_reward_model(
+    file: Path,
+    base_model: str,
+    directory: Path,
+    device: str = "cpu",
+    seed: int = 0,
+    rank: int = 16,
+    lr: float = 1e-3,
+    dropout: float = 0.3,
+    batch: int = 4,
+    most_epochs: int = 12,
+) -> Path:
+    """Learns a reward from pairs, tests it on the 15 % held out, saves it under `directory`, and returns that.
+
+    Two hundred pairs are few: LoRA on the attention matrices alone, and dropout before them, overfit the least.
+    """
+    pairs = load_preferences(file)
+    model, tokenizer = scalar_model(base_model, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        add_dropout_and_lora(model, rank, dropout)
+        shuffled = [pairs[i] for i in torch.randperm(len(pairs))]
+        held_out, training = shuffled[: (count := math.ceil(0.15 * len(pairs)))], shuffled[count:]
+        epochs = max(1, min(most_epochs, 10_000 // len(training)))
+        steps = epochs * math.ceil(len(training) / batch)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
+        )
+        model.train()
+        with Progress(console=console, transient=True) as bar:
+            for _ in bar.track(range(epochs), description="reward model"):
+                for rows in torch.randperm(len(training)).split(batch):
+                    chosen, rejected = zip(*(training[i] for i in rows), strict=True)
+                    rewards = score_texts(model, tokenizer, [*chosen, *rejected])
+                    bradley_terry_loss(*rewards.chunk(2)).backward()
+                    nn.utils.clip_grad_norm_(trained, 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    scheduler.step()
+    model.eval()
+    merge_dropout_and_lora(model)
+    subtract_mean(model, tokenizer, [text for pair in training for text in pair])
+    chosen, rejected = (score_all(model, tokenizer, list(texts)) for texts in zip(*held_out, strict=True))
+    accuracy, calibration = (chosen > rejected).float().mean().item(), calibration_error(chosen - rejected)
+    console.print(f"reward model: {len(training)} pairs learned; of {len(held_out)} held out {accuracy:.0%} right, "
+                  f"calibration error {calibration:.2f}", soft_wrap=True)  # fmt: skip
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(directory, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+    return directory
+
+
+def scalar_model(base_model: str, device: str):
+    """The base model's trunk under a new scalar head that starts at zero, and its tokenizer."""
+    name = model_name(base_model)
+    try:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=1).float().to(device)
+        tokenizer = load_tokenizer(name)
+    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
+        raise SettingError(f"--base-model {base_model}: makes no reward model: {first_line(error)}") from error
+    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
+    nn.init.zeros_(model.score.weight)
+    return model, tokenizer
+
+
+def score_texts(model, tokenizer, texts: list[str]) -> Float[Tensor, "B"]:
+    """The head's output on each text's last token; of a text longer than the context, the end is kept."""
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+    return model(**batch.to(model.device)).logits[:, 0].float()
+
+
+@torch.no_grad()
+def score_all(model, tokenizer, texts: list[str]) -> Float[Tensor, "N"]:
+    return torch.cat([score_texts(model, tokenizer, texts[i : i + 64]) for i in range(0, len(texts), 64)])
+
+
+def add_dropout_and_lora(model: nn.Module, rank: int, dropout: float) -> None:
+    """Freezes all but the head, and replaces each matrix of the attention by dropout and a LoRALinear."""
+    model.base_model.requires_grad_(False)
+    matrices = [
+        (parent, name)
+        for path, parent in model.base_model.named_modules()
+        for name, child in parent.named_children()
+        if "att" in path.lower() and isinstance(child, nn.Linear | Conv1D)
+    ]
+    for parent, name in matrices:
+        lora = LoRALinear(getattr(parent, name), rank, alpha=2.0 * rank)
+        setattr(parent, name, nn.Sequential(nn.Dropout(dropout), lora))
+
+
+@torch.no_grad()
+def merge_dropout_and_lora(model: nn.Module) -> None:
+    """Undoes add_dropout_and_lora, with α/r B A added to the weights."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Sequential) and isinstance(child[-1], LoRALinear):
+                lora = child[-1]
+                lora.matrix.add_(lora.scale * lora.lora_b @ lora.lora_a)  # a view, so Conv1D's weight changes too
+                setattr(parent, name, lora.base)
+
+
+@torch.no_grad()
+def subtract_mean(model: nn.Module, tokenizer, texts: list[str]) -> None:
+    """Shifts the reward to mean 0 over the texts.
+
+    The head w has no bias, but the final LayerNorm before it has one, b: w·(b - μ w/|w|²) = w·b - μ. RMSNorm has none:
+    there the mean stays, and no advantage of section 7 minds.
+    """
+    norms = [m for name, m in model.base_model.named_modules()
+             if isinstance(m, nn.LayerNorm) and m.bias is not None and not re.search(r"\d", name)]  # fmt: skip
+    weight = model.score.weight[0]
+    if norms and weight.norm() > 0:
+        norms[-1].bias -= score_all(model, tokenizer, texts).mean() * weight / weight.square().sum()
+
+
+# ---- 17 What changed inside ------------------------------------------------------------------------------------------
+# In: a run directory. Out: the trained model beside the one it started from: where they differ, which heads and MLPs
+# carry a token's logit, how far and in how many directions the weights moved. All of it is read off TransformerLens.
+
+
+class Texts(NamedTuple):
+    """What both models read: completions that the trained model drew after one prompt."""
+
+    tokens: Int[Tensor, "B T"]
+    is_completion: Bool[Tensor, "B T"]  # at columns that predict a completion's token
+    where: Bool[Tensor, "B T"]  # those of them that predict the token in question; if it never came, all
+
+
+class Attribution(NamedTuple):
+    """Shares of a token's logit, means over the places; together they are that logit."""
+
+    components: Float[Tensor, "L H+1"]  # heads, then the MLP
+    embedding: float
+    biases: float  # of attention outputs, final norm and unembedding: they belong to no head
+
+    @property
+    def total(self) -> float:
+        return self.components.sum().item() + self.embedding + self.biases
+
+
+def inspect(
+    run: Path, token: str = ".", prompt: str | None = None, samples: int = 32, gen_len: int = 32, seed: int = 0
+) -> None:
+    """Compares a run's model with the one it started from: a table, and RUN/inspect.png.
+
+    Args:
+        run: a run directory
+        token: whose logit is taken apart
+        prompt: what the completions continue, on which both models are read; by default the run's prefix
+        samples: completions, drawn from the trained model
+        gen_len: tokens in a completion, at most
+        seed: of the completions
+    """
+    require((run / "args.json").is_file(), f"{run}: is no run directory, it holds no args.json")
+    require((run / "model").is_dir(), f"{run}: holds no model; training writes it at the end")
+    settings = json.loads((run / "args.json").read_text(encoding="utf-8"))
+    base, trained = (TransformerWithValueHead(str(model)) for model in (settings["base_model"], run / "model"))
+    bridges, tokenizer = (base.bridge, trained.bridge), trained.bridge.tokenizer
+    id = single_token(tokenizer, token)
+    prompt = settings["prefix"] if prompt is None else prompt
+    check_context(trained.bridge, [{"prompt": prompt}], gen_len)
+    texts = draw_texts(trained, prompt, id, samples, gen_len, seed)
+    logits, caches = zip(*(read(bridge, texts) for bridge in bridges), strict=True)
+    shares = [attribute(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)]
+    for share, truth in zip(shares, logits, strict=True):
+        is_sum = abs(share.total - truth[texts.where][:, id].mean().item()) < 1e-3 * (1 + abs(share.total))
+        require(is_sum, f"{run}: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
+    lenses = [logit_lens(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)]
+    divergence = kl_by_position(*logits, texts.is_completion)
+    updates = weight_updates(*bridges)
+    difference = shares[1].components - shares[0].components
+    largest = difference.flatten().argsort(descending=True)[:6].tolist()
+    candidates = [divmod(index, difference.shape[1]) for index in largest]
+    drops = {part: ablation_drop(trained.bridge, texts, id, *part) for part in candidates}
+    patterns = [
+        torch.stack([cache[f"blocks.{i}.attn.hook_pattern"] for i in range(len(difference))]) for cache in caches
+    ]
+    places = f"where it wrote {token!r}" if (texts.where != texts.is_completion).any() else "all"
+    console.print(f"{run / 'model'} against {settings['base_model']}: {samples} completions of {prompt!r} by the "
+                  f"trained model, {texts.where.sum()} places ({places})", soft_wrap=True)  # fmt: skip
+    print_inspection(token, divergence, lenses, shares, drops, updates)
+    words = ["".join(c if c.isprintable() else "·" for c in tokenizer.decode([i])) for i in texts.tokens[0].tolist()]
+    plot_inspection(token, divergence, lenses, shares, updates, patterns, texts, words, run / "inspect.png")
+    console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
+
+
+def single_token(tokenizer, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    parts = ", ".join(repr(tokenizer.decode([i])) for i in ids) or "nothing"
+    require(len(ids) == 1, f"--token {text!r}: is no single token but {len(ids)} ({parts}); a leading space may matter")
+    return ids[0]
+
+
+def draw_texts(trained: TransformerWithValueHead, prompt: str, id: int, samples: int, gen_len: int, seed: int) -> Texts:
+    """Completions of the one prompt, so no row is padded on the left, and the right no causal model sees."""
+    tokens, mask = tokenize(trained.bridge.tokenizer, [prompt] * samples, "cpu")
+    drawn = get_samples(trained, tokens, mask, gen_len, generator=torch.Generator().manual_seed(seed))
+    P = tokens.shape[1]
+    is_completion, where = torch.zeros_like(drawn.attention_mask), torch.zeros_like(drawn.attention_mask)
+    is_completion[:, P - 1 : -1] = drawn.attention_mask[:, P:]
+    where[:, P - 1 : -1] = drawn.attention_mask[:, P:] & (drawn.tokens[:, P:] == id)
+    return Texts(drawn.tokens, is_completion, where if where.any() else is_completion)
+
+
+@torch.no_grad()
+def read(bridge: TransformerBridge, texts: Texts) -> tuple[Float[Tensor, "B T V"], dict[str, Tensor]]:
+    """Logits, and the activations that the rest of this section looks at."""
+    wanted = (
+        r"blocks\.0\.hook_in|blocks\.\d+\.(hook_out|attn\.(o\.hook_in|hook_pattern)|mlp\.hook_out)|ln_final\.hook_scale"
+    )
+    return bridge.run_with_cache(texts.tokens, names_filter=lambda name: re.fullmatch(wanted, name) is not None)
+
+
+def kl_by_position(
+    base: Float[Tensor, "B T V"], trained: Float[Tensor, "B T V"], is_completion: Bool[Tensor, "B T"]
+) -> Float[Tensor, "C"]:
+    """KL(trained ‖ base) over the whole vocabulary at each of the completion's tokens, mean over rows that reach it."""
+    p, q = trained.log_softmax(-1), base.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1) * is_completion
+    rows = is_completion.sum(dim=0)
+    return (kl.sum(dim=0) / rows)[rows > 0]
+
+
+@torch.no_grad()
+def logit_lens(
+    bridge: TransformerBridge, cache: dict[str, Tensor], id: int, where: Bool[Tensor, "B T"]
+) -> Float[Tensor, "L+1"]:
+    """Log-probability of the token if the model stopped after 0, 1, … L blocks (nostalgebraist 2020, logit lens)."""
+    names = ["blocks.0.hook_in", *(f"blocks.{i}.hook_out" for i in range(bridge.cfg.n_layers))]
+    logits = (bridge.unembed(bridge.ln_final(cache[name][where])) for name in names)
+    return torch.stack([x.log_softmax(-1)[:, id].mean() for x in logits])
+
+
+@torch.no_grad()
+def attribute(bridge: TransformerBridge, cache: dict[str, Tensor], id: int, where: Bool[Tensor, "B T"]) -> Attribution:
+    """Direct logit attribution (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits).
+
+    The residual stream is a sum x = Σ_c x_c, and with the final norm's scale s held fixed the logit is linear in it:
+    ((x - mean x) / s · γ + β) · w + b = Σ_c x_c · u / s + β · w + b, where u = γ w less its mean; RMSNorm centres
+    nothing, so there u = γ w.
+    """
+    norm, head = bridge.ln_final, bridge.unembed.original_component
+    w = head.weight[id].float()
+    u = w * (norm.weight + 1 if norm.uses_weight_offset else norm.weight)
+    u = u if norm.uses_rms_norm else u - u.mean()
+    scale = cache["ln_final.hook_scale"][where]  # [n, 1]
+    biases = sum(bias[id].item() for bias in [getattr(head, "bias", None)] if bias is not None)
+    biases += sum((bias @ w).item() for bias in [getattr(norm.original_component, "bias", None)] if bias is not None)
+    rows = []
+    for i, block in enumerate(bridge.blocks):
+        output = block.attn.o.original_component
+        z = cache[f"blocks.{i}.attn.o.hook_in"][where]  # [n, H, d_head]
+        per_head = (z * (u @ stored_matrix(output)).view(z.shape[1:])).sum(-1) / scale  # u W_O: [H * d_head]
+        mlp = cache[f"blocks.{i}.mlp.hook_out"][where] @ u[:, None] / scale
+        rows.append(torch.cat([per_head, mlp], dim=1).mean(dim=0))
+        if isinstance(getattr(output, "bias", None), Tensor):
+            biases += (output.bias @ u / scale).mean().item()
+    embedding = (cache["blocks.0.hook_in"][where] @ u[:, None] / scale).mean().item()
+    return Attribution(torch.stack(rows), embedding, biases)
+
+
+def stored_matrix(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+
+
+@torch.no_grad()
+def ablation_drop(bridge: TransformerBridge, texts: Texts, id: int, layer: int, part: int) -> float:
+    """By how much the token's logit really falls when a head, or the MLP behind the last one, writes zeros."""
+    is_mlp = part == bridge.cfg.n_heads
+
+    def zero(x, hook):
+        return x * 0 if is_mlp else x.index_fill(2, torch.tensor(part), 0.0)
+
+    name = f"blocks.{layer}.mlp.hook_out" if is_mlp else f"blocks.{layer}.attn.o.hook_in"
+    with_it, without = bridge(texts.tokens), bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)])
+    return (with_it - without)[texts.where][:, id].mean().item()
+
+
+def weight_matrices(bridge: TransformerBridge) -> dict[tuple[str, int], Float[Tensor, "d_out d_in"]]:
+    """Every trained matrix by name and layer; not GPT-2's fused qkv, which the bridge does not compute with."""
+    matrices = {("embed", 0): bridge.embed.original_component.weight}
+    if bridge.unembed.original_component.weight.data_ptr() != matrices["embed", 0].data_ptr():
+        matrices["unembed", bridge.cfg.n_layers - 1] = bridge.unembed.original_component.weight
+    for i, block in enumerate(bridge.blocks):
+        for part, short in ((block.attn, "attn"), (block.mlp, "mlp")):
+            for name, child in part.named_children():
+                layer = getattr(child, "original_component", None)
+                if name != "qkv" and isinstance(layer, nn.Linear | Conv1D):
+                    matrices[f"{short}.{name}", i] = stored_matrix(layer)
+    return matrices
+
+
+class Update(NamedTuple):
+    """A weight update ΔW beside its W."""
+
+    size: float  # ‖ΔW‖ / ‖W‖, Frobenius
+    rank: float  # effective rank: exp of the entropy of the singular values, normalised (Roy & Vetterli 2007)
+
+
+@torch.no_grad()
+def weight_updates(base: TransformerBridge, trained: TransformerBridge) -> dict[tuple[str, int], Update]:
+    after = weight_matrices(trained)
+    return {key: weight_update(matrix, after[key]) for key, matrix in weight_matrices(base).items()}
+
+
+def weight_update(before: Float[Tensor, "d_out d_in"], after: Float[Tensor, "d_out d_in"]) -> Update:
+    """
+    >>> [round(x, 2) for x in weight_update(torch.ones(3, 3), torch.ones(3, 3) + 0.5 * torch.eye(3))]
+    [0.29, 3.0]
+    """
+    difference = (after - before).float()
+    if not difference.any():
+        return Update(0.0, 0.0)
+    shares = torch.linalg.svdvals(difference)
+    shares = shares / shares.sum()
+    entropy = torch.special.entr(shares).sum()
+    return Update((difference.norm() / before.float().norm()).item(), entropy.exp().item())
+
+
+def part_name(layer: int, part: int, heads: int) -> str:
+    return f"layer {layer} MLP" if part == heads else f"layer {layer} head {part}"
+
+
+def print_inspection(
+    token: str,
+    divergence: Float[Tensor, "C"],
+    lenses: list[Float[Tensor, "L+1"]],
+    shares: list[Attribution],
+    drops: dict[tuple[int, int], float],
+    updates: dict[tuple[str, int], Update],
+) -> None:
+    """Three tables and the sentence that they are for."""
+
+    def table(title: str, *columns: str, rows: list[tuple]) -> None:
+        table = Table(*columns, box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, *figures in rows:
+            table.add_row(name, *(figure if isinstance(figure, str) else f"{figure:.3g}" for figure in figures))
+        console.print(f"\n{title}")
+        console.print(table)
+
+    heads = shares[0].components.shape[1] - 1
+    worst = divergence.argmax().item()
+    console.print(f"KL(trained ‖ base): mean {divergence.mean():.3g} nats a token, most at token {worst + 1}: "
+                  f"{divergence[worst]:.3g}", soft_wrap=True)  # fmt: skip
+    table(f"log-probability of {token!r} if the model ended there (logit lens)", "", "base", "trained",
+          rows=[(f"after block {i - 1}" if i else "embedding", *pair)
+                for i, pair in enumerate(zip(*(lens.tolist() for lens in lenses), strict=True))])  # fmt: skip
+    base, trained = shares
+    named = [(part_name(*part, heads), base.components[part].item(), trained.components[part].item(), drop)
+             for part, drop in drops.items()]  # fmt: skip
+    rest = [("embedding", base.embedding, trained.embedding), ("biases", base.biases, trained.biases)]
+    others = [share.total - sum(row[i] for row in [*named, *rest]) for i, share in enumerate(shares, start=1)]
+    rest += [("all other heads and MLPs", *others), (f"logit of {token!r}", base.total, trained.total)]
+    rows = [(name, b, t, t - b, *drop) for name, b, t, *drop in [*named, *rest]]
+    table(f"who writes the logit of {token!r} (direct logit attribution)", "", "base", "trained", "change",
+          "drop when ablated", rows=[row if len(row) == 5 else (*row, "") for row in rows])  # fmt: skip
+    carriers = [part_name(*part, heads) for part, drop in drops.items() if drop > 0]
+    console.print(f"\nablated, these lower the logit of {token!r}: {', '.join(carriers) or 'none of them'}")
+    largest = sorted(updates.items(), key=lambda item: -item[1].size)[:8]
+    table("largest weight updates", "", "‖ΔW‖ / ‖W‖", "effective rank",
+          rows=[(name if "embed" in name else f"layer {layer} {name}", *update)
+                for (name, layer), update in largest])  # fmt: skip
+
+
+def plot_inspection(
+    token: str,
+    divergence: Float[Tensor, "C"],
+    lenses: list[Float[Tensor, "L+1"]],
+    shares: list[Attribution],
+    updates: dict[tuple[str, int], Update],
+    patterns: list[Float[Tensor, "L B H T T"]],
+    texts: Texts,
+    words: list[str],
+    path: Path,
+) -> None:
+    """Eight panels, each with a caption that says how to read it."""
+    figure, axes = plt.subplots(4, 2, figsize=(9, 15), layout="constrained")
+
+    def finish(axis, title: str, caption: str) -> None:
+        axis.set_title(title, fontsize=10, parse_math=False)
+        axis.set_xlabel(textwrap.fill(caption, 56), fontsize=8, loc="left", parse_math=False)
+
+    def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], label: str, ticks=None, **colors) -> None:
+        image = axis.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colors)
+        for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
+            step = math.ceil(len(names) / 40)
+            set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5, parse_math=False)
+        figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks, format="%.3g").set_label(label, fontsize=8)
+
+    layers, heads = shares[0].components.shape[0], shares[0].components.shape[1] - 1
+    axes[0, 0].plot(range(1, len(divergence) + 1), divergence.numpy(), color="C0", marker=".")
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("nats", fontsize=8)
+    finish(axes[0, 0], "KL(trained ‖ base) by position", "Token of the completion, from left to right. High: there the "
+           "two models would write different things. Mean over all completions.")  # fmt: skip
+    for lens, name, style in zip(lenses, ("base", "trained"), ("--", "-"), strict=True):
+        axes[0, 1].plot(lens.numpy(), linestyle=style, marker=".", color="C0" if style == "-" else "C1", label=name)
+    axes[0, 1].set_xticks(range(0, layers + 1, math.ceil(layers / 12)))
+    axes[0, 1].set_ylabel("log-probability", fontsize=8)
+    axes[0, 1].legend(fontsize=8)
+    finish(axes[0, 1], f"Logit lens: {token!r} after each block", f"Blocks passed. How likely {token!r} would be if "
+           "the model ended there. Where the curves part, training has changed the computation.")  # fmt: skip
+    limit = max(share.components.abs().max().item() for share in shares) + 1e-6
+    ticks = [sign * limit / fraction for sign in (-1, 1) for fraction in (1, 3, 10)] + [0]
+    signed = {"ticks": ticks, "cmap": "PuOr", "norm": SymLogNorm(limit / 20, vmin=-limit, vmax=limit)}
+    parts = [*map(str, range(heads)), "MLP"]
+    for axis, share, name in zip(axes[1], shares, ("base", "trained"), strict=True):
+        heatmap(axis, share.components, list(map(str, range(layers))), parts, "share of the logit", **signed)
+        axis.set_ylabel("layer", fontsize=8)
+        finish(axis, f"Who writes the logit of {token!r}: {name}", "Heads by number, then the MLP. Purple pushes the "
+               f"logit up, orange down; with embedding {share.embedding:.1f} and biases {share.biases:.1f} they add up "
+               f"to {share.total:.1f}. Both panels have one, logarithmic, scale.")  # fmt: skip
+    names = list(dict.fromkeys(name for name, _ in updates))
+    for axis, field, label in zip(axes[2], ("size", "rank"), ("‖ΔW‖ / ‖W‖", "effective rank"), strict=True):
+        grid = torch.full((len(names), layers), math.nan)
+        for (name, layer), update in updates.items():
+            grid[names.index(name), layer] = getattr(update, field)
+        heatmap(axis, grid, names, list(map(str, range(layers))), label, vmin=0)
+    finish(axes[2, 0], "How far each matrix moved", "Layer. Size of the update, as a share of the matrix that it "
+           "changes. White: there is no such matrix.")  # fmt: skip
+    finish(axes[2, 1], "In how many directions", "Layer. 1: the whole update is one direction in, one out. LoRA cannot "
+           "exceed its rank; full training can.")  # fmt: skip
+    valid = texts.is_completion[None, :, None, :]  # rows of attention that belong to a completion
+    moved = ((patterns[1] - patterns[0]).abs().sum(-1) / 2 * valid).sum(dim=(1, 3)) / valid.sum()
+    layer, head = divmod(moved.argmax().item(), heads)
+    length = int(texts.is_completion[0].nonzero().max()) + 1
+    for axis, pattern, name in zip(axes[3], patterns, ("base", "trained"), strict=True):
+        heatmap(
+            axis,
+            pattern[layer, 0, head, :length, :length],
+            words[:length],
+            words[:length],
+            "attention",
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+        )
+        axis.tick_params(axis="x", labelrotation=90)
+        finish(axis, f"Attention of layer {layer} head {head}: {name}", "Each row is a token and says where it looks; "
+               f"rows add up to 1. Of all heads this one moved most: {moved.max():.0%} of its attention, on "
+               "average.")  # fmt: skip
+    save_picture(figure, path)
+
+
+# ---- 18 Comparing runs -----------------------------------------------------------------------------------------------
+# In: run directories. Out: one picture of their curves. Runs that differ in nothing but the seed become one line, their
+# mean, in a band from the lowest to the highest.
 
 
 def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
-    """Draws the curves of several runs over each other.
+    """Draws the curves of several runs over each other, and reward against KL; seeds of one setting become a band.
 
     Args:
         runs: run directories
         output: the picture
     """
     require(len(runs) > 0, "compare: expected at least one run directory")
-    settings, histories = {}, {}
-    for run in runs:
-        require((run / "metrics.jsonl").is_file(), f"{run}: is no run directory, it holds no metrics.jsonl")
-        settings[run] = json.loads((run / "args.json").read_text())
-        histories[run] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = [field.name for field in dataclasses.fields(RLHFArgs) if field.name != "run_dir"]
-    differing = [name for name in names if len({str(record[name]) for record in settings.values()}) > 1]
-    labels = {run: ", ".join(f"{name} {settings[run][name]}" for name in differing) or run.name for run in runs}
-    if len(set(labels.values())) < len(runs):
-        labels = {run: f"{run.name} ({label})" for run, label in labels.items()}
-    plot_curves({labels[run]: histories[run] for run in runs}, output)
+    settings, histories = zip(*map(read_run, runs), strict=True)
+    names = [field.name for field in dataclasses.fields(RLHFArgs) if field.name not in ("run_dir", "seed")]
+    differing = [name for name in names if len({str(record.get(name)) for record in settings}) > 1]
+    groups: dict[str, list[list[dict]]] = {}
+    for record, history in zip(settings, histories, strict=True):
+        label = ", ".join(f"{name} {record.get(name)}" for name in differing) or (
+            "all runs" if len(runs) > 1 else runs[0].name
+        )
+        groups.setdefault(label, []).append(history)
+    labels = {label: label if len(group) == 1 else f"{label} (mean of {len(group)}, band from lowest to highest)"
+              for label, group in groups.items()}  # fmt: skip
+    curves = {textwrap.fill(labels[label], 110): average(group) for label, group in groups.items()}
+    plot_curves(curves, output)
     console.print(f"wrote {output}", soft_wrap=True)
 
 
-# ---- 16 Command line -------------------------------------------------------------------------------------------------
+def read_run(run: Path) -> tuple[dict, list[dict]]:
+    """A run's settings and its metrics, one dict a phase."""
+    require((run / "args.json").is_file(), f"{run}: is no run directory, it holds no args.json")
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8") if (run / "metrics.jsonl").is_file() else ""
+    require(bool(lines), f"{run}: holds no metrics.jsonl with at least one phase")
+    return json.loads((run / "args.json").read_text(encoding="utf-8")), [json.loads(x) for x in lines.splitlines()]
+
+
+def average(histories: list[list[dict]]) -> list[dict]:
+    """Phase by phase, as far as all go: each key's mean and, of several, key_low and key_high.
+
+    >>> average([[{"kl": 1.0}], [{"kl": 2.0}, {"kl": 5.0}]])
+    [{'kl': 1.5, 'kl_low': 1.0, 'kl_high': 2.0}]
+    """
+    if len(histories) == 1:
+        return histories[0]
+    merged = []
+    for phases in zip(*histories, strict=False):
+        values = {key: [m[key] for m in phases] for key in phases[0] if all(key in m for m in phases)}
+        merged.append({})
+        for key, numbers in values.items():
+            merged[-1] |= {key: sum(numbers) / len(numbers), f"{key}_low": min(numbers), f"{key}_high": max(numbers)}
+    return merged
+
+
+# ---- 19 Command line -------------------------------------------------------------------------------------------------
 
 
 def parse(target: Callable, argv: list[str], **options):
@@ -1767,9 +2539,10 @@ def train(args: RLHFArgs) -> int:
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for bad input."""
     transformers.utils.logging.disable_progress_bar()
+    commands = {"label": label, "inspect": inspect, "compare": compare}
     try:
-        if argv[:1] == ["compare"]:
-            parse(compare, argv[1:])
+        if argv and argv[0] in commands:
+            parse(commands[argv[0]], argv[1:])
             return 0
         return train(parse_settings(argv))
     except SettingError as error:
