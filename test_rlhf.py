@@ -16,6 +16,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import termios
@@ -455,7 +456,7 @@ def random_minibatch(rows=3, width=4, dtype=torch.float64) -> tuple[Evaluation, 
     def draw():
         return torch.randn(rows, width, dtype=dtype)
 
-    mask = torch.arange(width) < torch.tensor([width, 1, 3])[:rows, None]
+    mask = torch.arange(width) < torch.tensor([width, 1, 3, 2])[:rows, None]
     completion = torch.where(mask, 5, -100)
     old = ReplayMemory(
         tokens=torch.zeros(rows, width + 2, dtype=torch.long), attention_mask=torch.ones(rows, width + 2).bool(),
@@ -533,6 +534,62 @@ def test_ppo_objective_is_equations_7_and_9():
     value_loss = (new.values - old.returns)[keep].pow(2).mean()
     expected = surrogate - 0.15 * value_loss + 0.001 * new.entropy[keep].mean()
     torch.testing.assert_close(rlhf.ppo_objective(new, old, args.kl_coef, args), expected)
+
+
+def published_settings() -> dict[str, RLHFArgs]:
+    """The README's table of published algorithms, read as a user would type it."""
+    readme = Path(rlhf.__file__).with_name("README.md").read_text()
+    rows = re.findall(r"^\| ([\w. ]+) \| `(--algo [^`]+)` \|", readme, re.MULTILINE)
+    return {name: rlhf.parse_settings([*flags.split(), *"--batch-size 4 --gen-len 5".split()]) for name, flags in rows}
+
+
+def published_objective(name: str, rewards, values, new, old, args) -> float:
+    """Each paper's formula from rewards on, in plain Python, over completions of one group."""
+    lengths = [int(n) for n in old.mask.sum(1)]
+    mean, rows, tokens = sum(rewards) / len(rewards), [], sum(lengths)
+    for i, length in enumerate(lengths):
+        terms = []
+        for t in range(length):
+            if name == "PPO":  # GAE: Σ (γλ)^l δ_{t+l}, the reward on the last token
+                delta = [(rewards[i] if k == length - 1 else values[i][k + 1]) - values[i][k] for k in range(t, length)]
+                advantage = sum(0.95**k * one for k, one in enumerate(delta))
+            elif name == "RLOO":
+                advantage = rewards[i] - (sum(rewards) - rewards[i]) / (len(rewards) - 1)
+            else:
+                advantage = rewards[i] - mean
+                if name in ("GRPO", "DAPO"):
+                    advantage /= statistics.stdev(rewards)
+            ratio = math.exp(new.logprobs[i, t] - old.logprobs[i, t])
+            high = 1.28 if name == "DAPO" else 1.2
+            term = min(ratio * advantage, min(max(ratio, 0.8), high) * advantage)
+            if name == "GRPO":
+                q = math.exp(old.ref_logprobs[i, t] - new.logprobs[i, t])
+                term -= 0.04 * (q - math.log(q) - 1)
+            if name == "PPO":
+                term -= args.vf_coef * (new.values[i, t].item() - (advantage + values[i][t])) ** 2
+                term += args.ent_coef * new.entropy[i, t].item()
+            terms.append(term)
+        rows.append(terms)
+    if name == "GRPO":
+        return sum(sum(terms) / len(terms) for terms in rows) / len(rows)
+    return sum(map(sum, rows)) / (tokens if name in ("PPO", "DAPO") else len(rows) * 5)
+
+
+@pytest.mark.parametrize("name", ["PPO", "GRPO", "Dr. GRPO", "DAPO", "RLOO"])
+def test_the_readmes_published_algorithms_are_their_formulas(name):
+    settings = published_settings()
+    assert settings.keys() == {"PPO", "GRPO", "Dr. GRPO", "DAPO", "RLOO"}
+    args, rewards = settings[name], [1.0, 4.0, 2.0, 7.0]
+    new, old = random_minibatch(rows=4, width=5)
+    values, algorithm = old.values * old.mask, rlhf.ALGORITHMS[args.algo]
+    scores = torch.tensor(rewards, dtype=torch.float64)
+    scores = rlhf.normalize(scores) if args.normalize_reward else scores
+    advantages = algorithm.compute_advantages(scores, values if algorithm.has_critic else None, old.mask, args)
+    old = dataclasses.replace(old, advantages=advantages, values=values, returns=advantages + values)
+    if args.kl_estimator != "full":
+        new = new._replace(kl=rlhf.kl_estimate(new.logprobs, old.ref_logprobs, args.kl_estimator))
+    ours = algorithm.objective(new, old, args.kl_coef, args).item()
+    assert ours == pytest.approx(published_objective(name, rewards, values.tolist(), new, old, args), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", [rlhf.grpo_objective, rlhf.ppo_objective])
