@@ -1,23 +1,30 @@
 """Reinforcement learning from human feedback on a real transformer, in one file to be read from top to bottom.
 
-    build the policy and its reference                                    # sections 2 to 4
+    policy, reference = one model twice: one is trained, the other stays as it was         # sections 3 and 4
     for phase in range(total_phases):
-        tokens, old_logprobs, values = sample completions from the policy # 5   rollout phase
-        rewards    = reward_fn(prompts, completions)                      # 6
-        advantages = compute_advantages(rewards, values)                  # 7
-        for minibatch in memory, a few times over:                        # 8   learning phase
-            objective = surrogate - kl_coef * KL + ent_coef * entropy     # 9   (PPO: - vf_coef * value loss)
-            one step of AdamW up the gradient of the objective            # 10
-        log, one line a phase                                             # 11
+        tokens, old_logprobs, values = completions of the prompts, drawn from the policy   # 2, 5   rollout phase
+        rewards    = reward_fn(prompts, completions as text)                               # 6
+        advantages = compute_advantages(rewards, values)                                   # 7
+        memory     = all of these, and what the reference makes of the tokens              # 8
+        for minibatch in memory, a few times over:                                         #        learning phase
+            ρ         = exp(logprobs of the policy now - old_logprobs)
+            objective = mean of min(ρ A, clip(ρ) A) - kl_coef KL(policy ‖ reference) + ent_coef entropy   # 9
+            one step of AdamW up the gradient of the objective                             # 10
+        log one line                                                                       # 11
 
-Notation   B completions (rows) in a batch   P prompt width   C completion width   T = P + C columns
-           D width of the residual stream    V vocabulary     r LoRA rank
-           ρ is the papers' ratio r_t(θ) = π_θ / π_old; here r is never a ratio and `rewards` are always spelled out.
+The algorithms differ in compute_advantages; PPO, which learns values too, adds - vf_coef (values - returns)² to the
+objective.
+
+Notation   B completions in a batch, b in a minibatch   K completions in a group (of one prompt)
+           P width of the prompts   C width of the completions   T = P + C columns
+           D width of the residual stream   V size of the vocabulary
+           In formulas r is a reward, as in the papers, but in section 4 the rank of LoRA; the ratio is ρ = π_θ / π_old.
 Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740   LoRA 2106.09685
-Left out   A reward per token, a critic of its own (the value head shares the trunk), dropout, off-policy data from
-           older phases: none is needed for what follows, and each hides it.
+Course     ARENA, chapter 2.4 (RLHF): names are the course's wherever it has one.
+Left out   because it would hide the idea: a reward for each token, a critic of its own (the value head shares the
+           policy's trunk), dropout in the policy, samples of older phases.
 
-    python rlhf.py --algo grpo --lora            trains the embedded model in about two minutes on a laptop
+    python rlhf.py --algo grpo --lora            trains the embedded toy model in about two minutes on a laptop
     python rlhf.py --kl-coef 0                   PPO without its leash: watch the mode collapse
     python rlhf.py compare runs/a runs/b         draws the curves of several runs over each other
 """
@@ -81,6 +88,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 from transformers.pytorch_utils import Conv1D
 
+# Three formulas made fast; each has its few lines of plain torch in kernels.py, under its name with `_reference`.
 from kernels import linear_token_logprobs, lora_linear, token_logprobs
 
 console = Console(highlight=False)
@@ -107,32 +115,34 @@ class RLHFArgs:
     """Trains a language model by reinforcement learning; every field is a flag."""
 
     # The experiment
-    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # baseline: learned critic, mean of the group, mean of its others
+    algo: Literal["ppo", "grpo", "rloo"] = (
+        "ppo"  # reward compared with a critic's value, group mean, mean of the others
+    )
     base_model: str = "tiny"  # `tiny` (embedded), a name that TransformerLens knows, a hub id, or a local directory
     reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL[:LABEL], preferences:FILE, FILE.py:FUNCTION
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: str | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
     prompts: Path | None = None  # instead of the prefix: a file, one prompt a line, or JSON lines with "prompt"
-    seed: int = 0  # of adapters and value head, samples and shuffling
+    seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
 
     # Rollout phase
     total_phases: int = 50  # rollout phase and learning phase, this many times
-    batch_size: int = 64  # completions in a rollout phase
-    group_size: int | None = None  # completions of one prompt, each other's baseline; by default the whole batch
+    batch_size: int = 64  # completions in a rollout phase, of all processes together
+    group_size: int | None = None  # completions of one prompt, compared with each other; by default the batch
     gen_len: int = 32  # tokens in a completion, at most
     temperature: float = 1.0  # divides the logits, when sampling and when learning alike
-    top_k: int | None = None  # draw from the k likeliest only; scored over all tokens, so this biases the gradient
+    top_k: int | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
     normalize_reward: bool = True  # shift and scale the batch's rewards to mean 0 and standard deviation 1
 
     # Learning phase
-    batches_per_learning_phase: int = 2  # times that the memory is gone through
-    num_minibatches: int = 4  # optimizer steps each time
-    clip_coef: float = 0.2  # ε: the ratio stops paying beyond 1 ± ε
+    batches_per_learning_phase: int = 2  # passes over the memory (PPO's epochs)
+    num_minibatches: int = 4  # optimizer steps in each pass
+    clip_coef: float = 0.2  # ε: nothing is gained by moving the ratio beyond 1 ± ε
     clip_high: float | None = None  # a higher upper end, 1 + this in place of 1 + ε (DAPO)
     kl_coef: float = 0.12  # β: the price of leaving the reference; 0 lets the policy collapse
     kl_target: float | None = None  # adapt β until the KL is this, in nats a token
-    kl_horizon: int = 2560  # completions over which β adapts: the fewer, the faster
+    kl_horizon: int = 2560  # completions over which β adapts; a smaller horizon adapts faster
     kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"  # exact, or estimated from the sampled token alone
     ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: float = 0.15  # weight of the value loss (ppo)
@@ -142,21 +152,21 @@ class RLHFArgs:
     loss_average: Literal["sequence", "token", "constant"] = "sequence"  # see masked_mean
 
     # What is trained, and how fast
-    base_lr: float = 5e-4  # of the transformer, or of its adapters
-    head_lr: float = 3e-3  # of the value head, which starts from nothing (ppo)
-    warmup_steps: int = 3  # phases over which the learning rates rise linearly
-    final_scale: float = 0.1  # of the learning rates in the last phase, reached linearly
+    base_lr: float = 5e-4  # learning rate of the transformer, or of its adapters
+    head_lr: float = 3e-3  # learning rate of the value head, which starts from nothing (ppo)
+    warmup_steps: int = 3  # phases (not optimizer steps) over which the learning rates rise linearly
+    final_scale: float = 0.1  # learning rates of the last phase, reached linearly, as a share of the peak
     max_grad_norm: float = 1.0  # longer gradients are shortened to this
-    train_layers: int | None = None  # train only so many of the last blocks, and freeze what is below
+    train_layers: int | None = None  # train only this many of the last blocks (and the final norm)
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: int = 4  # r
     lora_alpha: float = 32.0  # the adapters are scaled by alpha / rank
-    lora_targets: tuple[str, ...] = ("q", "k", "v", "o")  # matrices of each block, of the MLP too: in, out, gate
+    lora_targets: tuple[str, ...] = ("q", "k", "v", "o")  # adapted matrices of each block; of the MLP: in, out, gate
 
     # The machine
     device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights that LoRA freezes
-    low_gpu_mem: bool = False  # gpt2 in place of gpt2-medium, and half the batch; by itself where memory is short
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of the weights that LoRA freezes
+    low_gpu_mem: bool = False  # gpt2 for gpt2-medium, half the batch; automatic where memory is short
     run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
     resume: Path | None = None  # a run directory: go on from its last checkpoint, with its settings
     save_every: int = 10  # phases between checkpoints; Ctrl-C and SIGTERM leave one too
@@ -177,12 +187,20 @@ class RLHFArgs:
 #     column            0     1     2     3  |  4     5     6     7
 #     tokens           pad   BOS  This   is  |  a   test  EOS   pad
 #     attention_mask    0     1     1     1  |  1     1     1     0
-#     completion_mask                        |  1     1     1     0     EOS is an action, so it is trained
 #     position          0     0     1     2  |  3     4     5     5     counted from the first real token
+#     mask                                   |  1     1     1     0     EOS is an action, so it is trained
+#     completion                             |  a   test  EOS  -100     -100 stands where mask is 0
+#     scored by column                       |  3     4     5     6
 #
 # The transformer's output in column t speaks of column t + 1: what scores the completion comes from columns P-1 to T-2.
 # That shift is made once, in `TransformerWithValueHead.completion_features`; all [B, C] tensors below are aligned with
-# the completion: logprobs[b, c] is of completion token c, values[b, c] of the state in which it was chosen.
+# the completion: logprobs[b, c] is of completion token c, values[b, c] of the state in which it was chosen. BOS, EOS
+# and pad may be one and the same token, as in GPT-2: only the masks decide.
+
+
+def pad_id(tokenizer) -> int:
+    """What stands in masked columns: where there is no padding token, the end-of-text token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def tokenize(tokenizer, prompts: list[str], device) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
@@ -196,14 +214,25 @@ def tokenize(tokenizer, prompts: list[str], device) -> tuple[Int[Tensor, "B P"],
     return tokens, mask
 
 
-def pad_id(tokenizer) -> int:
-    """What stands in masked columns; the masks decide, so the end-of-text token will do where there is no other."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[int]]:
+    """What is not masked, row by row.
+
+    >>> unpad(torch.tensor([[7, 8], [9, 0]]), torch.tensor([[True, True], [True, False]]))
+    [[7, 8], [9]]
+    """
+    return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
 
 
 # ---- 3 Tokens to logits and values -----------------------------------------------------------------------------------
-# In: token ids and their mask. Out: for each column the features that the output layer turns into logits and, with a
-# critic, a value. TransformerLens carries the hooks: the value head is one, and any experiment of yours can be another.
+# In: token ids and their mask. Out: for each column the features and, with a critic, a value. Features are the final
+# residual stream behind the last norm, D numbers; the output layer makes V logits of them. V is 65 times D in GPT-2, so
+# everything here keeps features, and makes logits late and a few at a time.
+#
+# A TransformerBridge is TransformerLens' view of a Hugging Face model, a hook around each of its parts:
+#     bridge.original_model              the Hugging Face model itself, made of the hooked parts: hooks fire here too
+#     bridge.original_model.base_model   the same without its output layer
+#     bridge.blocks[i].attn.q            a hooked part; its .original_component is the nn.Linear or Conv1D inside
+# The value head is such a hook, and any experiment of yours can be another.
 
 
 class TransformerWithValueHead(nn.Module):
@@ -214,9 +243,8 @@ class TransformerWithValueHead(nn.Module):
 
     def __init__(self, base_model: str, has_critic: bool = False, device: str = "cpu", dtype: str = "float32"):
         super().__init__()
-        self.bridge, self.published = load_bridge(
-            base_model, device, dtype
-        )  # and its weights by the names of their files
+        # published: the weights by the names that they have in the model's files, for export
+        self.bridge, self.published = load_bridge(base_model, device, dtype)
         self.value_head = None
         self.values: Float[Tensor, "B T"] | None = None  # of the last forward pass, left here by the hook
         if has_critic:
@@ -264,8 +292,10 @@ class TransformerWithValueHead(nn.Module):
         self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], prompt_width: int
     ) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"] | None]:
         """Features, and values with a critic, aligned with the completion: those of columns P-1 to T-2."""
-        features = self.features(tokens, attention_mask)[:, prompt_width - 1 : -1]
-        return features, self.values[:, prompt_width - 1 : -1] if self.value_head else None
+        columns = slice(prompt_width - 1, -1)
+        features = self.features(tokens, attention_mask)[:, columns]
+        values = None if self.value_head is None else self.values[:, columns]
+        return features, values
 
     def get_logprobs(
         self,
@@ -273,21 +303,29 @@ class TransformerWithValueHead(nn.Module):
         tokens: Int[Tensor, "B C"],
         temperature: float = 1.0,
         ref_features: Float[Tensor, "B C D"] | None = None,
-        reference: "TransformerWithValueHead | None" = None,
+        ref_model: "TransformerWithValueHead | None" = None,
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B C"] | None]:
-        """Log-probability of each token, entropy of its distribution and, given the reference's features, exact
-        KL(policy ‖ reference) over the whole vocabulary; 0 for tokens of id -100."""
+        """Log-probability of each token, entropy of the distribution it came from and, given the reference's features,
+        the exact KL divergence to it:
+
+            log π(v) = log_softmax((features Wᵀ + b) / temperature)      logprobs = log π(token)
+            entropy = - Σ_v π(v) log π(v)      kl = Σ_v π(v) (log π(v) - log π_ref(v))
+
+        All are 0 for tokens of id -100. The reference's output layer is ref_model's; without one, the policy's own.
+        """
         if self.has_linear_head:
-            ref_weight, ref_bias = (reference or self).output_layer if ref_features is not None else (None, None)
             weight, bias = self.output_layer
+            head = {}
+            if ref_features is not None and ref_model is not None:
+                head = dict(zip(("ref_unembed", "ref_bias"), ref_model.output_layer, strict=True))
             return linear_token_logprobs(
-                features, weight, tokens, bias, temperature, ref_features, ref_weight, ref_bias
+                features, weight, tokens, bias=bias, temperature=temperature, ref_hidden=ref_features, **head
             )
         logprobs, entropy = token_logprobs(features, tokens, temperature)
         if ref_features is None:
             return logprobs, entropy, None
-        policy, ref = ((logits.float() / temperature).log_softmax(-1) for logits in (features, ref_features))
-        return logprobs, entropy, (policy.exp() * (policy - ref)).sum(-1) * (tokens != -100)
+        log_pi, log_ref = ((logits.float() / temperature).log_softmax(-1) for logits in (features, ref_features))
+        return logprobs, entropy, (log_pi.exp() * (log_pi - log_ref)).sum(-1) * (tokens != -100)
 
 
 # ---- 4 LoRA: what is trained -----------------------------------------------------------------------------------------
@@ -334,14 +372,14 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(blocks: list[nn.Module], targets: tuple[str, ...], rank: int, alpha: float) -> None:
-    """Puts a LoRALinear under the hooks of each target matrix of each block."""
+    """Puts a LoRALinear in place of each target matrix of each block, inside its hooks, which so see what LoRA adds."""
     for block in blocks:
         matrices = {
             name: component
             for part in (block.attn, block.mlp)
             for name, component in part.named_children()
             if name != "qkv" and isinstance(getattr(component, "original_component", None), nn.Linear | Conv1D)
-        }
+        }  # the bridge keeps a fused matrix as `qkv`, but computes with q, k and v
         for target in targets:
             require(target in matrices, f"--lora-targets {target}: no such matrix; expected of {', '.join(matrices)}")
             matrices[target].set_original_component(LoRALinear(matrices[target].original_component, rank, alpha))
@@ -349,7 +387,9 @@ def add_lora(blocks: list[nn.Module], targets: tuple[str, ...], rank: int, alpha
 
 def choose_trained(bridge: TransformerBridge, args: RLHFArgs) -> None:
     """Freezes all but what is to be trained: adapters, or the weights themselves, of all blocks or the last few."""
-    blocks = list(bridge.blocks)[-(args.train_layers or 0) :]
+    blocks = list(bridge.blocks)
+    if args.train_layers:
+        blocks = blocks[-args.train_layers :]
     if args.lora or args.train_layers:
         bridge.requires_grad_(False)
     if args.lora:
@@ -357,7 +397,7 @@ def choose_trained(bridge: TransformerBridge, args: RLHFArgs) -> None:
     elif args.train_layers:
         nn.ModuleList([*blocks, bridge.ln_final]).requires_grad_(True)
     for block in bridge.blocks:
-        if hasattr(block.attn, "qkv"):  # GPT-2's fused matrix: the bridge keeps it, but computes with q, k and v
+        if hasattr(block.attn, "qkv"):
             block.attn.qkv.requires_grad_(False)
 
 
@@ -387,6 +427,19 @@ class Samples(NamedTuple):
     logprobs: Float[Tensor, "B C"]  # at the temperature used, over the whole vocabulary; 0 where masked
     values: Float[Tensor, "B C"] | None
 
+    @property
+    def prompt_width(self) -> int:
+        return self.tokens.shape[1] - self.logprobs.shape[1]
+
+    @property
+    def completion(self) -> Int[Tensor, "B C"]:
+        """The completion's tokens, the end-of-text token included; -100 where masked."""
+        return self.tokens.masked_fill(~self.attention_mask, -100)[:, self.prompt_width :]
+
+    def texts(self, tokenizer) -> list[str]:
+        completion = self.completion
+        return tokenizer.batch_decode(unpad(completion, completion != -100), skip_special_tokens=True)
+
 
 @torch.no_grad()
 def get_samples(
@@ -398,7 +451,10 @@ def get_samples(
     top_k: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Samples:
-    """Draws a completion of up to gen_len tokens for each prompt, one column at a time, with a KV cache."""
+    """Draws a completion of up to gen_len tokens for each prompt, one column at a time, with a KV cache.
+
+    C is the length of the longest completion drawn, at most gen_len.
+    """
     (B, P), device = prompt_tokens.shape, prompt_tokens.device
     tokenizer, eos = policy.bridge.tokenizer, policy.bridge.tokenizer.eos_token_id
     # The sampler's own buffers, filled in place column by column.
@@ -414,29 +470,32 @@ def get_samples(
         distribution = (policy.logits(features).float() / temperature).log_softmax(-1)
         drawable = distribution if top_k is None else keep_top_k(distribution, top_k)
         drawn = draw(drawable.exp(), generator)
-        tokens[:, t] = torch.where(alive, drawn.squeeze(1), tokens[:, t])
+        tokens[:, t] = torch.where(alive, drawn, tokens[:, t])
         mask[:, t] = alive
-        logprobs[:, t - P] = distribution.gather(1, drawn).squeeze(1) * alive
+        logprobs[:, t - P] = distribution.gather(1, drawn[:, None]).squeeze(1) * alive
         if values is not None:
             values[:, t - P] = policy.values[:, -1] * alive
-        alive = alive & (drawn.squeeze(1) != eos)
+        alive = alive & (drawn != eos)
         if not alive.any():
             break
-    C = t + 1 - P
+    C = t + 1 - P  # columns that no completion has reached are cut off
     return Samples(tokens[:, : P + C], mask[:, : P + C], logprobs[:, :C], None if values is None else values[:, :C])
 
 
-def draw(probs: Float[Tensor, "B V"], generator: torch.Generator | None) -> Int[Tensor, "B 1"]:
-    """One token a row, by inverting the cumulative distribution: one random number where multinomial draws V of them.
+def draw(probs: Float[Tensor, "B V"], generator: torch.Generator | None) -> Int[Tensor, "B"]:
+    """One token a row, by inverting the cumulative distribution: one random number a row, where torch.multinomial draws
+    V of them. Rows need not add up to 1.
 
     >>> draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 5.0]]), None).tolist()
-    [[1], [2]]
+    [1, 2]
     """
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:].contiguous()
     uniform = torch.rand(len(probs), 1, generator=generator, device=probs.device)
-    token = torch.searchsorted(cumulative, uniform * total, right=True)  # right: never a token of probability 0,
-    return torch.minimum(token, torch.searchsorted(cumulative, total))  # nor, if the product rounds up, one past all
+    # `right` passes over tokens of probability 0; where the product rounds up to the total, the minimum leads back to
+    # the last token that has any.
+    token = torch.searchsorted(cumulative, uniform * total, right=True)
+    return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1)
 
 
 def keep_top_k(logprobs: Float[Tensor, "B V"], k: int) -> Float[Tensor, "B V"]:
@@ -481,12 +540,12 @@ class Reward(NamedTuple):
     weight: float
 
 
-def get_rewards(rewards: list[Reward], rows: list[dict], completions: list[str]) -> Float[Tensor, "B R"]:
-    """What each reward function gives each completion; each is called once, the other columns as lists."""
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    prompts = [row["prompt"] for row in rows]
-    scores = [call_reward(reward, prompts, completions, columns) for reward in rewards]
-    return torch.tensor(scores).T
+def get_rewards(rewards: list[Reward], prompts: list[dict], completions: list[str]) -> Float[Tensor, "B R"]:
+    """What each of the R reward functions gives each completion. A function is called once for the whole batch, with
+    the columns of the prompts file as lists."""
+    columns = {key: [prompt[key] for prompt in prompts] for key in prompts[0]}
+    texts = columns.pop("prompt")
+    return torch.tensor([call_reward(reward, texts, completions, columns) for reward in rewards]).T
 
 
 def weigh(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> Float[Tensor, "B"]:
@@ -501,7 +560,8 @@ def normalize(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
 
 # ---- 7 Reward to advantage -------------------------------------------------------------------------------------------
 # In: a reward for each completion. Out: for each token, how much better it was than expected. The three algorithms
-# differ in what they expected: the critic's value, the group's mean, or the mean of the others in the group.
+# differ in what they expected: the critic's value, the group's mean, or the mean of the others in the group. All take
+# the same arguments, so that the trainer need not know which it calls; the rows of a group are neighbours.
 
 
 def gae(
@@ -512,14 +572,14 @@ def gae(
     The reward falls on the last token; after it there is no state, V = 0. λ = 0 gives the one-step estimate δ_t.
     """
     values = values * mask  # so that V and A are 0 past the end, and the recursion below needs no cases
-    last = mask.sum(dim=1, keepdim=True) - 1
-    token_rewards = torch.zeros_like(values).scatter(1, last, rewards[:, None])
+    last_token = mask.sum(dim=1, keepdim=True) - 1
+    token_rewards = torch.zeros_like(values).scatter(1, last_token, rewards[:, None])
     advantages = torch.zeros_like(values)
     next_value, next_advantage = 0.0, 0.0
     for t in reversed(range(values.shape[1])):
         delta = token_rewards[:, t] + args.gamma * next_value - values[:, t]
-        next_advantage = advantages[:, t] = delta + args.gamma * args.gae_lambda * next_advantage
-        next_value = values[:, t]
+        advantages[:, t] = delta + args.gamma * args.gae_lambda * next_advantage
+        next_value, next_advantage = values[:, t], advantages[:, t]
     return advantages
 
 
@@ -544,19 +604,20 @@ def leave_one_out(
 
 
 # ---- 8 Replay memory -------------------------------------------------------------------------------------------------
-# In: one rollout phase. Out: shuffled minibatches, several times over. A phase's memory is dropped when it is learned.
+# In: one rollout phase. Out: shuffled minibatches, several times over. After its learning phase a memory is thrown
+# away: its tokens are no longer what the policy would write.
 
 
 @dataclass
 class ReplayMemory:
-    """What a learning phase knows; all fields share their rows."""
+    """All that is known of a phase's completions: row i of every field belongs to completion i."""
 
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
     completion: Int[Tensor, "B C"]  # the completion's tokens, -100 where masked
     logprobs: Float[Tensor, "B C"]  # of π_old
-    ref_logprobs: Float[Tensor, "B C"]
-    ref_features: Float[Tensor, "B C D"]
+    ref_features: Float[Tensor, "B C D"]  # of the reference, for the exact KL
+    ref_logprobs: Float[Tensor, "B C"]  # for the estimates of it
     advantages: Float[Tensor, "B C"]
     values: Float[Tensor, "B C"] | None = None
     returns: Float[Tensor, "B C"] | None = None  # what the critic should have said
@@ -571,6 +632,7 @@ class ReplayMemory:
         return self.tokens.shape[1] - self.completion.shape[1]
 
     def __getitem__(self, rows: Int[Tensor, "b"]) -> "ReplayMemory":
+        """These rows of every field."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ReplayMemory(**{name: None if field is None else field[rows] for name, field in fields.items()})
 
@@ -619,11 +681,13 @@ def clipped_surrogate(
 def kl_estimate(
     logprobs: Float[Tensor, "b C"], ref_logprobs: Float[Tensor, "b C"], estimator: str
 ) -> Float[Tensor, "b C"]:
-    """KL(π_θ ‖ π_ref) from the sampled token alone: k1 = -log q, k2 = (log q)²/2, k3 = q - 1 - log q, q = π_ref / π_θ
-    (Schulman 2020, joschu.net/blog/kl-approx.html; k3 is DeepSeekMath 2402.03300, eq. 4).
+    """KL(π_θ ‖ π_ref) from the sampled token alone, with q = π_ref / π_θ (Schulman 2020,
+    joschu.net/blog/kl-approx.html; k3 is DeepSeekMath 2402.03300, eq. 4):
 
-    k1 and k3 are unbiased. As a term of the objective only k2 also has the KL's gradient on average; k1's averages to
-    none at all. `full` needs no such care.
+        k1 = - log q      k2 = (log q)² / 2      k3 = q - 1 - log q
+
+    For tokens drawn from π_θ, k1 and k3 are right on average, k2 is not. Of their gradients it is the other way round:
+    only k2's is on average that of the KL; k1's is 0, and k3's that of KL(π_ref ‖ π_θ). `full` is right in both.
     """
     log_q = ref_logprobs - logprobs
     return {"k1": -log_q, "k2": log_q.square() / 2, "k3": log_q.exp() - 1 - log_q}[estimator]
@@ -632,8 +696,11 @@ def kl_estimate(
 def masked_mean(
     x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"], average: str = "token", gen_len: int = 1
 ) -> Float[Tensor, ""]:
-    """Averages what is not masked: each completion and then all of them (`sequence`: GRPO), all tokens alike (`token`:
-    DAPO), or their sum by the constant b · gen_len (`constant`: Dr. GRPO).
+    """Averages what is not masked, in one of three ways:
+
+    sequence   the mean of each completion, then the mean of these (GRPO)
+    token      the mean of all tokens, so that a long completion counts for more (DAPO)
+    constant   the sum of all tokens, divided by b · gen_len (Dr. GRPO)
 
     >>> x, mask = torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[True, True], [True, False]])
     >>> [masked_mean(x, mask, average, gen_len=2).item() for average in ("sequence", "token", "constant")]
@@ -646,23 +713,24 @@ def masked_mean(
 
 
 def grpo_objective(new: Evaluation, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
-    """J = E[ min(ρ A, clip(ρ) A) - β KL ] + c_ent E[ S ] (DeepSeekMath 2402.03300, eq. 3, with an entropy bonus)."""
+    """J = E[ min(ρ A, clip(ρ) A) - β KL ] + c_ent E[ entropy ] (DeepSeekMath 2402.03300, eq. 3; entropy is ours)."""
     surrogate = clipped_surrogate(new.logprobs, old.logprobs, old.advantages, *clip_range(args))
     per_token = surrogate - kl_coef * new.kl + args.ent_coef * new.entropy
     return masked_mean(per_token, old.mask, args.loss_average, args.gen_len)
 
 
 def ppo_objective(new: Evaluation, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
-    """J = the same - c_vf E[ (V - V_target)² ] (PPO 1707.06347, eq. 9, with a KL penalty)."""
+    """J_PPO = J - c_vf E[ (V - V_target)² ] (PPO 1707.06347, eq. 9, with a KL penalty), J as above and V_target = A + V
+    of when the completion was drawn: `old.returns`."""
     value_loss = masked_mean((new.values - old.returns).square(), old.mask, args.loss_average, args.gen_len)
     return grpo_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, args: RLHFArgs) -> float:
-    """β ← β (1 + clip(KL/target - 1, ±0.2) n/horizon) after n completions (1909.08593, section 2.2); fixed without a
-    target.
+    """β ← β (1 + clip(KL/target - 1, ±0.2) n/horizon) after n completions (1909.08593, section 2.2, where n/horizon is
+    the constant K_β); fixed without a target.
 
-    >>> adapt_kl_coef(1.0, 9.0, RLHFArgs(kl_target=1.0, batch_size=64, kl_horizon=128))  # far too high: + 0.2 / 2
+    >>> adapt_kl_coef(1.0, 9.0, RLHFArgs(kl_target=1.0, batch_size=64, kl_horizon=128))  # 8 is clipped: 0.2 · 64/128
     1.1
     """
     if args.kl_target is None:
@@ -682,6 +750,7 @@ class Algorithm(NamedTuple):
 ALGORITHMS = {
     "ppo": Algorithm(gae, ppo_objective, has_critic=True),
     "grpo": Algorithm(group_relative, grpo_objective, has_critic=False),
+    # RLOO is REINFORCE; where ρ = 1, before the first update of a phase, the surrogate's gradient is the same.
     "rloo": Algorithm(leave_one_out, grpo_objective, has_critic=False),
 }
 
@@ -695,161 +764,40 @@ class RLHFTrainer:
     """Alternates rollout phases and learning phases: `RLHFTrainer(RLHFArgs(algo="grpo", lora=True)).train()`."""
 
     def __init__(self, args: RLHFArgs):
+        # What chooses, checks and loads is in section 12; at bad input it stops with one line.
         self.accelerator = Accelerator(cpu=args.device == "cpu", log_with=args.track)
         self.run_dir = broadcast_object_list([choose_run_dir(args)])[0]
         self.device = pick_device(args.device, self.accelerator)
         self.args = args = relieve_memory(args, self.device)
         check_processes(args, self.accelerator)
-        self.algorithm, self.rows = ALGORITHMS[args.algo], load_prompts(args.prefix, args.prompts)
+        self.algorithm = ALGORITHMS[args.algo]
+        self.prompts = load_prompts(args.prefix, args.prompts)
+
         with self.accelerator.main_process_first():  # what is made on first use, like `tiny`, is made once
             torch.manual_seed(args.seed)
-            self.policy = TransformerWithValueHead(
-                args.base_model, self.algorithm.has_critic, self.device, args.dtype if args.lora else "float32"
-            )
+            dtype = args.dtype if args.lora else "float32"
+            self.policy = TransformerWithValueHead(args.base_model, self.algorithm.has_critic, self.device, dtype)
             self.rewards = load_rewards(args, self.run_dir, self.device)
         self.tokenizer = self.policy.bridge.tokenizer
-        check_context(self.policy.bridge, self.rows, args.gen_len)
+        check_context(self.policy.bridge, self.prompts, args.gen_len)
         choose_trained(self.policy.bridge, args)
         self.frozen_copy = None  # with LoRA the reference is the policy itself, adapters off
         if not args.lora:
             self.frozen_copy = TransformerWithValueHead(args.base_model, device=self.device).requires_grad_(False)
-        trained = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
-        head = [weight for name, weight in trained.items() if name.startswith("value_head")]
-        base = [weight for name, weight in trained.items() if not name.startswith("value_head")]
+
+        self.trained = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
+        head = [weight for name, weight in self.trained.items() if name.startswith("value_head")]
+        base = [weight for name, weight in self.trained.items() if not name.startswith("value_head")]
         groups = [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}]
         # No weight decay: it would pull full fine-tuning towards zero weights, and the KL term pulls to the reference.
-        self.trained, self.optimizer = trained, torch.optim.AdamW(groups, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
         self.generator = torch.Generator(self.device)
-        self.phase, self.kl_coef, self.stop = 0, args.kl_coef, StopSignals(self.accelerator)
+        self.kl_coef = args.kl_coef
+        self.phase = 0
+        self.stop = StopSignals(self.accelerator)
         if args.resume:
             load_checkpoint(self)
-
-    def lr_scale(self, phase: int) -> float:
-        """Linear warm-up over warmup_steps phases, then linear decay to final_scale in the last one."""
-        warmup, last = self.args.warmup_steps, self.args.total_phases - 1
-        if phase < warmup:
-            return (phase + 1) / (warmup + 1)
-        return 1 - (1 - self.args.final_scale) * min(1.0, (phase - warmup) / max(1, last - warmup))
-
-    def prompts_of(self, phase: int) -> list[dict]:
-        """The phase's prompts: the file is gone through again and again, each time in another seeded order."""
-        count, size = self.args.batch_size // self.args.samples_per_prompt, len(self.rows)
-        places = [divmod(i, size) for i in range(phase * count, (phase + 1) * count)]
-        orders = {e: np.random.default_rng((self.args.seed, e)).permutation(size) for e in {e for e, _ in places}}
-        return [self.rows[orders[epoch][i]] for epoch, i in places]
-
-    def gather(self, x: Float[Tensor, "b ..."] | None, pad: int = 0) -> Float[Tensor, "B ..."] | None:
-        """The rows of all processes, one process after the other."""
-        if x is None or self.accelerator.num_processes == 1:
-            return x
-        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1, pad_index=pad))
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[TransformerWithValueHead]:
-        """Within, the model that training started from."""
-        with adapters_off(self.policy):
-            yield self.frozen_copy or self.policy
-
-    def sample(self, rows: list[dict], generator: torch.Generator) -> tuple[Samples, list[str]]:
-        """One completion for each row, as tokens and as text."""
-        args = self.args
-        prompts, mask = tokenize(self.tokenizer, [row["prompt"] for row in rows], self.device)
-        drawn = get_samples(self.policy, prompts, mask, args.gen_len, args.temperature, args.top_k, generator)
-        completions = unpad(drawn.tokens[:, prompts.shape[1] :], drawn.attention_mask[:, prompts.shape[1] :])
-        return drawn, self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-
-    @torch.no_grad()
-    def rollout_phase(self) -> tuple[ReplayMemory, dict[str, float], list[dict]]:
-        """Fills a memory: samples, rewards, advantages, the reference's opinion. Also returns the phase's metrics and
-        the samples as text."""
-        args, rank = self.args, self.accelerator.process_index
-        # A seed for each phase and process: going on after a stop needs no stored state.
-        self.generator.manual_seed(int(np.random.SeedSequence((args.seed, self.phase, rank)).generate_state(1)[0]))
-        # 1. Prompts: group_size rows of each, one group after the other; of these, the share of this process.
-        rows = [row for row in self.prompts_of(self.phase) for _ in range(args.samples_per_prompt)]
-        share = len(rows) // self.accelerator.num_processes
-        mine = slice(rank * share, (rank + 1) * share)
-        rows = rows[mine]
-        # 2. Completions, with π_old and the critic's values from the sampling pass itself.
-        drawn, texts = self.sample(rows, self.generator)
-        C = drawn.logprobs.shape[1]
-        P = drawn.tokens.shape[1] - C
-        mask = drawn.attention_mask[:, P:]
-        completion = drawn.tokens[:, P:].masked_fill(~mask, -100)
-        # 3. Rewards, and from them advantages: those of all processes, since a group may be spread over several.
-        scores = self.gather(get_rewards(self.rewards, rows, texts).to(self.device))
-        raw_rewards = weigh(scores, self.rewards)
-        rewards = normalize(raw_rewards) if args.normalize_reward else raw_rewards
-        values, everyones_mask = self.gather(drawn.values), self.gather(mask)
-        advantages = self.algorithm.compute_advantages(rewards, values, everyones_mask, args)
-        metrics = rollout_metrics(self.gather(completion, pad=-100), raw_rewards, advantages, values)
-        metrics |= {reward.name: mean for reward, mean in zip(self.rewards, scores.mean(0).tolist(), strict=True)}
-        advantages = advantages[mine, :C]
-        # 4. The reference's features, from which the learning phase has the exact KL, and its log-probabilities.
-        with self.reference() as reference:
-            ref_features, _ = reference.completion_features(drawn.tokens, drawn.attention_mask, P)
-            ref_logprobs, _, _ = reference.get_logprobs(ref_features, completion, args.temperature)
-        memory = ReplayMemory(
-            tokens=drawn.tokens,
-            attention_mask=drawn.attention_mask,
-            completion=completion,
-            logprobs=drawn.logprobs,
-            ref_logprobs=ref_logprobs,
-            ref_features=ref_features,
-            advantages=advantages,
-            values=drawn.values,
-            returns=None if drawn.values is None else advantages + drawn.values,
-        )
-        return memory, metrics, describe(rows, texts, raw_rewards[mine], ref_logprobs.sum(dim=1))
-
-    def evaluate(self, minibatch: ReplayMemory) -> Evaluation:
-        """What the policy says now of the minibatch's completions; gradients flow."""
-        policy, args = self.policy, self.args
-        features, values = policy.completion_features(
-            minibatch.tokens, minibatch.attention_mask, minibatch.prompt_width
-        )
-        ref_features = minibatch.ref_features if args.kl_estimator == "full" else None
-        logprobs, entropy, kl = policy.get_logprobs(
-            features, minibatch.completion, args.temperature, ref_features, self.frozen_copy
-        )
-        if kl is None:
-            kl = kl_estimate(logprobs, minibatch.ref_logprobs, args.kl_estimator)
-        return Evaluation(logprobs, entropy, kl, values)
-
-    def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
-        """Goes through the memory batches_per_learning_phase times; returns means over its tokens, by name."""
-        args, totals = self.args, Counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * self.lr_scale(self.phase)
-        for _ in range(args.batches_per_learning_phase):
-            for minibatch in memory.minibatches(args.num_minibatches, self.generator):
-                with self.accelerator.autocast():
-                    new = self.evaluate(minibatch)
-                objective = self.algorithm.objective(new, minibatch, self.kl_coef, args)
-                self.optimizer.zero_grad()
-                (-objective * self.token_share(minibatch)).backward()
-                weights = [weight for weight in self.trained.values() if weight.grad is not None]
-                for weight in weights:
-                    weight.grad = self.accelerator.reduce(weight.grad, "mean")
-                grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
-                self.optimizer.step()
-                metrics = minibatch_metrics(new, minibatch, clip_range(args)) | {"grad_norm": grad_norm.item()}
-                count = int(minibatch.mask.sum())
-                totals.update({name: value * count for name, value in metrics.items()} | {"tokens": count})
-        sums = self.accelerator.reduce(torch.tensor(list(totals.values()), device=self.device), "sum").tolist()
-        metrics = {name: value / sums[-1] for name, value in zip(totals, sums, strict=True) if name != "tokens"}
-        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
-        self.kl_coef = adapt_kl_coef(self.kl_coef, metrics["kl"], args)
-        self.phase += 1
-        return metrics
-
-    def token_share(self, minibatch: ReplayMemory) -> float:
-        """1, unless all tokens count alike and another process has more of them: the mean of gradients is over
-        processes."""
-        if self.args.loss_average != "token":
-            return 1.0
-        count = minibatch.mask.sum().float()
-        return (count / self.accelerator.reduce(count, "mean")).item()
 
     def train(self) -> Path:
         """All phases that are still to come; returns the run directory."""
@@ -859,18 +807,12 @@ class RLHFTrainer:
                 log.samples("before", self.showcase())
             while self.phase < args.total_phases and not self.stop.is_requested():
                 start = time.perf_counter()
-                with self.saved_on_error(), self.accelerator.autocast():
+                with saved_on_error(self):
                     memory, rollout, samples = self.rollout_phase()
                 middle = time.perf_counter()
-                metrics = {"phase": self.phase + 1} | rollout | self.learning_phase(memory)
-                end = time.perf_counter()
-                metrics |= {
-                    "rollout_seconds": middle - start,
-                    "learning_seconds": end - middle,
-                    "tokens_per_second": metrics["completion_length"] * args.batch_size / (end - start),
-                    "peak_memory_mb": peak_memory_mb(self.device),
-                }
-                log.phase(metrics, samples[:3])
+                learning = self.learning_phase(memory)
+                speed = timings(start, middle, rollout["completion_length"] * args.batch_size, self.device)
+                log.phase({"phase": self.phase} | rollout | learning | speed, samples[:3])
                 if self.phase % args.save_every == 0:
                     save_checkpoint(self)
             save_checkpoint(self)
@@ -879,24 +821,164 @@ class RLHFTrainer:
                 export(self)
         return self.run_dir
 
-    @contextlib.contextmanager
-    def saved_on_error(self) -> Iterator[None]:
-        """A reward function that fails must not take with it what was learned before."""
-        try:
-            yield
-        except Exception:
-            save_checkpoint(self)
-            raise
+    @torch.no_grad()
+    def rollout_phase(self) -> tuple[ReplayMemory, dict[str, float], list[dict]]:
+        """Fills a memory; also returns the phase's metrics, and the completions as text."""
+        args = self.args
+        # A seed for each phase and process, of sampling and of shuffling: going on after a stop needs no stored state.
+        seeds = np.random.SeedSequence((args.seed, self.phase, self.accelerator.process_index))
+        self.generator.manual_seed(int(seeds.generate_state(1)[0]))
+        # 1. Prompts, each samples_per_prompt times in a row; of these the share of this process.
+        prompts = self.own_share([p for p in self.prompts_of(self.phase) for _ in range(args.samples_per_prompt)])
+        # 2. Completions, with π_old and the critic's values from the sampling pass itself.
+        drawn, texts = self.sample(prompts, self.generator)
+        # 3. Rewards, and from them advantages.
+        scores = get_rewards(self.rewards, prompts, texts).to(self.device)
+        advantages, metrics = self.judge(scores, drawn)
+        # 4. The reference's features, from which the learning phase has the exact KL, and its log-probabilities.
+        with self.reference() as reference, self.accelerator.autocast():
+            ref_features, _ = reference.completion_features(drawn.tokens, drawn.attention_mask, drawn.prompt_width)
+            ref_logprobs, _, _ = reference.get_logprobs(ref_features, drawn.completion, args.temperature)
+        memory = ReplayMemory(
+            tokens=drawn.tokens,
+            attention_mask=drawn.attention_mask,
+            completion=drawn.completion,
+            logprobs=drawn.logprobs,
+            ref_features=ref_features,
+            ref_logprobs=ref_logprobs,
+            advantages=advantages,
+            values=drawn.values,
+            returns=None if drawn.values is None else advantages + drawn.values,
+        )
+        return memory, metrics, describe(prompts, texts, weigh(scores, self.rewards), ref_logprobs.sum(dim=1))
+
+    def judge(self, scores: Float[Tensor, "b R"], drawn: Samples) -> tuple[Float[Tensor, "b C"], dict[str, float]]:
+        """Advantages of this process's completions, and metrics of everyone's: a group may be spread over processes."""
+        scores, completion = self.gather(scores), self.gather(drawn.completion, pad=-100)
+        values, mask = self.gather(drawn.values), completion != -100
+        raw_rewards = weigh(scores, self.rewards)
+        rewards = normalize(raw_rewards) if self.args.normalize_reward else raw_rewards
+        advantages = self.algorithm.compute_advantages(rewards, values, mask, self.args)
+        metrics = rollout_metrics(completion, raw_rewards, advantages, values)
+        metrics |= {reward.name: mean for reward, mean in zip(self.rewards, scores.mean(0).tolist(), strict=True)}
+        return self.own_share(advantages)[:, : drawn.logprobs.shape[1]], metrics  # as wide as our own completions
+
+    def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
+        """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns metrics: means
+        over all tokens of all minibatches, learning rate and β."""
+        args, totals = self.args, Counter()
+        for param_group in self.optimizer.param_groups:
+            param_group["lr"] = param_group["peak_lr"] * self.lr_scale(self.phase)
+        for _ in range(args.batches_per_learning_phase):
+            for minibatch in memory.minibatches(args.num_minibatches, self.generator):
+                new = self.evaluate(minibatch)
+                objective = self.algorithm.objective(new, minibatch, self.kl_coef, args)
+                self.optimizer.zero_grad()
+                (-objective * self.token_share(minibatch)).backward()  # AdamW goes downhill
+                metrics = minibatch_metrics(new, minibatch, clip_range(args)) | {"grad_norm": self.mean_gradients()}
+                self.optimizer.step()
+                count = int(minibatch.mask.sum())
+                totals.update({name: value * count for name, value in metrics.items()} | {"tokens": count})
+        sums = self.accelerator.reduce(torch.tensor(list(totals.values()), device=self.device), "sum").tolist()
+        means = dict(zip(totals, sums, strict=True))
+        tokens = means.pop("tokens")
+        metrics = {name: value / tokens for name, value in means.items()}
+        metrics |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
+        self.kl_coef = adapt_kl_coef(self.kl_coef, metrics["kl"], args)
+        self.phase += 1
+        return metrics
+
+    def evaluate(self, minibatch: ReplayMemory) -> Evaluation:
+        """What the policy says now of the minibatch's completions; gradients flow."""
+        policy, args = self.policy, self.args
+        with self.accelerator.autocast():
+            features, values = policy.completion_features(
+                minibatch.tokens, minibatch.attention_mask, minibatch.prompt_width
+            )
+            # LoRA leaves the output layer alone: without a frozen copy, policy and reference have the same.
+            logprobs, entropy, kl = policy.get_logprobs(
+                features,
+                minibatch.completion,
+                args.temperature,
+                ref_features=minibatch.ref_features if args.kl_estimator == "full" else None,
+                ref_model=self.frozen_copy,
+            )
+        if kl is None:
+            kl = kl_estimate(logprobs, minibatch.ref_logprobs, args.kl_estimator)
+        return Evaluation(logprobs, entropy, kl, values)
+
+    # What the two phases are made of:
+
+    def lr_scale(self, phase: int) -> float:
+        """Linear warm-up over warmup_steps phases, then linear decay to final_scale in the last one."""
+        warmup, last = self.args.warmup_steps, self.args.total_phases - 1
+        if phase < warmup:
+            return (phase + 1) / (warmup + 1)
+        return 1 - (1 - self.args.final_scale) * min(1.0, (phase - warmup) / max(1, last - warmup))
+
+    def prompts_of(self, phase: int) -> list[dict]:
+        """The batch_size / samples_per_prompt prompts of a phase: the file is gone through again and again, each time
+        in another seeded order."""
+        count, size = self.args.batch_size // self.args.samples_per_prompt, len(self.prompts)
+        epoch, skip = divmod(phase * count, size)
+        order = []
+        while len(order) < skip + count:
+            order += np.random.default_rng((self.args.seed, epoch)).permutation(size).tolist()
+            epoch += 1
+        return [self.prompts[i] for i in order[skip : skip + count]]
+
+    def sample(self, prompts: list[dict], generator: torch.Generator) -> tuple[Samples, list[str]]:
+        """One completion of each prompt, as tokens and as text."""
+        args = self.args
+        tokens, mask = tokenize(self.tokenizer, [prompt["prompt"] for prompt in prompts], self.device)
+        with self.accelerator.autocast():
+            drawn = get_samples(self.policy, tokens, mask, args.gen_len, args.temperature, args.top_k, generator)
+        return drawn, drawn.texts(self.tokenizer)
 
     def showcase(self) -> list[dict]:
-        """A few completions from the run's seed: the same draws before and after training."""
-        rows = [self.rows[i % len(self.rows)] for i in range(8)]
-        _, texts = self.sample(rows, torch.Generator(self.device).manual_seed(self.args.seed))
-        return describe(rows, texts, weigh(get_rewards(self.rewards, rows, texts), self.rewards))
+        """Eight completions, drawn with the same random numbers before and after training."""
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(8)]
+        _, texts = self.sample(prompts, torch.Generator(self.device).manual_seed(self.args.seed))
+        return describe(prompts, texts, weigh(get_rewards(self.rewards, prompts, texts), self.rewards))
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[TransformerWithValueHead]:
+        """Within, the model that training started from."""
+        with adapters_off(self.policy):
+            yield self.frozen_copy or self.policy
+
+    # What several processes share; on one process these do nothing:
+
+    def own_share(self, rows):
+        """Of the rows of all processes, a list or a tensor, those of this one."""
+        size = len(rows) // self.accelerator.num_processes
+        return rows[self.accelerator.process_index * size :][:size]
+
+    def gather(self, x: Float[Tensor, "b ..."] | None, pad: int = 0) -> Float[Tensor, "B ..."] | None:
+        """The rows of all processes, one process after the other; the narrower ones are padded on the right."""
+        if x is None or self.accelerator.num_processes == 1:
+            return x
+        return self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1, pad_index=pad))
+
+    def token_share(self, minibatch: ReplayMemory) -> float:
+        """The weight of this process's gradient in their mean: where all tokens count alike, the process that has more
+        of them must weigh more."""
+        if self.args.loss_average != "token":
+            return 1.0
+        count = minibatch.mask.sum().float()
+        return (count / self.accelerator.reduce(count, "mean")).item()
+
+    def mean_gradients(self) -> float:
+        """Averages the gradients over processes and clips them; returns their norm before. Without the usual wrapper
+        around the model, which would hide the bridge and its hooks."""
+        weights = [weight for weight in self.trained.values() if weight.grad is not None]
+        for weight in weights:
+            weight.grad = self.accelerator.reduce(weight.grad, "mean")
+        return nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm).item()
 
 
 # ---- 11 Update to log ------------------------------------------------------------------------------------------------
-# In: one dict of numbers a phase. Out: a line, a JSON line, a picture; and beside each number what it should look like.
+# In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture.
 
 
 def rollout_metrics(
@@ -933,31 +1015,24 @@ def minibatch_metrics(new: Evaluation, old: ReplayMemory, clip: tuple[float, flo
 def distinct_2(completions: list[list[int]]) -> float:
     """Distinct bigrams over all bigrams: mode collapse as a number (Li et al., 1510.03055). 0 without any bigram.
 
-    >>> distinct_2([[1, 2, 1, 2], [3, 4]])   # 12, 21, 34 of four
+    >>> distinct_2([[1, 2, 1, 2], [3, 4]])   # (1, 2), (2, 1), (3, 4) of four
     0.75
     """
     bigrams = [pair for tokens in completions for pair in zip(tokens, tokens[1:], strict=False)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
-def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[int]]:
-    """What is not masked, row by row.
+def describe(
+    prompts: list[dict], texts: list[str], rewards: Float[Tensor, "B"], ref_logprobs: Float[Tensor, "B"] | None = None
+) -> list[dict]:
+    """The completions as records for people to read."""
+    columns = {"prompt": [p["prompt"] for p in prompts], "completion": texts, "reward": rewards.tolist()}
+    if ref_logprobs is not None:
+        columns["ref_logprob"] = ref_logprobs.tolist()
+    return [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
 
-    >>> unpad(torch.tensor([[7, 8], [9, 0]]), torch.tensor([[True, True], [True, False]]))
-    [[7, 8], [9]]
-    """
-    return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
 
-
-def describe(rows: list[dict], texts: list[str], rewards: Tensor, ref_logprobs: Tensor | None = None) -> list[dict]:
-    """The samples as records for people to read."""
-    samples = [
-        {"prompt": row["prompt"], "completion": text, "reward": reward}
-        for row, text, reward in zip(rows, texts, rewards.tolist(), strict=True)
-    ]
-    for sample, logprob in zip(samples, [] if ref_logprobs is None else ref_logprobs.tolist(), strict=False):
-        sample["ref_logprob"] = logprob
-    return samples
+# ==== The workshop: a first reader may stop here ======================================================================
 
 
 class RunLog:
@@ -1097,8 +1172,6 @@ def save_picture(figure: plt.Figure, path: Path) -> None:
     temporary.replace(path)
 
 
-# ==== The workshop: a first reader may stop here ======================================================================
-
 # ---- 12 What the user brings -----------------------------------------------------------------------------------------
 # In: settings and the files and names in them. Out: prompts, a model, a reward function, or one line that says why not.
 
@@ -1178,7 +1251,20 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[T
         )
     except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
         raise SettingError(f"--base-model {base_model}: cannot be loaded: {first_line(error)}") from error
+    check_cache(bridge)
     return bridge.eval(), published
+
+
+def check_cache(bridge: TransformerBridge) -> None:
+    """Raises SettingError if the KV cache stays empty, as it does from transformers 5.24 on, which renames the argument
+    that TransformerLens 4.3 looks for: completions would ignore their prompts, silently."""
+    cache = transformers.DynamicCache(config=bridge.original_model.config)
+    bridge.original_model(torch.zeros(1, 2, dtype=torch.long, device=bridge.cfg.device), past_key_values=cache)
+    versions = " and ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "transformer_lens")
+    )
+    message = f"{versions} leave the KV cache empty; pip install -r requirements.txt brings versions that fit"
+    require(cache.get_seq_length() == 2, message)
 
 
 def model_name(base_model: str) -> str:
@@ -1344,6 +1430,17 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def timings(start: float, middle: float, tokens: float, device: str) -> dict[str, float]:
+    """What a phase cost: it sampled from start to middle and has learned since, and it is over now."""
+    end = time.perf_counter()
+    return {
+        "rollout_seconds": middle - start,
+        "learning_seconds": end - middle,
+        "tokens_per_second": tokens / (end - start),
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+
+
 def peak_memory_mb(device: str) -> float:
     """Of the GPU where there is one, else of the process."""
     if device.startswith("cuda"):
@@ -1475,6 +1572,16 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
         if moments:
             trainer.optimizer.state[weight] = moments
     trainer.phase, trainer.kl_coef = int(state["phase"]), float.fromhex(state["kl_coef"])
+
+
+@contextlib.contextmanager
+def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
+    """A reward function that fails must not take with it what was learned before."""
+    try:
+        yield
+    except Exception:
+        save_checkpoint(trainer)
+        raise
 
 
 class StopSignals:
@@ -1805,8 +1912,7 @@ def draw_pair(
     tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
     for _ in range(20):
         drawn = get_samples(policy, tokens, mask, gen_len, temperature, generator=generator)
-        completions = unpad(drawn.tokens[:, tokens.shape[1] :], drawn.attention_mask[:, tokens.shape[1] :])
-        left, right = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        left, right = drawn.texts(tokenizer)
         is_met = preference(prompt, left, right) in answers or preference(prompt, right, left) in answers
         if left != right and not is_met:
             return prompt, left, right

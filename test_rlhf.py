@@ -33,6 +33,7 @@ import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import
@@ -1148,6 +1149,13 @@ def test_model_directories_that_cannot_be_loaded(gpt2, tmp_path):
             path.write_bytes(path.read_bytes()[:2000]) if path.suffix == ".safetensors" else path.unlink()
         with pytest.raises(SettingError, match=match):
             TransformerWithValueHead(str(broken))
+
+
+def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, capsys):
+    """As with transformers 5.24 and TransformerLens 4.3, where every token was drawn without its prompt."""
+    monkeypatch.setattr(AttentionBridge, "_update_kv_cache", lambda self, k, v, **kwargs: (k, v))
+    assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "leave the KV cache empty" in capsys.readouterr().err
 
 
 # ---- kernels.py ------------------------------------------------------------------------------------------------------
