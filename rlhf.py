@@ -29,10 +29,10 @@ Left out   because it would hide the idea: a reward for each token, a critic of 
     python rlhf.py compare runs/a runs/b         draws the curves of several runs over each other
 """
 
-import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -43,11 +43,11 @@ import os
 import platform
 import re
 import resource
+import runpy
 import shutil
 import signal
 import sys
 import sysconfig
-import tempfile
 import textwrap
 import threading
 import time
@@ -80,10 +80,11 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.colors import SymLogNorm
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
+from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 from transformers.pytorch_utils import Conv1D
@@ -91,7 +92,7 @@ from transformers.pytorch_utils import Conv1D
 # Three formulas made fast; each has its few lines of plain torch in kernels.py, under its name with `_reference`.
 from kernels import linear_token_logprobs, lora_linear, token_logprobs
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False, emoji=False)  # what a model writes is no markup
 
 
 class SettingError(ValueError):
@@ -102,6 +103,17 @@ def require(condition: bool, message: str) -> None:
     """Raises SettingError(message) unless the condition holds."""
     if not condition:
         raise SettingError(message)
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Whatever a library raises within becomes a SettingError: `what`, and the first line of its own message."""
+    try:
+        yield
+    except SettingError:
+        raise
+    except Exception as error:
+        raise SettingError(f"{what}: {first_line(error)}") from error
 
 
 # ---- 1 Settings ------------------------------------------------------------------------------------------------------
@@ -365,24 +377,34 @@ class LoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.base.bias
 
+    def merged(self) -> Tensor:
+        """W + (α/r) B A, as W is stored."""
+        update = self.scale * self.lora_b @ self.lora_a
+        update = update.t() if isinstance(self.base, Conv1D) else update
+        return (self.base.weight.float() + update).to(self.base.weight.dtype)
+
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         if not self.enabled:
             return self.base(x)
         return lora_linear(x, self.matrix, self.bias, self.lora_a, self.lora_b, self.scale)
 
 
+def matrices(block: nn.Module) -> dict[str, nn.Module]:
+    """A block's components that hold a matrix; not GPT-2's fused qkv, since the bridge computes with q, k and v."""
+    return {
+        name: part
+        for name, part in [*block.attn.named_children(), *block.mlp.named_children()]
+        if name != "qkv" and isinstance(getattr(part, "original_component", None), nn.Linear | Conv1D)
+    }
+
+
 def add_lora(blocks: list[nn.Module], targets: tuple[str, ...], rank: int, alpha: float) -> None:
     """Puts a LoRALinear in place of each target matrix of each block, inside its hooks, which so see what LoRA adds."""
     for block in blocks:
-        matrices = {
-            name: component
-            for part in (block.attn, block.mlp)
-            for name, component in part.named_children()
-            if name != "qkv" and isinstance(getattr(component, "original_component", None), nn.Linear | Conv1D)
-        }  # the bridge keeps a fused matrix as `qkv`, but computes with q, k and v
+        found = matrices(block)
         for target in targets:
-            require(target in matrices, f"--lora-targets {target}: no such matrix; expected of {', '.join(matrices)}")
-            matrices[target].set_original_component(LoRALinear(matrices[target].original_component, rank, alpha))
+            require(target in found, f"--lora-targets {target}: no such matrix; expected of {', '.join(found)}")
+            found[target].set_original_component(LoRALinear(found[target].original_component, rank, alpha))
 
 
 def choose_trained(bridge: TransformerBridge, args: RLHFArgs) -> None:
@@ -1032,7 +1054,7 @@ def describe(
     return [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
 
 
-# ==== The workshop: a first reader may stop here ======================================================================
+# ==== The workshop: a first reader may stop here ===============================================================
 
 
 class RunLog:
@@ -1042,15 +1064,10 @@ class RunLog:
         self.run_dir, self.accelerator = trainer.run_dir, trainer.accelerator
         self.is_main = self.accelerator.is_main_process
         console.quiet = not self.is_main
-        self.history: list[dict] = []
-        if self.is_main:
-            self.history = open_run_dir(trainer)
+        self.history: list[dict] = open_run_dir(trainer) if self.is_main else []
         start_tracker(trainer)
-        self.bar = Progress(
-            TextColumn("phase {task.completed}/{task.total}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=console,
-        )  # fmt: skip
-        self.task = self.bar.add_task("", total=trainer.args.total_phases, completed=trainer.phase)
+        self.bar = Progress(MofNCompleteColumn(), *Progress.get_default_columns(), console=console)
+        self.task = self.bar.add_task("phases", total=trainer.args.total_phases, completed=trainer.phase)
         self.live = Live(self.bar, console=console, transient=True)
 
     def __enter__(self) -> "RunLog":
@@ -1090,16 +1107,11 @@ class RunLog:
 
 def sample_table(samples: list[dict]) -> Table:
     """Reward, log-probability under the reference where known, and text."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("reward", justify="right")
-    has_reference = "ref_logprob" in samples[0]
-    if has_reference:
-        table.add_column("log π_ref", justify="right")
-    table.add_column("sample", overflow="fold")
+    figures = [name for name in ("reward", "ref_logprob") if name in samples[0]]
+    table = Table(*figures, "sample", box=None, pad_edge=False)
     for sample in samples:
-        text = (sample["prompt"] + sample["completion"]).replace("\n", "⏎").replace("[", r"\[")
-        logprob = [f"{sample['ref_logprob']:.1f}"] if has_reference else []
-        table.add_row(f"{sample['reward']:.3g}", *logprob, text)
+        text = printable((sample["prompt"] + sample["completion"]).replace("\n", "⏎"))
+        table.add_row(*(f"{sample[name]:.3g}" for name in figures), text)
     return table
 
 
@@ -1110,8 +1122,9 @@ PANELS = {
     "distinct_2": "distinct bigrams: falls when the mode collapses",
 }
 # Okabe and Ito's colours, which the colour-blind tell apart, each with a style; 5 and 3 repeat after 15 lines only.
-COLORS, STYLES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"), ("-", "-.", ":")
-LINES = [(COLORS[i % 5], STYLES[i % 3]) for i in range(15)]
+LINES = plt.cycler(color=["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"] * 3, linestyle=["-", "-.", ":"] * 5)
+plt.rcParams.update({"font.size": 8, "axes.titlesize": 10, "axes.prop_cycle": LINES, "text.parse_math": False,
+                     "figure.constrained_layout.use": True, "savefig.dpi": 110})  # fmt: skip
 
 
 def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
@@ -1122,54 +1135,48 @@ def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
     """
     rows = [["reward", "kl"], ["entropy", "distinct_2"], *([["frontier"] * 2] if len(runs) > 1 else [])]
     lines = sum(label.count("\n") + 1 for label in runs) if len(runs) > 1 else 0
-    figure = plt.figure(figsize=(9, 2.75 * len(rows) + 0.2 * lines), layout="constrained")
+    figure = plt.figure(figsize=(9, 2.75 * len(rows) + 0.2 * lines))
     axes = figure.subplot_mosaic(rows)
     for key, title in PANELS.items():
         draw_lines(axes[key], runs, key)
-        axes[key].set_title(title, fontsize=10)
-        axes[key].set_xlabel("phase", fontsize=9)
+        axes[key].set(title=title, xlabel="phase")
     for axis in axes.values():
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     if any("gold_reward" in history[0] for history in runs.values()):
         gold = axes["reward"].twinx()
-        draw_lines(gold, runs, "gold_reward", style="--")
+        draw_lines(gold, runs, "gold_reward", linestyle="--")
         for axis in (axes["reward"], gold):
             axis.autoscale(axis="y")  # each from its lowest to its highest, since the scales have nothing in common
         gold.spines["top"].set_visible(False)
         ways = [plt.Line2D([], [], color="#595959", linestyle=style) for style in ("-", "--")]
-        gold.legend(ways, ["trained on, left axis", "gold, right axis"], fontsize=8, loc="lower right")
+        gold.legend(ways, ["trained on, left axis", "gold, right axis"], loc="lower right")
     if len(runs) > 1:
-        axis = axes["frontier"]
-        for history, (color, style) in zip(runs.values(), itertools.cycle(LINES), strict=False):
+        for history in runs.values():
             kl, reward = [m["kl"] for m in history], [m["reward"] for m in history]
-            axis.plot(kl, reward, color=color, linestyle=style)
-            axis.plot(kl[-1], reward[-1], color=color, marker="o")
-        axis.set_title("frontier: mean reward against KL; the dot is the last phase", fontsize=10)
-        axis.set_xlabel("KL to the reference, nats a token", fontsize=9)
-        figure.legend(*axes["reward"].get_legend_handles_labels(), loc="outside lower left", fontsize=8, frameon=False)
+            axes["frontier"].plot(kl, reward, marker="o", markevery=[-1])
+        title = "frontier: mean reward against KL; the dot is the last phase"
+        axes["frontier"].set(title=title, xlabel=PANELS["kl"])
+        figure.legend(*axes["reward"].get_legend_handles_labels(), loc="outside lower left", frameon=False)
     save_picture(figure, path)
 
 
-def draw_lines(axis, runs: dict[str, list[dict]], key: str, style: str | None = None, **look) -> None:
-    """One metric of every run that has it, with its band; from 0 unless something is below."""
-    for (label, history), (color, own_style) in zip(runs.items(), itertools.cycle(LINES), strict=False):
-        if key in history[0]:
-            phases, values = [m["phase"] for m in history], [m[key] for m in history]
-            axis.plot(phases, values, color=color, linestyle=style or own_style, label=label, **look)
-            if f"{key}_low" in history[0]:
-                band = ([m[f"{key}_{edge}"] for m in history] for edge in ("low", "high"))
-                axis.fill_between(phases, *band, color=color, alpha=0.2, linewidth=0)
+def draw_lines(axis, runs: dict[str, list[dict]], key: str, **look) -> None:
+    """One metric of every run, with its band; from 0 unless something is below."""
+    for label, history in runs.items():
+        phases = [m["phase"] for m in history]
+        (line,) = axis.plot(phases, [m.get(key, math.nan) for m in history], label=label, **look)
+        if f"{key}_low" in history[0]:
+            band = ([m[f"{key}_{edge}"] for m in history] for edge in ("low", "high"))
+            axis.fill_between(phases, *band, color=line.get_color(), alpha=0.2, linewidth=0)
     if axis.dataLim.y0 >= 0:
         axis.set_ylim(bottom=0)
 
 
 def save_picture(figure: plt.Figure, path: Path) -> None:
     """Replaced whole, so that a reader never meets half a picture."""
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
+    write_whole(path, lambda beside: figure.savefig(beside, format="png"))
     plt.close(figure)
-    temporary.replace(path)
 
 
 # ---- 12 What the user brings -----------------------------------------------------------------------------------------
@@ -1202,31 +1209,35 @@ def check_settings(args: RLHFArgs) -> None:
     require(frozen, f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32")
 
 
+def read_lines(path: Path) -> list[tuple[str, str]]:
+    """The lines of a user's file that are not blank, each behind the words that say where it stands."""
+    require(path.is_file(), f"{path}: no such file")
+    with explained(f"{path}: is not UTF-8 text"):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    lines = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    require(bool(lines), f"{path}: is empty")
+    return lines
+
+
+def read_texts(where: str, line: str, *keys: str) -> dict:
+    """The JSON object in a line, which must hold a text under each of the keys."""
+    with explained(f"{where}: is not JSON"):
+        row = json.loads(line)
+    for key in keys:
+        value = row.get(key) if isinstance(row, dict) else None
+        found = "none" if value is None else f"a {type(value).__name__}"
+        require(isinstance(value, str), f'{where}: expected a text under "{key}", found {found}')
+    return row
+
+
 def load_prompts(prefix: str, path: Path | None) -> list[dict]:
     """Reads the prompts, one dict each with "prompt" and the file's other columns; the prefix alone without a file."""
     if path is None:
         return [{"prompt": prefix}]
-    require(path.is_file(), f"--prompts {path}: no such file")
-    rows = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise SettingError(f"--prompts {path}: is not UTF-8 text (byte {error.start})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if path.suffix not in (".jsonl", ".json"):
-            rows.append({"prompt": line.removesuffix("\r")})
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SettingError(f"{path}, line {number}: is not JSON ({error.msg})") from None
-        has_prompt = isinstance(row, dict) and isinstance(row.get("prompt"), str)
-        require(has_prompt, f'{path}, line {number}: expected an object with a text under "prompt"')
-        require(not rows or row.keys() == rows[0].keys(), f"{path}, line {number}: its columns differ from line 1's")
-        rows.append(row)
-    require(bool(rows), f"--prompts {path}: is empty; expected one prompt a line")
+    is_json, rows = path.suffix in (".jsonl", ".json"), []
+    for where, line in read_lines(path):
+        rows.append(read_texts(where, line, "prompt") if is_json else {"prompt": line})
+        require(rows[-1].keys() == rows[0].keys(), f"{where}: its columns differ from line 1's")
     return rows
 
 
@@ -1242,15 +1253,13 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[T
 
     Also returns the weights under the names that they have in the model's files: the bridge renames what it wraps.
     """
-    name = model_name(base_model)
-    try:
+    with explained(f"--base-model {base_model}: cannot be loaded"):
+        name = model_name(base_model)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device)
         published = model.state_dict(keep_vars=True)
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=load_tokenizer(name)
         )
-    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
-        raise SettingError(f"--base-model {base_model}: cannot be loaded: {first_line(error)}") from error
     check_cache(bridge)
     return bridge.eval(), published
 
@@ -1322,43 +1331,48 @@ def load_reward(spec: str, args: RLHFArgs, run_dir: Path, device: str) -> Reward
     expected = "`periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, `preferences:FILE` or `FILE.py:FUNCTION`"
     require(bool(colon) and path.endswith(".py"), f"--reward {spec}: unknown; expected {expected}")
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        function = runpy.run_path(path).get(name)
     except Exception as error:
         traceback.print_exc()
         raise SettingError(f"--reward {spec}: {path} raises {type(error).__name__} when loaded") from error
-    require(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no function {name}")
-    return getattr(module, name)
+    require(callable(function), f"--reward {spec}: {path} has no function {name}")
+    return function
+
+
+def load_classifier(name: str, what: str, device: str, **options):
+    """A sequence classifier and its tokenizer, padding on the right and cutting on the left."""
+    with explained(f"{what}: cannot be loaded as a classifier"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, **options).float().to(device)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
+    return model.eval(), tokenizer
+
+
+def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B labels"]:
+    """Logits of the labels; of a text longer than the context, the end is kept."""
+    width, logits = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20)), []
+    for start in range(0, len(texts), 64):
+        batch = [text or tokenizer.pad_token for text in texts[start : start + 64]]
+        batch = tokenizer(batch, padding=True, truncation=True, max_length=width, return_tensors="pt")
+        logits.append(model(**batch.to(model.device)).logits.float())
+    return torch.cat(logits)
 
 
 def classifier_reward(model: str, label: str | None, device: str) -> RewardFn:
     """Score of a sequence classifier for prompt and completion: the label's probability, or, of a reward model with one
-    output, that output. Long texts keep their end."""
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, truncation_side="left")
-        classifier = transformers.AutoModelForSequenceClassification.from_pretrained(model).to(device).eval()
-    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
-        raise SettingError(f"--reward classifier:{model}: cannot be loaded: {first_line(error)}") from error
-    if tokenizer.pad_token_id is None:  # GPT-2's has none
-        tokenizer.pad_token, classifier.config.pad_token_id = tokenizer.eos_token, tokenizer.eos_token_id
+    output, that output."""
+    classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = {name: number for number, name in classifier.config.id2label.items()}
     known = label in labels or (label is None and len(labels) == 1)
     require(known, f"--reward classifier:{model}:{label or ''}: no such label; expected one of {', '.join(labels)}")
-    width = min(tokenizer.model_max_length, getattr(classifier.config, "max_position_embeddings", 512))
 
     @torch.no_grad()
     def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
-        texts, scores = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)], []
-        for start in range(0, len(texts), 64):
-            batch = tokenizer(
-                [text or tokenizer.pad_token for text in texts[start : start + 64]],
-                padding=True, truncation=True, max_length=width, return_tensors="pt",
-            )  # fmt: skip
-            logits = classifier(**batch.to(device)).logits.float()
-            scores += (logits[:, 0] if label is None else logits.softmax(-1)[:, labels[label]]).tolist()
-        return scores
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        logits = classify(classifier, tokenizer, texts)
+        return (logits[:, 0] if label is None else logits.softmax(-1)[:, labels[label]]).tolist()
 
     return score
 
@@ -1375,19 +1389,11 @@ def call_reward(reward: Reward, prompts: list[str], completions: list[str], colu
     except Exception as error:
         traceback.print_exc()
         raise SettingError(f"{where}: raised {type(error).__name__}: {first_line(error)}") from error
-    try:
-        scores = list(scores)
-    except TypeError:
-        raise SettingError(f"{where}: returned {scores!r}; expected a list of numbers") from None
-    require(
-        len(scores) == len(completions),
-        f"{where}: returned {len(scores)} values for {len(completions)} completions",
-    )
+    require(hasattr(scores, "__iter__"), f"{where}: returned {scores!r}; expected a list of numbers")
+    scores, count = list(scores), len(completions)
+    require(len(scores) == count, f"{where}: returned {len(scores)} values for {count} completions")
     for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
-        try:
-            is_finite = not isinstance(score, str) and math.isfinite(score)
-        except TypeError:
-            is_finite = False
+        is_finite = hasattr(score, "__float__") and math.isfinite(score)  # which texts and None are not
         require(is_finite, f"{where}: value {i} is {score!r}, not a finite number, for the completion {completion!r}")
     return [float(score) for score in scores]
 
@@ -1396,10 +1402,8 @@ def pick_device(device: str, accelerator: Accelerator) -> str:
     """Resolves `auto` and refuses what torch does not have here."""
     if device == "auto":
         return str(accelerator.device)
-    try:
+    with explained(f"--device {device}: not available here"):
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"--device {device}: not available here: {first_line(error)}") from None
     return device
 
 
@@ -1465,30 +1469,40 @@ def choose_run_dir(args: RLHFArgs) -> Path:
     return run_dir
 
 
+def read_settings(run_dir: Path) -> dict:
+    """What args.json of a run says."""
+    require((run_dir / "args.json").is_file(), f"{run_dir}: is no run directory, it holds no args.json")
+    with explained(f"{run_dir / 'args.json'}: is damaged"):
+        return json.loads((run_dir / "args.json").read_text(encoding="utf-8"))
+
+
+def read_records(path: Path) -> list[dict]:
+    """The lines of a file that RunLog appends to; the last may be torn, and then it does not count."""
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
+    return [json.loads(line) for line in lines]
+
+
 def saved_settings(run_dir: Path) -> RLHFArgs:
     """The settings of the run in this directory."""
-    path = run_dir / "args.json"
-    require(path.is_file(), f"{run_dir}: is no run directory, it holds no args.json")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    names = {field.name for field in dataclasses.fields(RLHFArgs)}
+    record, names = read_settings(run_dir), {field.name for field in dataclasses.fields(RLHFArgs)}
     settings = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items() if name in names}
-    for name in ("prompts", "run_dir", "resume"):
-        settings[name] = None if settings[name] is None else Path(settings[name])
-    return RLHFArgs(**settings)
+    paths = {name: Path(settings[name]) for name in ("prompts", "run_dir", "resume") if settings.get(name)}
+    return RLHFArgs(**settings | paths)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file or directory written beside and renamed to its place."""
-    beside = path.with_name(f"{path.name}.unfinished")
-    discard(beside)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
         if path.is_dir():  # a file is replaced by the renaming itself
             discard(path)
         beside.rename(path)
     except OSError as error:
-        discard(beside)
         raise SettingError(f"{path}: cannot be written ({error.strerror or error}); what was there is whole") from error
+    finally:
+        discard(beside)
 
 
 def discard(path: Path) -> None:
@@ -1499,7 +1513,6 @@ def discard(path: Path) -> None:
 def open_run_dir(trainer: RLHFTrainer) -> list[dict]:
     """Writes args.json, or, in a run that goes on, forgets the phases after its checkpoint; returns the others."""
     run_dir, args = trainer.run_dir, trainer.args
-    run_dir.mkdir(parents=True, exist_ok=True)
     if not args.resume:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")}
         versions["python"] = platform.python_version()
@@ -1508,14 +1521,11 @@ def open_run_dir(trainer: RLHFTrainer) -> list[dict]:
         write_whole(run_dir / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
     kept = {}
     for name in ("metrics.jsonl", "samples.jsonl"):
-        path = run_dir / name
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        records = [(line, json.loads(line)) for line in lines if line.endswith("}\n")]  # the last may be torn
-        done = range(1, trainer.phase + 1)
-        kept[name] = [(line, r) for line, r in records if r["phase"] in done or (r["phase"] == "before" and done)]
-        text = "".join(line for line, _ in kept[name])
-        write_whole(path, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    return [record for _, record in kept["metrics.jsonl"]]
+        records, done = read_records(run_dir / name), ["before"] * bool(trainer.phase) + [*range(1, trainer.phase + 1)]
+        kept[name] = [record for record in records if record["phase"] in done]
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept[name])
+        write_whole(run_dir / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    return kept["metrics.jsonl"]
 
 
 def fingerprint(trainer: RLHFTrainer) -> str:
@@ -1540,8 +1550,6 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
         tensors |= {name: weight.detach()} | {f"{name}@{key}": value for key, value in moments.items()}
     state = {"phase": str(trainer.phase), "kl_coef": trainer.kl_coef.hex(), "base_model": fingerprint(trainer)}
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, state)
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(parents=True)
     write_whole(directory / f"phase-{trainer.phase:05}.safetensors", lambda path: path.write_bytes(data))
     for old in sorted(directory.glob("phase-*.safetensors"))[:-2]:
         old.unlink()
@@ -1616,11 +1624,9 @@ def start_tracker(trainer: RLHFTrainer) -> None:
     if args.track is None:
         return
     trainer.accelerator.project_configuration.set_directories(str(trainer.run_dir))
-    try:
+    with explained(f"--track {args.track}: cannot be opened"):
         settings = {name: str(value) for name, value in dataclasses.asdict(args).items()}
         trainer.accelerator.init_trackers("rlhf", settings, {"wandb": {"dir": str(trainer.run_dir)}})
-    except Exception as error:
-        raise SettingError(f"--track {args.track}: cannot be opened: {first_line(error)}") from error
 
 
 def export(trainer: RLHFTrainer) -> None:
@@ -1647,19 +1653,11 @@ def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
     return {name: part.weight[:, 0].detach().long() for name, part in zip("qkv", parts, strict=True)}
 
 
-def lora_update(layer: LoRALinear) -> Float[Tensor, "d_out d_in"]:
-    """(α/r) B A."""
-    return layer.scale * layer.lora_b @ layer.lora_a
-
-
 @torch.no_grad()
 def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
     """The model's weights as its files name and store them, adapters merged in."""
-    merged = {}  # by the identity of the tensor that a module was made with
-    for module in policy.bridge.modules():
-        if isinstance(module, LoRALinear):
-            update = lora_update(module).t() if isinstance(module.base, Conv1D) else lora_update(module)
-            merged[id(module.base.weight)] = (module.base.weight.float() + update).to(module.base.weight.dtype)
+    layers = [module for module in policy.bridge.modules() if isinstance(module, LoRALinear)]
+    merged = {id(layer.weight): layer.merged() for layer in layers}  # by the identity of the tensor that it replaces
     weights = {name: merged.get(id(weight), weight.detach()) for name, weight in policy.published.items()}
     for block in policy.bridge.blocks:
         if not hasattr(block.attn, "qkv"):
@@ -1693,11 +1691,8 @@ def export_model(policy: TransformerWithValueHead, path: Path) -> None:
 def export_adapter(policy: TransformerWithValueHead, source: str, path: Path) -> None:
     """A PEFT directory. On a fused matrix the adapters of q, k and v become one, block-diagonal, of rank 3 r."""
     layers = {id(layer.base.weight): layer for layer in policy.bridge.modules() if isinstance(layer, LoRALinear)}
-    adapters = {}  # module name: (A, B, rank)
-    for name, weight in policy.published.items():
-        if id(weight) in layers:
-            layer = layers[id(weight)]
-            adapters[name.removesuffix(".weight")] = layer.lora_a, layer.lora_b
+    named = {name.removesuffix(".weight"): layers.get(id(weight)) for name, weight in policy.published.items()}
+    adapters = {name: (layer.lora_a, layer.lora_b) for name, layer in named.items() if layer}  # by the module's name
     for block in policy.bridge.blocks:
         if not hasattr(block.attn, "qkv"):
             continue
@@ -1709,11 +1704,7 @@ def export_adapter(policy: TransformerWithValueHead, source: str, path: Path) ->
             rows = fused_rows(block.attn)
             lora_a = torch.cat([layer.lora_a for layer in parts.values()])
             lora_b = lora_a.new_zeros(sum(map(len, rows.values())), len(lora_a))
-            column = 0
-            for part, layer in parts.items():
-                rank = len(layer.lora_a)
-                lora_b[rows[part], column : column + rank] = layer.lora_b
-                column += rank
+            lora_b[torch.cat([rows[part] for part in parts])] = torch.block_diag(*(p.lora_b for p in parts.values()))
             adapters[name] = lora_a, lora_b
     layer = next(iter(layers.values()))
     rank = len(layer.lora_a)
@@ -1743,26 +1734,14 @@ def export_adapter(policy: TransformerWithValueHead, source: str, path: Path) ->
 # ---- 14 The embedded model -------------------------------------------------------------------------------------------
 # In: the English that every Python carries. Out: `tiny`, a GPT-2 of a million parameters, as a Hugging Face directory.
 
-END_OF_TEXT = "<|endoftext|>"
-
 
 def tiny_model() -> Path:
     """Directory of the embedded model under ~/.cache/rlhf (or RLHF_CACHE); trains it on first use, in a minute."""
     cache = Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf")
     path = cache / "tiny-1"  # the number changes when what follows does
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         console.print(f"training the embedded model once, into {path}", soft_wrap=True)
-        unfinished = Path(tempfile.mkdtemp(dir=cache, prefix="unfinished-"))
-        try:
-            train_tiny(unfinished)
-            unfinished.chmod(0o755)
-            unfinished.rename(path)  # whole or not at all
-        except OSError:
-            if not path.exists():  # unless another process was faster
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        write_whole(path, train_tiny)
     return path
 
 
@@ -1799,62 +1778,50 @@ def english_prose() -> list[str]:
 
 def train_tiny(path: Path, steps: int = 900, rows: int = 8, width: int = 64) -> None:
     """Trains tokenizer and model from scratch and saves both; the same on every run with the same Python."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     generator = torch.Generator().manual_seed(0)
     prose = english_prose()
     prose = [prose[i] for i in torch.randperm(len(prose), generator=generator)]
     # Eight docstrings make a document, since most are one sentence: text should not end after every full stop.
     documents = [" ".join(prose[i : i + 8]) for i in range(0, len(prose), 8)]
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        documents,
-        trainers.BpeTrainer(
-            vocab_size=1200, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    tokens = torch.tensor([id for code in bpe.encode_batch(documents) for id in (0, *code.ids)])
+    tokenizer = transformers.GPT2Tokenizer().train_new_from_iterator(documents, 1200, show_progress=False)
+    tokenizer.pad_token = tokenizer.eos_token  # <|endoftext|>, of id 0, begins a document too
+    tokens = torch.tensor([id for ids in tokenizer(documents).input_ids for id in (0, *ids)])
     held_out, tokens = tokens[: len(tokens) // 20], tokens[len(tokens) // 20 :]
     config = transformers.GPT2Config(
-        vocab_size=bpe.get_vocab_size(),
-        n_positions=256,
-        n_embd=128,
-        n_layer=4,
-        n_head=4,
+        vocab_size=len(tokenizer), n_positions=256, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
         activation_function="gelu_pytorch_tanh",  # gelu_new, fused
-        initializer_range=0.05,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+        initializer_range=0.05, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.GPT2LMHeadModel(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.99), weight_decay=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
-    )
+    starts = (torch.randint(len(tokens) - width, (rows, 1), generator=generator) for _ in range(steps))
+    batches = (tokens[start + torch.arange(width)] for start in starts)
+    losses = (model(batch, labels=batch).loss for batch in batches)
+    fit(model, losses, steps, "tiny", lr=4e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    with torch.no_grad():
+        batch = held_out[: len(held_out) // width * width].view(-1, width)
+        loss = model(batch, labels=batch).loss.item()
+    console.print(f"held-out loss {loss:.2f} nats a token, {model.num_parameters():,} parameters")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def fit(model: nn.Module, losses: Iterator[Tensor], steps: int, title: str, lr: float, **adamw) -> None:
+    """One step of AdamW down each loss; the learning rate rises for a tenth of the steps, then falls to zero."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, **adamw)
+    rises_then_falls = lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rises_then_falls)
+    model.train()
     with Progress(console=console, transient=True) as bar:
-        for _ in bar.track(range(steps), description="tiny"):
-            starts = torch.randint(len(tokens) - width, (rows, 1), generator=generator)
-            batch = tokens[starts + torch.arange(width)]
-            model(batch, labels=batch).loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for loss in bar.track(losses, total=steps, description=title):  # each is computed when it is asked for
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
     model.eval()
-    with torch.no_grad():
-        batch = held_out[: len(held_out) // width * width].view(-1, width)
-        loss = model(batch, labels=batch).loss.item()
-    console.print(f"held-out loss {loss:.2f} nats a token, {sum(p.numel() for p in model.parameters()):,} parameters")
-    model.save_pretrained(path)
-    special = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **special).save_pretrained(path)
 
 
 # ---- 15 People to preferences ----------------------------------------------------------------------------------------
@@ -1888,20 +1855,16 @@ def label(
         seed: fixes the sequence of pairs
         device: `auto` takes the first there is of cuda, mps and cpu
     """
+    RLHFArgs(gen_len=gen_len, temperature=temperature, seed=seed)  # the same limits
     rows = load_prompts(prefix, prompts)
     policy = TransformerWithValueHead(base_model, device=pick_device(device, Accelerator(cpu=device == "cpu")))
     check_context(policy.bridge, rows, gen_len)
-    ask(file, pairs, lambda number, answers: draw_pair(policy, rows, number, answers, gen_len, temperature, seed))
+    sampling = {"seed": seed, "gen_len": gen_len, "temperature": temperature}
+    ask(file, pairs, functools.partial(draw_pair, policy, rows, **sampling))
 
 
 def draw_pair(
-    policy: TransformerWithValueHead,
-    rows: list[dict],
-    number: int,
-    answers: list[str],
-    gen_len: int,
-    temperature: float,
-    seed: int,
+    policy: TransformerWithValueHead, rows: list[dict], number: int, answers: list[str], seed: int, **sampling
 ) -> tuple[str, str, str]:
     """Pair `number` of the sequence that the seed fixes: a prompt and two different completions, left and right.
 
@@ -1911,10 +1874,9 @@ def draw_pair(
     generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
     tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
     for _ in range(20):
-        drawn = get_samples(policy, tokens, mask, gen_len, temperature, generator=generator)
+        drawn = get_samples(policy, tokens, mask, generator=generator, **sampling)
         left, right = drawn.texts(tokenizer)
-        is_met = preference(prompt, left, right) in answers or preference(prompt, right, left) in answers
-        if left != right and not is_met:
+        if left != right and not {preference(prompt, left, right), preference(prompt, right, left)} & {*answers}:
             return prompt, left, right
     raise SettingError(f"label: nothing new for {prompt!r} in 20 draws; raise --temperature or --gen-len")
 
@@ -1922,18 +1884,18 @@ def draw_pair(
 def ask(file: Path, pairs: int, draw: Callable[[int, list[str]], tuple[str, str, str]]) -> None:
     """Shows pairs and stores answers until the file holds `pairs` of them, or a key or the end of input says stop."""
     skips = file.with_name(file.name + ".skipped")
-    answers, skipped = whole_lines(file), {json.loads(line)["pair"] for line in whole_lines(skips)}
+    answers, skipped = whole_lines(file, "prompt", "chosen", "rejected"), whole_lines(skips)
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(keypresses()) as keys:
         while len(answers) < pairs:
-            number = next_number(len(answers), skipped)
+            number = next_number(len(answers), {json.loads(line)["pair"] for line in skipped})
             prompt, left, right = draw(number, answers)
             show_pair(prompt, left, right, f"pair {len(answers) + 1} of {pairs}")
             key = next((key for key in keys if key in "lrsuq"), "q")
             if key == "q":
                 break
             if key == "s":
-                skipped.add(number)
-                append_line(skips, json.dumps({"pair": number}))
+                skipped.append(json.dumps({"pair": number}))
+                append_line(skips, skipped[-1])
             elif key == "u":
                 rewrite(file, answers := answers[:-1])
             else:
@@ -1987,26 +1949,25 @@ def keypresses() -> Iterator[str]:
             yield key
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that need not exist; half a line at its end, left by a crash, is moved to PATH.torn."""
+def whole_lines(path: Path, *keys: str) -> list[str]:
+    """The lines of a JSON-lines file that need not exist, each with texts under these keys; half a line at its end,
+    left by a crash, is moved to PATH.torn. A file that holds anything else is refused as it is."""
     require(not path.is_dir(), f"{path}: is a directory")
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
     *lines, rest = text.split("\n")
-    if rest and is_json(rest):  # whole but for its line feed
-        rewrite(path, lines := [*lines, rest])
-    elif rest:
+    for number, line in enumerate(lines, start=1):
+        read_texts(f"{path}, line {number}", line, *keys)
+    require(not rest or rest[0] == "{", f"{path}: its last line is no JSON object")
+    if rest:
         torn = path.with_name(path.name + ".torn")
-        append_line(torn, rest)
+        try:
+            read_texts("", rest, *keys)
+            lines.append(rest)  # whole but for its line feed
+        except SettingError:
+            append_line(torn, rest)
+            console.print(f"{path}: half a line at its end, left by a crash, was moved to {torn}", soft_wrap=True)
         rewrite(path, lines)
-        console.print(f"{path}: half a line at its end, of an interrupted session, was moved to {torn}", soft_wrap=True)
-    return [line for line in lines if line.strip()]
-
-
-def is_json(text: str) -> bool:
-    try:
-        return bool(json.loads(text))
-    except json.JSONDecodeError:
-        return False
+    return lines
 
 
 def append_line(path: Path, line: str) -> None:
@@ -2019,11 +1980,8 @@ def append_line(path: Path, line: str) -> None:
 
 
 def rewrite(path: Path, lines: list[str]) -> None:
-    """Replaces a file whole: a crash leaves the old one or the new one."""
-    new = path.with_name(path.name + ".new")
-    new.unlink(missing_ok=True)
-    append_line(new, "\n".join(lines)) if lines else new.touch()
-    os.replace(new, path)
+    text = "".join(line + "\n" for line in lines).encode("utf-8", errors="surrogateescape")
+    write_whole(path, lambda new: new.write_bytes(text))
 
 
 # ---- 16 Preferences to reward ----------------------------------------------------------------------------------------
@@ -2031,35 +1989,17 @@ def rewrite(path: Path, lines: list[str]) -> None:
 # model's trunk under a scalar head on the last token. People compare well and grade badly, hence the pairs.
 
 
-class Preference(NamedTuple):
-    """Two texts, each a prompt with its completion."""
-
-    chosen: str
-    rejected: str
-
-
-def load_preferences(path: Path) -> list[Preference]:
-    """Reads JSON lines of "prompt", "chosen" and "rejected"; where both hold the prompt already, it is not repeated."""
-    require(path.is_file(), f"{path}: no such file")
+def load_preferences(path: Path) -> list[tuple[str, str]]:
+    """Reads JSON lines of "prompt", "chosen" and "rejected" into texts, better and worse; where both hold the prompt
+    already, it is not repeated."""
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SettingError(f"{path}, line {number}: is not JSON ({error.msg})") from None
-        for key in ("prompt", "chosen", "rejected"):
-            value = row.get(key) if isinstance(row, dict) else None
-            is_chat = isinstance(value, list)
-            found = "a list of messages" if is_chat else "none" if value is None else type(value).__name__
-            require(isinstance(value, str), f'{path}, line {number}: expected a text under "{key}", found {found}')
+    for where, line in read_lines(path):
+        row = read_texts(where, line, "prompt", "chosen", "rejected")
         prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-        require(chosen != rejected, f'{path}, line {number}: "chosen" and "rejected" are the same text')
+        require(chosen != rejected, f'{where}: "chosen" and "rejected" are the same text')
         if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
             chosen, rejected = prompt + chosen, prompt + rejected
-        pairs.append(Preference(chosen, rejected))
-    require(bool(pairs), f"{path}: is empty; expected one preference a line")
+        pairs.append((chosen, rejected))
     require(len(pairs) > 1, f"{path}: holds one preference; expected at least two, to learn from one and test on one")
     return pairs
 
@@ -2111,67 +2051,28 @@ def train_reward_model(
     Two hundred pairs are few: LoRA on the attention matrices alone, and dropout before them, overfit the least.
     """
     pairs = load_preferences(file)
-    model, tokenizer = scalar_model(base_model, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        model, tokenizer = load_classifier(model_name(base_model), f"--base-model {base_model}", device, num_labels=1)
+        nn.init.zeros_(model.score.weight)
         add_dropout_and_lora(model, rank, dropout)
         shuffled = [pairs[i] for i in torch.randperm(len(pairs))]
         held_out, training = shuffled[: (count := math.ceil(0.15 * len(pairs)))], shuffled[count:]
         epochs = max(1, min(most_epochs, 10_000 // len(training)))
-        steps = epochs * math.ceil(len(training) / batch)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
-        )
-        model.train()
-        with Progress(console=console, transient=True) as bar:
-            for _ in bar.track(range(epochs), description="reward model"):
-                for rows in torch.randperm(len(training)).split(batch):
-                    chosen, rejected = zip(*(training[i] for i in rows), strict=True)
-                    rewards = score_texts(model, tokenizer, [*chosen, *rejected])
-                    bradley_terry_loss(*rewards.chunk(2)).backward()
-                    nn.utils.clip_grad_norm_(trained, 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    scheduler.step()
-    model.eval()
-    merge_dropout_and_lora(model)
-    subtract_mean(model, tokenizer, [text for pair in training for text in pair])
-    chosen, rejected = (score_all(model, tokenizer, list(texts)) for texts in zip(*held_out, strict=True))
+        orders = (torch.randperm(len(training)).split(batch) for _ in range(epochs))
+        batches = (zip(*(training[i] for i in rows), strict=True) for order in orders for rows in order)
+        rewards = (classify(model, tokenizer, [*chosen, *rejected])[:, 0] for chosen, rejected in batches)
+        losses = (bradley_terry_loss(*both.chunk(2)) for both in rewards)
+        fit(model, losses, epochs * math.ceil(len(training) / batch), "reward model", lr=lr, weight_decay=0.0)
+    with torch.no_grad():
+        merge_dropout_and_lora(model)
+        subtract_mean(model, tokenizer, [text for pair in training for text in pair])
+        chosen, rejected = (classify(model, tokenizer, list(texts))[:, 0] for texts in zip(*held_out, strict=True))
     accuracy, calibration = (chosen > rejected).float().mean().item(), calibration_error(chosen - rejected)
     console.print(f"reward model: {len(training)} pairs learned; of {len(held_out)} held out {accuracy:.0%} right, "
                   f"calibration error {calibration:.2f}", soft_wrap=True)  # fmt: skip
-    directory.parent.mkdir(parents=True, exist_ok=True)
     write_whole(directory, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
     return directory
-
-
-def scalar_model(base_model: str, device: str):
-    """The base model's trunk under a new scalar head that starts at zero, and its tokenizer."""
-    name = model_name(base_model)
-    try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=1).float().to(device)
-        tokenizer = load_tokenizer(name)
-    except (OSError, ValueError, RuntimeError, KeyError, safetensors.SafetensorError) as error:
-        raise SettingError(f"--base-model {base_model}: makes no reward model: {first_line(error)}") from error
-    tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
-    nn.init.zeros_(model.score.weight)
-    return model, tokenizer
-
-
-def score_texts(model, tokenizer, texts: list[str]) -> Float[Tensor, "B"]:
-    """The head's output on each text's last token; of a text longer than the context, the end is kept."""
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-    return model(**batch.to(model.device)).logits[:, 0].float()
-
-
-@torch.no_grad()
-def score_all(model, tokenizer, texts: list[str]) -> Float[Tensor, "N"]:
-    return torch.cat([score_texts(model, tokenizer, texts[i : i + 64]) for i in range(0, len(texts), 64)])
 
 
 def add_dropout_and_lora(model: nn.Module, rank: int, dropout: float) -> None:
@@ -2194,9 +2095,8 @@ def merge_dropout_and_lora(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Sequential) and isinstance(child[-1], LoRALinear):
-                lora = child[-1]
-                lora.matrix.add_(lora.scale * lora.lora_b @ lora.lora_a)  # a view, so Conv1D's weight changes too
-                setattr(parent, name, lora.base)
+                child[-1].weight.copy_(child[-1].merged())
+                setattr(parent, name, child[-1].base)
 
 
 @torch.no_grad()
@@ -2210,7 +2110,7 @@ def subtract_mean(model: nn.Module, tokenizer, texts: list[str]) -> None:
              if isinstance(m, nn.LayerNorm) and m.bias is not None and not re.search(r"\d", name)]  # fmt: skip
     weight = model.score.weight[0]
     if norms and weight.norm() > 0:
-        norms[-1].bias -= score_all(model, tokenizer, texts).mean() * weight / weight.square().sum()
+        norms[-1].bias -= classify(model, tokenizer, texts).mean() * weight / weight.square().sum()
 
 
 # ---- 17 What changed inside ------------------------------------------------------------------------------------------
@@ -2251,9 +2151,9 @@ def inspect(
         gen_len: tokens in a completion, at most
         seed: of the completions
     """
-    require((run / "args.json").is_file(), f"{run}: is no run directory, it holds no args.json")
+    settings = read_settings(run)
     require((run / "model").is_dir(), f"{run}: holds no model; training writes it at the end")
-    settings = json.loads((run / "args.json").read_text(encoding="utf-8"))
+    require(samples >= 1, f"--samples {samples}: must be at least 1")
     base, trained = (TransformerWithValueHead(str(model)) for model in (settings["base_model"], run / "model"))
     bridges, tokenizer = (base.bridge, trained.bridge), trained.bridge.tokenizer
     id = single_token(tokenizer, token)
@@ -2265,22 +2165,24 @@ def inspect(
     for share, truth in zip(shares, logits, strict=True):
         is_sum = abs(share.total - truth[texts.where][:, id].mean().item()) < 1e-3 * (1 + abs(share.total))
         require(is_sum, f"{run}: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
-    lenses = [logit_lens(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)]
-    divergence = kl_by_position(*logits, texts.is_completion)
-    updates = weight_updates(*bridges)
     difference = shares[1].components - shares[0].components
-    largest = difference.flatten().argsort(descending=True)[:6].tolist()
-    candidates = [divmod(index, difference.shape[1]) for index in largest]
-    drops = {part: ablation_drop(trained.bridge, texts, id, *part) for part in candidates}
-    patterns = [
-        torch.stack([cache[f"blocks.{i}.attn.hook_pattern"] for i in range(len(difference))]) for cache in caches
-    ]
+    largest = [divmod(i, difference.shape[1]) for i in difference.flatten().argsort(descending=True)[:6].tolist()]
+    found = Inspection(
+        token,
+        texts,
+        kl_by_position(*logits, texts.is_completion),
+        [logit_lens(cache, id, texts.where) for cache in caches],
+        shares,
+        {part: ablation_drop(trained.bridge, texts, id, *part) for part in largest},
+        weight_updates(*bridges),
+        [cache.stack_activation("pattern") for cache in caches],
+    )
     places = f"where it wrote {token!r}" if (texts.where != texts.is_completion).any() else "all"
     console.print(f"{run / 'model'} against {settings['base_model']}: {samples} completions of {prompt!r} by the "
                   f"trained model, {texts.where.sum()} places ({places})", soft_wrap=True)  # fmt: skip
-    print_inspection(token, divergence, lenses, shares, drops, updates)
+    print_inspection(found)
     words = ["".join(c if c.isprintable() else "·" for c in tokenizer.decode([i])) for i in texts.tokens[0].tolist()]
-    plot_inspection(token, divergence, lenses, shares, updates, patterns, texts, words, run / "inspect.png")
+    plot_inspection(found, words, run / "inspect.png")
     console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
 
 
@@ -2302,13 +2204,11 @@ def draw_texts(trained: TransformerWithValueHead, prompt: str, id: int, samples:
     return Texts(drawn.tokens, is_completion, where if where.any() else is_completion)
 
 
-@torch.no_grad()
-def read(bridge: TransformerBridge, texts: Texts) -> tuple[Float[Tensor, "B T V"], dict[str, Tensor]]:
+def read(bridge: TransformerBridge, texts: Texts) -> tuple[Float[Tensor, "B T V"], ActivationCache]:
     """Logits, and the activations that the rest of this section looks at."""
-    wanted = (
-        r"blocks\.0\.hook_in|blocks\.\d+\.(hook_out|attn\.(o\.hook_in|hook_pattern)|mlp\.hook_out)|ln_final\.hook_scale"
-    )
-    return bridge.run_with_cache(texts.tokens, names_filter=lambda name: re.fullmatch(wanted, name) is not None)
+    wanted = ("resid_pre", "resid_post", "_z", "mlp_out", "pattern", "hook_embed", "pos_embed", "final.hook_scale")
+    with torch.no_grad():
+        return bridge.run_with_cache(texts.tokens, names_filter=lambda name: name.endswith(wanted))
 
 
 def kl_by_position(
@@ -2321,46 +2221,32 @@ def kl_by_position(
     return (kl.sum(dim=0) / rows)[rows > 0]
 
 
-@torch.no_grad()
-def logit_lens(
-    bridge: TransformerBridge, cache: dict[str, Tensor], id: int, where: Bool[Tensor, "B T"]
-) -> Float[Tensor, "L+1"]:
+def logit_lens(cache: ActivationCache, id: int, where: Bool[Tensor, "B T"]) -> Float[Tensor, "L+1"]:
     """Log-probability of the token if the model stopped after 0, 1, … L blocks (nostalgebraist 2020, logit lens)."""
-    names = ["blocks.0.hook_in", *(f"blocks.{i}.hook_out" for i in range(bridge.cfg.n_layers))]
-    logits = (bridge.unembed(bridge.ln_final(cache[name][where])) for name in names)
-    return torch.stack([x.log_softmax(-1)[:, id].mean() for x in logits])
+    lens = cache.logit_lens(targets=id, positions=None, return_type="log_probs")
+    return lens.values[:, where].mean(dim=(1, 2))
 
 
 @torch.no_grad()
-def attribute(bridge: TransformerBridge, cache: dict[str, Tensor], id: int, where: Bool[Tensor, "B T"]) -> Attribution:
+def attribute(bridge: TransformerBridge, cache: ActivationCache, id: int, where: Bool[Tensor, "B T"]) -> Attribution:
     """Direct logit attribution (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits).
 
     The residual stream is a sum x = Σ_c x_c, and with the final norm's scale s held fixed the logit is linear in it:
-    ((x - mean x) / s · γ + β) · w + b = Σ_c x_c · u / s + β · w + b, where u = γ w less its mean; RMSNorm centres
-    nothing, so there u = γ w.
+    Σ_c x_c / s · γ w, plus what the model says of x = 0. So the places can be averaged first, with weights 1 / s.
     """
-    norm, head = bridge.ln_final, bridge.unembed.original_component
-    w = head.weight[id].float()
-    u = w * (norm.weight + 1 if norm.uses_weight_offset else norm.weight)
-    u = u if norm.uses_rms_norm else u - u.mean()
-    scale = cache["ln_final.hook_scale"][where]  # [n, 1]
-    biases = sum(bias[id].item() for bias in [getattr(head, "bias", None)] if bias is not None)
-    biases += sum((bias @ w).item() for bias in [getattr(norm.original_component, "bias", None)] if bias is not None)
-    rows = []
-    for i, block in enumerate(bridge.blocks):
-        output = block.attn.o.original_component
-        z = cache[f"blocks.{i}.attn.o.hook_in"][where]  # [n, H, d_head]
-        per_head = (z * (u @ stored_matrix(output)).view(z.shape[1:])).sum(-1) / scale  # u W_O: [H * d_head]
-        mlp = cache[f"blocks.{i}.mlp.hook_out"][where] @ u[:, None] / scale
-        rows.append(torch.cat([per_head, mlp], dim=1).mean(dim=0))
-        if isinstance(getattr(output, "bias", None), Tensor):
-            biases += (output.bias @ u / scale).mean().item()
-    embedding = (cache["blocks.0.hook_in"][where] @ u[:, None] / scale).mean().item()
-    return Attribution(torch.stack(rows), embedding, biases)
-
-
-def stored_matrix(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
-    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+    norm, w = bridge.ln_final, bridge.unembed.original_component.weight[id]
+    gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
+    weights = 1 / cache["ln_final.hook_scale"][where]  # [n, 1]
+    places = {name: x[where] for name, x in cache.items() if x.shape[:2] == where.shape}
+    mean = {name: torch.tensordot(weights.T / weights.sum(), x, 1) for name, x in places.items()}
+    mean["ln_final.hook_scale"] = 1 / weights.mean(dim=0, keepdim=True)
+    shares = ActivationCache(mean, bridge, has_batch_dim=False).get_full_resid_decomposition(
+        expand_neurons=False, apply_ln=True, project_output_onto=gain * w
+    )[:, 0]
+    L, H = bridge.cfg.n_layers, bridge.cfg.n_heads
+    heads, mlps, embedding = shares[: L * H].view(L, H), shares[L * H : L * H + L], shares[L * H + L : -1].sum()
+    constant = bridge.unembed(norm(torch.zeros(1, 1, len(w))))[0, 0, id]
+    return Attribution(torch.cat([heads, mlps[:, None]], dim=1), embedding.item(), (shares[-1] + constant).item())
 
 
 @torch.no_grad()
@@ -2376,20 +2262,6 @@ def ablation_drop(bridge: TransformerBridge, texts: Texts, id: int, layer: int, 
     return (with_it - without)[texts.where][:, id].mean().item()
 
 
-def weight_matrices(bridge: TransformerBridge) -> dict[tuple[str, int], Float[Tensor, "d_out d_in"]]:
-    """Every trained matrix by name and layer; not GPT-2's fused qkv, which the bridge does not compute with."""
-    matrices = {("embed", 0): bridge.embed.original_component.weight}
-    if bridge.unembed.original_component.weight.data_ptr() != matrices["embed", 0].data_ptr():
-        matrices["unembed", bridge.cfg.n_layers - 1] = bridge.unembed.original_component.weight
-    for i, block in enumerate(bridge.blocks):
-        for part, short in ((block.attn, "attn"), (block.mlp, "mlp")):
-            for name, child in part.named_children():
-                layer = getattr(child, "original_component", None)
-                if name != "qkv" and isinstance(layer, nn.Linear | Conv1D):
-                    matrices[f"{short}.{name}", i] = stored_matrix(layer)
-    return matrices
-
-
 class Update(NamedTuple):
     """A weight update ΔW beside its W."""
 
@@ -2399,11 +2271,19 @@ class Update(NamedTuple):
 
 @torch.no_grad()
 def weight_updates(base: TransformerBridge, trained: TransformerBridge) -> dict[tuple[str, int], Update]:
-    after = weight_matrices(trained)
-    return {key: weight_update(matrix, after[key]) for key, matrix in weight_matrices(base).items()}
+    """Of every matrix, by name and layer; an unembedding tied to the embedding is none of its own."""
+    last = base.cfg.n_layers - 1
+    pairs = {("embed", 0): (base.embed, trained.embed), ("unembed", last): (base.unembed, trained.unembed)}
+    for i, blocks in enumerate(zip(base.blocks, trained.blocks, strict=True)):
+        before, after = map(matrices, blocks)
+        pairs |= {(name, i): (before[name], after[name]) for name in before}
+    weights = {key: [part.original_component.weight for part in pair] for key, pair in pairs.items()}
+    if base.unembed.original_component.weight is base.embed.original_component.weight:
+        del weights["unembed", last]
+    return {key: weight_update(*pair) for key, pair in weights.items()}
 
 
-def weight_update(before: Float[Tensor, "d_out d_in"], after: Float[Tensor, "d_out d_in"]) -> Update:
+def weight_update(before: Float[Tensor, "m n"], after: Float[Tensor, "m n"]) -> Update:
     """
     >>> [round(x, 2) for x in weight_update(torch.ones(3, 3), torch.ones(3, 3) + 0.5 * torch.eye(3))]
     [0.29, 3.0]
@@ -2412,131 +2292,113 @@ def weight_update(before: Float[Tensor, "d_out d_in"], after: Float[Tensor, "d_o
     if not difference.any():
         return Update(0.0, 0.0)
     shares = torch.linalg.svdvals(difference)
-    shares = shares / shares.sum()
-    entropy = torch.special.entr(shares).sum()
+    entropy = torch.special.entr(shares / shares.sum()).sum()
     return Update((difference.norm() / before.float().norm()).item(), entropy.exp().item())
 
 
-def part_name(layer: int, part: int, heads: int) -> str:
-    return f"layer {layer} MLP" if part == heads else f"layer {layer} head {part}"
+class Inspection(NamedTuple):
+    """What there is to tell; lists are of the base and of the trained model."""
+
+    token: str
+    texts: Texts
+    divergence: Float[Tensor, "C"]
+    lenses: list[Float[Tensor, "L+1"]]
+    shares: list[Attribution]
+    drops: dict[tuple[int, int], float]  # of the components whose share grew most
+    updates: dict[tuple[str, int], Update]
+    patterns: list[Float[Tensor, "L B H T T"]]
+
+    def name(self, layer: int, part: int) -> str:
+        is_mlp = part == self.shares[0].components.shape[1] - 1
+        return f"layer {layer} MLP" if is_mlp else f"layer {layer} head {part}"
 
 
-def print_inspection(
-    token: str,
-    divergence: Float[Tensor, "C"],
-    lenses: list[Float[Tensor, "L+1"]],
-    shares: list[Attribution],
-    drops: dict[tuple[int, int], float],
-    updates: dict[tuple[str, int], Update],
-) -> None:
+def print_inspection(found: Inspection) -> None:
     """Three tables and the sentence that they are for."""
 
-    def table(title: str, *columns: str, rows: list[tuple]) -> None:
-        table = Table(*columns, box=None, pad_edge=False)
+    def show(title: str, *columns: str, rows: list[tuple]) -> None:
+        table = Table("", *columns, box=None, pad_edge=False)
         for column in table.columns[1:]:
             column.justify = "right"
         for name, *figures in rows:
-            table.add_row(name, *(figure if isinstance(figure, str) else f"{figure:.3g}" for figure in figures))
-        console.print(f"\n{title}")
-        console.print(table)
+            table.add_row(name, *(f"{figure:.3g}" for figure in figures))
+        console.print(f"\n{title}", table, sep="\n")
 
-    heads = shares[0].components.shape[1] - 1
-    worst = divergence.argmax().item()
-    console.print(f"KL(trained ‖ base): mean {divergence.mean():.3g} nats a token, most at token {worst + 1}: "
-                  f"{divergence[worst]:.3g}", soft_wrap=True)  # fmt: skip
-    table(f"log-probability of {token!r} if the model ended there (logit lens)", "", "base", "trained",
-          rows=[(f"after block {i - 1}" if i else "embedding", *pair)
-                for i, pair in enumerate(zip(*(lens.tolist() for lens in lenses), strict=True))])  # fmt: skip
-    base, trained = shares
-    named = [(part_name(*part, heads), base.components[part].item(), trained.components[part].item(), drop)
-             for part, drop in drops.items()]  # fmt: skip
-    rest = [("embedding", base.embedding, trained.embedding), ("biases", base.biases, trained.biases)]
-    others = [share.total - sum(row[i] for row in [*named, *rest]) for i, share in enumerate(shares, start=1)]
-    rest += [("all other heads and MLPs", *others), (f"logit of {token!r}", base.total, trained.total)]
-    rows = [(name, b, t, t - b, *drop) for name, b, t, *drop in [*named, *rest]]
-    table(f"who writes the logit of {token!r} (direct logit attribution)", "", "base", "trained", "change",
-          "drop when ablated", rows=[row if len(row) == 5 else (*row, "") for row in rows])  # fmt: skip
-    carriers = [part_name(*part, heads) for part, drop in drops.items() if drop > 0]
-    console.print(f"\nablated, these lower the logit of {token!r}: {', '.join(carriers) or 'none of them'}")
-    largest = sorted(updates.items(), key=lambda item: -item[1].size)[:8]
-    table("largest weight updates", "", "‖ΔW‖ / ‖W‖", "effective rank",
-          rows=[(name if "embed" in name else f"layer {layer} {name}", *update)
-                for (name, layer), update in largest])  # fmt: skip
+    (base, trained), token = found.shares, repr(found.token)
+    worst = found.divergence.argmax().item()
+    console.print(f"KL(trained ‖ base): mean {found.divergence.mean():.3g} nats a token, most at token {worst + 1}: "
+                  f"{found.divergence[worst]:.3g}", soft_wrap=True)  # fmt: skip
+    lenses = enumerate(zip(*(lens.tolist() for lens in found.lenses), strict=True))
+    rows = [(f"after block {i - 1}" if i else "embedding", *pair) for i, pair in lenses]
+    show(f"log-probability of {token} if the model ended there (logit lens)", "base", "trained", rows=rows)
+    rows = [(found.name(*part), *(share.components[part].item() for share in found.shares)) for part in found.drops]
+    rows += [("embedding", base.embedding, trained.embedding), ("biases", base.biases, trained.biases)]
+    others = [share.total - sum(row[i] for row in rows) for i, share in enumerate(found.shares, start=1)]
+    rows += [("all other heads and MLPs", *others), (f"logit of {token}", base.total, trained.total)]
+    rows = [(*row, row[2] - row[1], *drop) for row, *drop in itertools.zip_longest(rows, found.drops.values())]
+    rows = [(name, *(figure for figure in figures if figure is not None)) for name, *figures in rows]
+    columns = ("base", "trained", "change", "drop when ablated")
+    show(f"who writes the logit of {token} (direct logit attribution)", *columns, rows=rows)
+    carriers = ", ".join(found.name(*part) for part, drop in found.drops.items() if drop > 0)
+    console.print(f"\nablated, these lower the logit of {token}: {carriers or 'none of them'}")
+    largest = sorted(found.updates.items(), key=lambda item: -item[1].size)[:8]
+    rows = [(name if "embed" in name else f"layer {layer} {name}", *update) for (name, layer), update in largest]
+    show("largest weight updates", "‖ΔW‖ / ‖W‖", "effective rank", rows=rows)
 
 
-def plot_inspection(
-    token: str,
-    divergence: Float[Tensor, "C"],
-    lenses: list[Float[Tensor, "L+1"]],
-    shares: list[Attribution],
-    updates: dict[tuple[str, int], Update],
-    patterns: list[Float[Tensor, "L B H T T"]],
-    texts: Texts,
-    words: list[str],
-    path: Path,
-) -> None:
-    """Eight panels, each with a caption that says how to read it."""
-    figure, axes = plt.subplots(4, 2, figsize=(9, 15), layout="constrained")
+def plot_inspection(found: Inspection, words: list[str], path: Path) -> None:
+    """Eight panels, each with a caption that says how to read it; `words` are the first text's tokens."""
+    figure, axes = plt.subplots(4, 2, figsize=(9, 15))
 
-    def finish(axis, title: str, caption: str) -> None:
-        axis.set_title(title, fontsize=10, parse_math=False)
-        axis.set_xlabel(textwrap.fill(caption, 56), fontsize=8, loc="left", parse_math=False)
+    def finish(axis, title: str, caption: str, ylabel: str = "") -> None:
+        axis.set(title=title, ylabel=ylabel)
+        axis.set_xlabel(textwrap.fill(caption, 56), loc="left")
 
     def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], label: str, ticks=None, **colors) -> None:
         image = axis.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colors)
         for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
             step = math.ceil(len(names) / 40)
-            set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5, parse_math=False)
-        figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks, format="%.3g").set_label(label, fontsize=8)
+            set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5)
+        figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks, format="%.3g", label=label)
 
-    layers, heads = shares[0].components.shape[0], shares[0].components.shape[1] - 1
-    axes[0, 0].plot(range(1, len(divergence) + 1), divergence.numpy(), color="C0", marker=".")
+    L, H = found.patterns[0].shape[0], found.patterns[0].shape[2]
+    layers, token, names = list(map(str, range(L))), repr(found.token), ("base", "trained")
+    axes[0, 0].plot(range(1, len(found.divergence) + 1), found.divergence.numpy(), marker=".")
     axes[0, 0].set_ylim(bottom=0)
-    axes[0, 0].set_ylabel("nats", fontsize=8)
     finish(axes[0, 0], "KL(trained ‖ base) by position", "Token of the completion, from left to right. High: there the "
-           "two models would write different things. Mean over all completions.")  # fmt: skip
-    for lens, name, style in zip(lenses, ("base", "trained"), ("--", "-"), strict=True):
-        axes[0, 1].plot(lens.numpy(), linestyle=style, marker=".", color="C0" if style == "-" else "C1", label=name)
-    axes[0, 1].set_xticks(range(0, layers + 1, math.ceil(layers / 12)))
-    axes[0, 1].set_ylabel("log-probability", fontsize=8)
-    axes[0, 1].legend(fontsize=8)
-    finish(axes[0, 1], f"Logit lens: {token!r} after each block", f"Blocks passed. How likely {token!r} would be if "
-           "the model ended there. Where the curves part, training has changed the computation.")  # fmt: skip
-    limit = max(share.components.abs().max().item() for share in shares) + 1e-6
+           "two models would write different things. Mean over all completions.", "nats")  # fmt: skip
+    for lens, name in zip(found.lenses, names, strict=True):
+        axes[0, 1].plot(lens.numpy(), marker=".", label=name)
+    axes[0, 1].set_xticks(range(0, L + 1, math.ceil(L / 12)))
+    axes[0, 1].legend()
+    finish(axes[0, 1], f"Logit lens: {token} after each block", f"Blocks passed. How likely {token} would be if "
+           "the model ended there. Where the curves part, training has changed the computation.",
+           "log-probability")  # fmt: skip
+    limit = max(share.components.abs().max().item() for share in found.shares) + 1e-6
     ticks = [sign * limit / fraction for sign in (-1, 1) for fraction in (1, 3, 10)] + [0]
     signed = {"ticks": ticks, "cmap": "PuOr", "norm": SymLogNorm(limit / 20, vmin=-limit, vmax=limit)}
-    parts = [*map(str, range(heads)), "MLP"]
-    for axis, share, name in zip(axes[1], shares, ("base", "trained"), strict=True):
-        heatmap(axis, share.components, list(map(str, range(layers))), parts, "share of the logit", **signed)
-        axis.set_ylabel("layer", fontsize=8)
-        finish(axis, f"Who writes the logit of {token!r}: {name}", "Heads by number, then the MLP. Purple pushes the "
+    for axis, share, name in zip(axes[1], found.shares, names, strict=True):
+        heatmap(axis, share.components, layers, [*map(str, range(H)), "MLP"], "share of the logit", **signed)
+        finish(axis, f"Who writes the logit of {token}: {name}", "Heads by number, then the MLP. Purple pushes the "
                f"logit up, orange down; with embedding {share.embedding:.1f} and biases {share.biases:.1f} they add up "
-               f"to {share.total:.1f}. Both panels have one, logarithmic, scale.")  # fmt: skip
-    names = list(dict.fromkeys(name for name, _ in updates))
-    for axis, field, label in zip(axes[2], ("size", "rank"), ("‖ΔW‖ / ‖W‖", "effective rank"), strict=True):
-        grid = torch.full((len(names), layers), math.nan)
-        for (name, layer), update in updates.items():
-            grid[names.index(name), layer] = getattr(update, field)
-        heatmap(axis, grid, names, list(map(str, range(layers))), label, vmin=0)
+               f"to {share.total:.1f}. Both panels have one, logarithmic, scale.", "layer")  # fmt: skip
+    kinds = list(dict.fromkeys(name for name, _ in found.updates))
+    for axis, field, label in zip(axes[2], (0, 1), ("‖ΔW‖ / ‖W‖", "effective rank"), strict=True):
+        grid = torch.full((len(kinds), L), math.nan)
+        for (name, layer), update in found.updates.items():
+            grid[kinds.index(name), layer] = update[field]
+        heatmap(axis, grid, kinds, layers, label, vmin=0)
     finish(axes[2, 0], "How far each matrix moved", "Layer. Size of the update, as a share of the matrix that it "
            "changes. White: there is no such matrix.")  # fmt: skip
     finish(axes[2, 1], "In how many directions", "Layer. 1: the whole update is one direction in, one out. LoRA cannot "
            "exceed its rank; full training can.")  # fmt: skip
-    valid = texts.is_completion[None, :, None, :]  # rows of attention that belong to a completion
-    moved = ((patterns[1] - patterns[0]).abs().sum(-1) / 2 * valid).sum(dim=(1, 3)) / valid.sum()
-    layer, head = divmod(moved.argmax().item(), heads)
-    length = int(texts.is_completion[0].nonzero().max()) + 1
-    for axis, pattern, name in zip(axes[3], patterns, ("base", "trained"), strict=True):
-        heatmap(
-            axis,
-            pattern[layer, 0, head, :length, :length],
-            words[:length],
-            words[:length],
-            "attention",
-            cmap="Blues",
-            vmin=0,
-            vmax=1,
-        )
+    valid = found.texts.is_completion[None, :, None, :]  # rows of attention that belong to a completion
+    moved = ((found.patterns[1] - found.patterns[0]).abs().sum(-1) / 2 * valid).sum(dim=(1, 3)) / valid.sum()
+    layer, head = divmod(moved.argmax().item(), H)
+    words = words[: int(found.texts.is_completion[0].nonzero().max()) + 1]
+    for axis, pattern, name in zip(axes[3], found.patterns, names, strict=True):
+        pattern = pattern[layer, 0, head, : len(words), : len(words)]
+        heatmap(axis, pattern, words, words, "attention", cmap="Blues", vmin=0, vmax=1)
         axis.tick_params(axis="x", labelrotation=90)
         finish(axis, f"Attention of layer {layer} head {head}: {name}", "Each row is a token and says where it looks; "
                f"rows add up to 1. Of all heads this one moved most: {moved.max():.0%} of its attention, on "
@@ -2566,19 +2428,19 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
             "all runs" if len(runs) > 1 else runs[0].name
         )
         groups.setdefault(label, []).append(history)
-    labels = {label: label if len(group) == 1 else f"{label} (mean of {len(group)}, band from lowest to highest)"
-              for label, group in groups.items()}  # fmt: skip
-    curves = {textwrap.fill(labels[label], 110): average(group) for label, group in groups.items()}
+    curves = {}
+    for label, group in groups.items():
+        label += f" (mean of {len(group)}, band from lowest to highest)" if len(group) > 1 else ""
+        curves[textwrap.fill(label, 110)] = average(group)
     plot_curves(curves, output)
     console.print(f"wrote {output}", soft_wrap=True)
 
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
     """A run's settings and its metrics, one dict a phase."""
-    require((run / "args.json").is_file(), f"{run}: is no run directory, it holds no args.json")
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8") if (run / "metrics.jsonl").is_file() else ""
-    require(bool(lines), f"{run}: holds no metrics.jsonl with at least one phase")
-    return json.loads((run / "args.json").read_text(encoding="utf-8")), [json.loads(x) for x in lines.splitlines()]
+    settings, history = read_settings(run), read_records(run / "metrics.jsonl")
+    require(bool(history), f"{run}: holds no metrics.jsonl with at least one phase")
+    return settings, history
 
 
 def average(histories: list[list[dict]]) -> list[dict]:
@@ -2618,17 +2480,16 @@ def parse(target: Callable, argv: list[str], **options):
 
 def parse_settings(argv: list[str]) -> RLHFArgs:
     """The settings of the command line; with --resume those of the run, which the command line must not contradict."""
-    if not any(flag.split("=")[0] == "--resume" for flag in argv):
-        return parse(RLHFArgs, argv)
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--resume", type=Path, default=Path())
-    run_dir = known.parse_known_args(argv)[0].resume
-    saved = dataclasses.replace(saved_settings(run_dir), run_dir=None, resume=run_dir)
+    args = parse(RLHFArgs, argv)
+    if args.resume is None:
+        return args
+    saved = dataclasses.replace(saved_settings(args.resume), run_dir=None, resume=args.resume)
     args = parse(RLHFArgs, argv, default=saved)
     for field in dataclasses.fields(RLHFArgs):
         ours, theirs = getattr(args, field.name), getattr(saved, field.name)
         flag = field.name.replace("_", "-")
-        require(ours == theirs, f"--resume {run_dir}: was begun with --{flag} {theirs}, not {ours}; leave --{flag} out")
+        message = f"--resume {args.resume}: was begun with --{flag} {theirs}, not {ours}; leave --{flag} out"
+        require(ours == theirs, message)
     return args
 
 
