@@ -44,6 +44,7 @@ import platform
 import re
 import resource
 import runpy
+import select
 import shutil
 import signal
 import sys
@@ -55,6 +56,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -141,7 +143,7 @@ class RLHFArgs:
     # Rollout phase
     total_phases: int = 50  # rollout phase and learning phase, this many times
     batch_size: int = 64  # completions in a rollout phase, of all processes together
-    group_size: int | None = None  # completions of one prompt, compared with each other; by default the batch
+    group_size: int | None = None  # completions of a prompt, compared with each other; see samples_per_prompt
     gen_len: int = 32  # tokens in a completion, at most
     temperature: float = 1.0  # divides the logits, when sampling and when learning alike
     top_k: int | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
@@ -189,7 +191,12 @@ class RLHFArgs:
 
     @property
     def samples_per_prompt(self) -> int:
-        return self.batch_size if self.group_size is None else self.group_size
+        """The size of a group: as given; or of one prompt all completions, of many 8, and 1 where a critic judges."""
+        if self.group_size is not None:
+            return self.group_size
+        if self.prompts is None:
+            return self.batch_size
+        return 1 if ALGORITHMS[self.algo].has_critic else math.gcd(self.batch_size, 8)
 
 
 # ---- 2 Prompt to tokens ----------------------------------------------------------------------------------------------
@@ -207,12 +214,7 @@ class RLHFArgs:
 # The transformer's output in column t speaks of column t + 1: what scores the completion comes from columns P-1 to T-2.
 # That shift is made once, in `TransformerWithValueHead.completion_features`; all [B, C] tensors below are aligned with
 # the completion: logprobs[b, c] is of completion token c, values[b, c] of the state in which it was chosen. BOS, EOS
-# and pad may be one and the same token, as in GPT-2: only the masks decide.
-
-
-def pad_id(tokenizer) -> int:
-    """What stands in masked columns: where there is no padding token, the end-of-text token."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+# and pad are one and the same token here, as in GPT-2: only the masks decide.
 
 
 def tokenize(tokenizer, prompts: list[str], device) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
@@ -221,7 +223,7 @@ def tokenize(tokenizer, prompts: list[str], device) -> tuple[Int[Tensor, "B P"],
     rows = [bos + tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     require(all(rows), "a prompt has no tokens, and this tokenizer no beginning-of-text token to start from")
     width = max(map(len, rows))
-    tokens = torch.tensor([[pad_id(tokenizer)] * (width - len(row)) + row for row in rows], device=device)
+    tokens = torch.tensor([[tokenizer.eos_token_id] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.bool, device=device)
     return tokens, mask
 
@@ -459,8 +461,13 @@ class Samples(NamedTuple):
         return self.tokens.masked_fill(~self.attention_mask, -100)[:, self.prompt_width :]
 
     def texts(self, tokenizer) -> list[str]:
+        """The completions as text, decoded behind the last token of the prompt: alone, Llama's would lose a leading
+        space."""
         completion = self.completion
-        return tokenizer.batch_decode(unpad(completion, completion != -100), skip_special_tokens=True)
+        last = self.tokens[:, self.prompt_width - 1, None].tolist()
+        whole = [p + c for p, c in zip(last, unpad(completion, completion != -100), strict=True)]
+        before, both = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (last, whole))
+        return [text.removeprefix(start) for start, text in zip(before, both, strict=True)]
 
 
 @torch.no_grad()
@@ -478,9 +485,9 @@ def get_samples(
     C is the length of the longest completion drawn, at most gen_len.
     """
     (B, P), device = prompt_tokens.shape, prompt_tokens.device
-    tokenizer, eos = policy.bridge.tokenizer, policy.bridge.tokenizer.eos_token_id
+    eos = policy.bridge.tokenizer.eos_token_id
     # The sampler's own buffers, filled in place column by column.
-    tokens = torch.cat([prompt_tokens, prompt_tokens.new_full((B, gen_len), pad_id(tokenizer))], dim=1)
+    tokens = torch.cat([prompt_tokens, prompt_tokens.new_full((B, gen_len), eos)], dim=1)
     mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, gen_len)], dim=1)
     logprobs = torch.zeros(B, gen_len, device=device)
     values = torch.zeros(B, gen_len, device=device) if policy.value_head else None
@@ -571,13 +578,21 @@ def get_rewards(rewards: list[Reward], prompts: list[dict], completions: list[st
 
 
 def weigh(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> Float[Tensor, "B"]:
-    """The reward: the weighted sum of its terms."""
-    return scores @ scores.new_tensor([reward.weight for reward in rewards])
+    """The reward: the weighted sum of its terms, without those that do not apply (NaN)."""
+    return scores.nan_to_num() @ scores.new_tensor([reward.weight for reward in rewards])
+
+
+def centered(x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+    """Less their mean. The first one is taken off before: so equal numbers become exactly 0, not a rounding error, that
+    a division by their standard deviation would blow up."""
+    x = x - x[..., :1]
+    return x - x.mean(dim=-1, keepdim=True)
 
 
 def normalize(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Mean 0 and standard deviation 1; all 0 where all rewards are equal."""
-    return (rewards - rewards.mean()) / (rewards.std() + 1e-6) if len(rewards) > 1 else rewards
+    rewards = centered(rewards)
+    return rewards / (rewards.std() + 1e-6) if len(rewards) > 1 else rewards
 
 
 # ---- 7 Reward to advantage -------------------------------------------------------------------------------------------
@@ -609,10 +624,9 @@ def group_relative(
     rewards: Float[Tensor, "B"], values: None, mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2)."""
-    groups = rewards.view(-1, args.samples_per_prompt)
-    advantages = groups - groups.mean(dim=1, keepdim=True)
+    advantages = centered(rewards.view(-1, args.samples_per_prompt))
     if args.scale_by_group_std:
-        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-6)
+        advantages = advantages / (advantages.std(dim=1, keepdim=True) + 1e-6)
     return advantages.view(-1, 1) * mask
 
 
@@ -620,9 +634,8 @@ def leave_one_out(
     rewards: Float[Tensor, "B"], values: None, mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """A_i = r_i - mean of the other rewards of the group = K/(K-1) (r_i - mean(r)) (RLOO 2402.14740, section 2.2)."""
-    groups = rewards.view(-1, args.samples_per_prompt)
-    K = groups.shape[1]
-    return (K / (K - 1) * (groups - groups.mean(dim=1, keepdim=True))).view(-1, 1) * mask
+    K = args.samples_per_prompt
+    return (K / (K - 1) * centered(rewards.view(-1, K))).view(-1, 1) * mask
 
 
 # ---- 8 Replay memory -------------------------------------------------------------------------------------------------
@@ -787,8 +800,9 @@ class RLHFTrainer:
 
     def __init__(self, args: RLHFArgs):
         # What chooses, checks and loads is in section 12; at bad input it stops with one line.
-        self.accelerator = Accelerator(cpu=args.device == "cpu", log_with=args.track)
-        self.run_dir = broadcast_object_list([choose_run_dir(args)])[0]
+        self.accelerator = Accelerator(cpu=is_cpu(args.device), log_with=args.track)
+        is_main = self.accelerator.is_main_process
+        self.run_dir = broadcast_object_list([choose_run_dir(args) if is_main else None])[0]
         self.device = pick_device(args.device, self.accelerator)
         self.args = args = relieve_memory(args, self.device)
         check_processes(args, self.accelerator)
@@ -802,6 +816,7 @@ class RLHFTrainer:
             self.rewards = load_rewards(args, self.run_dir, self.device)
         self.tokenizer = self.policy.bridge.tokenizer
         check_context(self.policy.bridge, self.prompts, args.gen_len)
+        torch.manual_seed(args.seed)  # again: whatever a reward drew meanwhile, all processes start from equal adapters
         choose_trained(self.policy.bridge, args)
         self.frozen_copy = None  # with LoRA the reference is the policy itself, adapters off
         if not args.lora:
@@ -838,9 +853,9 @@ class RLHFTrainer:
                 if self.phase % args.save_every == 0:
                     save_checkpoint(self)
             save_checkpoint(self)
+            export(self)
             if self.phase == args.total_phases:
                 log.samples("after", self.showcase())
-                export(self)
         return self.run_dir
 
     @torch.no_grad()
@@ -882,7 +897,8 @@ class RLHFTrainer:
         rewards = normalize(raw_rewards) if self.args.normalize_reward else raw_rewards
         advantages = self.algorithm.compute_advantages(rewards, values, mask, self.args)
         metrics = rollout_metrics(completion, raw_rewards, advantages, values)
-        metrics |= {reward.name: mean for reward, mean in zip(self.rewards, scores.mean(0).tolist(), strict=True)}
+        means = scores.nanmean(0).nan_to_num().tolist()
+        metrics |= {reward.name: mean for reward, mean in zip(self.rewards, means, strict=True)}
         return self.own_share(advantages)[:, : drawn.logprobs.shape[1]], metrics  # as wide as our own completions
 
     def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
@@ -996,7 +1012,10 @@ class RLHFTrainer:
         weights = [weight for weight in self.trained.values() if weight.grad is not None]
         for weight in weights:
             weight.grad = self.accelerator.reduce(weight.grad, "mean")
-        return nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm).item()
+        norm = nn.utils.clip_grad_norm_(weights, self.args.max_grad_norm).item()
+        message = f"phase {self.phase + 1}: the gradient is not finite; smaller learning rates may help"
+        require(math.isfinite(norm), message)
+        return norm
 
 
 # ---- 11 Update to log ------------------------------------------------------------------------------------------------
@@ -1199,7 +1218,13 @@ def check_settings(args: RLHFArgs) -> None:
     require(warm, f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}")
     require(args.temperature > 0, f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy")
     require(args.kl_target is None or args.kl_target > 0, f"--kl-target {args.kl_target}: must be positive")
-    require(args.seed >= 0, f"--seed {args.seed}: must not be negative")
+    require(0 <= args.seed < 2**31, f"--seed {args.seed}: must be from 0 to 2147483647")
+    for (
+        name
+    ) in "kl_coef vf_coef clip_coef clip_high base_lr head_lr max_grad_norm final_scale gamma gae_lambda".split():
+        value = getattr(args, name)
+        message = f"--{name.replace('_', '-')} {value}: must be a number of at least 0"
+        require(value is None or 0 <= value < math.inf, message)
     count = len(args.reward) or 1
     weighted = len(args.reward_weights) in (0, count)
     require(weighted, f"--reward-weights: {len(args.reward_weights)} given for {count} rewards; expected one for each")
@@ -1238,12 +1263,18 @@ def load_prompts(prefix: str, path: Path | None) -> list[dict]:
     for where, line in read_lines(path):
         rows.append(read_texts(where, line, "prompt") if is_json else {"prompt": line})
         require(rows[-1].keys() == rows[0].keys(), f"{where}: its columns differ from line 1's")
+        reserved = rows[-1].keys() & {"prompts", "completions"}
+        require(
+            not reserved, f"{where}: a column named {min(reserved, default='')!r} would hide what a reward is given"
+        )
     return rows
 
 
 def check_context(bridge: TransformerBridge, rows: list[dict], gen_len: int) -> None:
     """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context."""
-    room = bridge.cfg.n_ctx - tokenize(bridge.tokenizer, [row["prompt"] for row in rows], "cpu")[0].shape[1]
+    longest = max(tokenize(bridge.tokenizer, [row["prompt"]], "cpu")[0].shape[1] for row in rows)
+    room = bridge.cfg.n_ctx - longest
+    require(gen_len >= 1, f"--gen-len {gen_len}: must be at least 1")
     message = f"--gen-len {gen_len}: the context of {bridge.cfg.n_ctx} leaves {room} tokens after the longest prompt"
     require(gen_len <= room, message)
 
@@ -1264,6 +1295,7 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[T
     return bridge.eval(), published
 
 
+@torch.no_grad()
 def check_cache(bridge: TransformerBridge) -> None:
     """Raises SettingError if the KV cache stays empty, as it does from transformers 5.24 on, which renames the argument
     that TransformerLens 4.3 looks for: completions would ignore their prompts, silently."""
@@ -1323,8 +1355,8 @@ def load_reward(spec: str, args: RLHFArgs, run_dir: Path, device: str) -> Reward
     if spec == "sentiment":
         return classifier_reward("lvwerra/distilbert-imdb", "POSITIVE", device)
     if kind == "classifier" and rest:
-        path, _, label = rest.rpartition(":")
-        return classifier_reward(path or rest, label if path else None, device)
+        path, _, label = ("", "", "") if Path(rest).is_dir() else rest.rpartition(":")
+        return classifier_reward(path or rest, label or None, device)
     if kind == "preferences" and rest:
         return preferences_reward(Path(rest), args, run_dir, device)
     path, colon, name = spec.rpartition(":")
@@ -1372,7 +1404,10 @@ def classifier_reward(model: str, label: str | None, device: str) -> RewardFn:
     def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         logits = classify(classifier, tokenizer, texts)
-        return (logits[:, 0] if label is None else logits.softmax(-1)[:, labels[label]]).tolist()
+        if len(labels) == 1:
+            return logits[:, 0].tolist()
+        are_independent = classifier.config.problem_type == "multi_label_classification"
+        return (logits.sigmoid() if are_independent else logits.softmax(-1))[:, labels[label]].tolist()
 
     return score
 
@@ -1380,8 +1415,9 @@ def classifier_reward(model: str, label: str | None, device: str) -> RewardFn:
 def call_reward(reward: Reward, prompts: list[str], completions: list[str], columns: dict[str, list]) -> list[float]:
     """Calls a reward function and checks what it returns.
 
-    Raises SettingError, naming the completion, for a count that is off, a NaN or infinity, or something that is no
-    number; and, with its traceback shown once, for what the function itself raises.
+    None says, as in TRL, that the reward does not apply to a completion, and becomes NaN. Raises SettingError, naming
+    the completion, for a count that is off, a NaN or infinity, or something that is no number; and, with its traceback
+    shown once, for what the function itself raises.
     """
     where = f"reward function {reward.name.removeprefix('reward/')}"
     try:
@@ -1393,9 +1429,14 @@ def call_reward(reward: Reward, prompts: list[str], completions: list[str], colu
     scores, count = list(scores), len(completions)
     require(len(scores) == count, f"{where}: returned {len(scores)} values for {count} completions")
     for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
-        is_finite = hasattr(score, "__float__") and math.isfinite(score)  # which texts and None are not
+        is_finite = score is None or (hasattr(score, "__float__") and math.isfinite(score))  # which texts are not
         require(is_finite, f"{where}: value {i} is {score!r}, not a finite number, for the completion {completion!r}")
-    return [float(score) for score in scores]
+    return [math.nan if score is None else float(score) for score in scores]
+
+
+def is_cpu(device: str) -> bool:
+    """Whether the CPU will do the work; accelerate has to be told, or its processes do not find each other there."""
+    return device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
 
 
 def pick_device(device: str, accelerator: Accelerator) -> str:
@@ -1408,7 +1449,10 @@ def pick_device(device: str, accelerator: Accelerator) -> str:
 
 
 def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
-    """Raises SettingError where the processes cannot share the work evenly."""
+    """Raises SettingError where processes were launched that did not find each other, or cannot share the work."""
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    message = f"{launched} processes were launched, but {accelerator.num_processes} found each other; check --device"
+    require(launched == accelerator.num_processes, message)
     parts = accelerator.num_processes * args.num_minibatches
     message = f"--batch-size {args.batch_size}: must be divisible by {accelerator.num_processes} processes times"
     require(args.batch_size % parts == 0, f"{message} --num-minibatches {args.num_minibatches}")
@@ -1420,7 +1464,8 @@ def relieve_memory(args: RLHFArgs, device: str) -> RLHFArgs:
     """Half the batch, and gpt2 in place of gpt2-medium, on request or where that model would not fit; says so."""
     total = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else machine_memory()
     needed = (4 if args.lora else 12) * 2**30  # of gpt2-medium: weights, and gradients, moments, reference without LoRA
-    if not (args.low_gpu_mem or (args.base_model == "gpt2-medium" and total < needed)):
+    is_short = args.low_gpu_mem or (args.base_model == "gpt2-medium" and total < needed)
+    if args.resume or not is_short:  # a run's saved settings have been relieved already
         return args
     model = "gpt2" if args.base_model == "gpt2-medium" else args.base_model
     half = args.batch_size // 2
@@ -1459,13 +1504,15 @@ def peak_memory_mb(device: str) -> float:
 
 
 def choose_run_dir(args: RLHFArgs) -> Path:
-    """The directory of --run-dir, of --resume, or a new one by date; the same in all processes."""
+    """The directory of --resume, of --run-dir, or a new one by date and time; nobody's files are overwritten."""
     if args.resume:
         return args.resume
-    name = time.strftime(f"%Y%m%d-%H%M%S-{args.algo}{'-lora' if args.lora else ''}")
-    run_dir = args.run_dir or Path("runs") / name
+    now = datetime.now().strftime("%Y%m%d-%H%M%S.%f")[:-3]  # to the millisecond: several runs may start together
+    run_dir = args.run_dir or Path("runs") / f"{now}-{args.algo}{'-lora' if args.lora else ''}"
     message = f"--run-dir {run_dir}: holds a run already; go on with it by --resume {run_dir}, or give another"
-    require(not any((run_dir / name).exists() for name in ("args.json", "metrics.jsonl")), message)
+    require(not (run_dir / "args.json").exists(), message)
+    is_free = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
+    require(is_free, f"--run-dir {run_dir}: is not an empty directory; give a new one")
     return run_dir
 
 
@@ -1486,23 +1533,25 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
     """The settings of the run in this directory."""
     record, names = read_settings(run_dir), {field.name for field in dataclasses.fields(RLHFArgs)}
     settings = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items() if name in names}
+    require("base_model" in settings, f"{run_dir / 'args.json'}: holds no settings")
     paths = {name: Path(settings[name]) for name in ("prompts", "run_dir", "resume") if settings.get(name)}
     return RLHFArgs(**settings | paths)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file or directory written beside and renamed to its place."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    beside, aside = (path.with_name(f"{path.name}.{os.getpid()}{end}.unfinished") for end in ("", ".old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
-        if path.is_dir():  # a file is replaced by the renaming itself
-            discard(path)
+        if beside.is_dir() and path.is_dir():  # a file replaces a file by the renaming itself, and never a directory
+            path.rename(aside)
         beside.rename(path)
     except OSError as error:
         raise SettingError(f"{path}: cannot be written ({error.strerror or error}); what was there is whole") from error
     finally:
         discard(beside)
+        discard(aside)
 
 
 def discard(path: Path) -> None:
@@ -1513,6 +1562,8 @@ def discard(path: Path) -> None:
 def open_run_dir(trainer: RLHFTrainer) -> list[dict]:
     """Writes args.json, or, in a run that goes on, forgets the phases after its checkpoint; returns the others."""
     run_dir, args = trainer.run_dir, trainer.args
+    for orphan in (*run_dir.glob("*.unfinished"), *run_dir.glob("checkpoint/*.unfinished")):  # of a run that was killed
+        discard(orphan)
     if not args.resume:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")}
         versions["python"] = platform.python_version()
@@ -1544,6 +1595,9 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
     if not trainer.accelerator.is_main_process:
         return
     directory = trainer.run_dir / "checkpoint"
+    finite = all(weight.isfinite().all() for weight in trainer.trained.values())
+    advice = "what was saved before is kept; smaller learning rates may help"
+    require(finite, f"phase {trainer.phase}: the weights are no longer finite; {advice}")
     tensors = {}
     for name, weight in trainer.trained.items():
         moments = trainer.optimizer.state.get(weight, {})
@@ -1561,19 +1615,24 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
     foreign = [path for path in directory.glob("*") if not path.name.startswith("phase-")]
     refused = "is no checkpoint of this program, and a pickle could run code; move it away"
     require(not foreign, f"{foreign[0] if foreign else directory}: {refused}")
-    for path in sorted(directory.glob("phase-*.safetensors"), reverse=True):
+    paths = sorted(directory.glob("phase-*.safetensors"), reverse=True)
+    if not paths:
+        return
+    for path in paths:
         try:
             with safetensors.safe_open(path, "pt", device=trainer.device) as file:
                 state, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             break
         except (OSError, safetensors.SafetensorError) as error:
-            console.print(
-                f"{path}: is damaged ({first_line(error)}); going on from the checkpoint before", soft_wrap=True
-            )
+            console.print(f"{path}: is damaged ({first_line(error)}); trying the one before", soft_wrap=True)
     else:
-        return
+        raise SettingError(f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew in another directory")
+    require("base_model" in (state or {}), f"{path}: is no checkpoint of this program; move it away")
     same = state["base_model"] == (here := fingerprint(trainer))
     require(same, f"--resume {trainer.run_dir}: its base model was another: {state['base_model']}; here {here}")
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if "@" not in name}
+    same = shapes == {name: weight.shape for name, weight in trainer.trained.items()}
+    require(same, f"{path}: holds other weights than these settings train; was args.json changed?")
     for name, weight in trainer.trained.items():
         weight.data.copy_(tensors[name])
         moments = {key.rpartition("@")[2]: value for key, value in tensors.items() if key.rpartition("@")[0] == name}
@@ -1636,7 +1695,7 @@ def export(trainer: RLHFTrainer) -> None:
     policy, source = trainer.policy, trainer.args.base_model
     write_whole(trainer.run_dir / "model", lambda path: export_model(policy, path))
     if trainer.args.lora:
-        write_whole(trainer.run_dir / "adapter", lambda path: export_adapter(policy, source, path))
+        write_whole(trainer.run_dir / "adapter", lambda path: export_adapter(policy, model_name(source), path))
 
 
 def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
@@ -1857,7 +1916,7 @@ def label(
     """
     RLHFArgs(gen_len=gen_len, temperature=temperature, seed=seed)  # the same limits
     rows = load_prompts(prefix, prompts)
-    policy = TransformerWithValueHead(base_model, device=pick_device(device, Accelerator(cpu=device == "cpu")))
+    policy = TransformerWithValueHead(base_model, device=pick_device(device, Accelerator(cpu=is_cpu(device))))
     check_context(policy.bridge, rows, gen_len)
     sampling = {"seed": seed, "gen_len": gen_len, "temperature": temperature}
     ask(file, pairs, functools.partial(draw_pair, policy, rows, **sampling))
@@ -1935,7 +1994,9 @@ def printable(text: str) -> str:
     >>> printable("red" + chr(27) + "[31m")
     'red␛[31m'
     """
-    return text.translate({code: 0x2400 + code for code in range(32) if code != ord("\n")} | {127: "␡"})
+    shown = {code: 0x2400 + code for code in range(32) if code != ord("\n")} | {127: "␡"}
+    hidden = dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")  # C1, direction
+    return text.translate(shown | hidden)
 
 
 def keypresses() -> Iterator[str]:
@@ -1946,6 +2007,9 @@ def keypresses() -> Iterator[str]:
             restore.callback(termios.tcsetattr, stdin, termios.TCSANOW, termios.tcgetattr(stdin))
             tty.setcbreak(stdin, termios.TCSANOW)  # not the default, which would throw away a key typed early
         while (key := os.read(stdin, 1).decode("latin-1").lower()) not in ("", "\x04"):
+            if key == "\x1b" and os.isatty(stdin):  # an arrow or function key: the letters that follow are no answer
+                while select.select([stdin], [], [], 0.02)[0]:
+                    os.read(stdin, 1)
             yield key
 
 
@@ -2146,18 +2210,18 @@ def inspect(
     Args:
         run: a run directory
         token: whose logit is taken apart
-        prompt: what the completions continue, on which both models are read; by default the run's prefix
+        prompt: what the completions continue, on which both models are read; by default the run's own, or its first
         samples: completions, drawn from the trained model
         gen_len: tokens in a completion, at most
         seed: of the completions
     """
-    settings = read_settings(run)
+    settings = saved_settings(run)
     require((run / "model").is_dir(), f"{run}: holds no model; training writes it at the end")
     require(samples >= 1, f"--samples {samples}: must be at least 1")
-    base, trained = (TransformerWithValueHead(str(model)) for model in (settings["base_model"], run / "model"))
+    base, trained = (TransformerWithValueHead(str(model)) for model in (settings.base_model, run / "model"))
     bridges, tokenizer = (base.bridge, trained.bridge), trained.bridge.tokenizer
     id = single_token(tokenizer, token)
-    prompt = settings["prefix"] if prompt is None else prompt
+    prompt = load_prompts(settings.prefix, settings.prompts)[0]["prompt"] if prompt is None else prompt
     check_context(trained.bridge, [{"prompt": prompt}], gen_len)
     texts = draw_texts(trained, prompt, id, samples, gen_len, seed)
     logits, caches = zip(*(read(bridge, texts) for bridge in bridges), strict=True)
@@ -2178,7 +2242,7 @@ def inspect(
         [cache.stack_activation("pattern") for cache in caches],
     )
     places = f"where it wrote {token!r}" if (texts.where != texts.is_completion).any() else "all"
-    console.print(f"{run / 'model'} against {settings['base_model']}: {samples} completions of {prompt!r} by the "
+    console.print(f"{run / 'model'} against {settings.base_model}: {samples} completions of {prompt!r} by the "
                   f"trained model, {texts.where.sum()} places ({places})", soft_wrap=True)  # fmt: skip
     print_inspection(found)
     words = ["".join(c if c.isprintable() else "·" for c in tokenizer.decode([i])) for i in texts.tokens[0].tolist()]
@@ -2480,24 +2544,25 @@ def parse(target: Callable, argv: list[str], **options):
 
 def parse_settings(argv: list[str]) -> RLHFArgs:
     """The settings of the command line; with --resume those of the run, which the command line must not contradict."""
-    args = parse(RLHFArgs, argv)
-    if args.resume is None:
-        return args
-    saved = dataclasses.replace(saved_settings(args.resume), run_dir=None, resume=args.resume)
-    args = parse(RLHFArgs, argv, default=saved)
-    for field in dataclasses.fields(RLHFArgs):
-        ours, theirs = getattr(args, field.name), getattr(saved, field.name)
-        flag = field.name.replace("_", "-")
+    runs = [value for flag, value in itertools.pairwise([*argv, ""]) if flag == "--resume"]
+    runs += [flag.partition("=")[2] for flag in argv if flag.startswith("--resume=")]
+    if not runs:
+        return parse(RLHFArgs, argv)
+    saved = dataclasses.replace(saved_settings(Path(runs[-1])), run_dir=None, resume=Path(runs[-1]))
+    args = parse(RLHFArgs, argv, default=dataclasses.replace(saved, reward=()))  # to which those given are appended
+    given = {flag.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for flag in argv}
+    for name in given & {field.name for field in dataclasses.fields(RLHFArgs)}:
+        ours, theirs, flag = getattr(args, name), getattr(saved, name), name.replace("_", "-")
         message = f"--resume {args.resume}: was begun with --{flag} {theirs}, not {ours}; leave --{flag} out"
         require(ours == theirs, message)
-    return args
+    return saved
 
 
 def train(args: RLHFArgs) -> int:
     """Trains; returns the exit status."""
     trainer = RLHFTrainer(args)
     trainer.train()
-    if not trainer.stop.received:
+    if trainer.phase == args.total_phases:
         return 0
     console.print(f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}")
     return 128 + trainer.stop.received
@@ -2512,7 +2577,7 @@ def main(argv: list[str]) -> int:
             parse(commands[argv[0]], argv[1:])
             return 0
         return train(parse_settings(argv))
-    except SettingError as error:
+    except (SettingError, OSError) as error:
         print(f"rlhf.py: {error}", file=sys.stderr)
         return 2
 

@@ -33,7 +33,6 @@ import torch
 import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import
@@ -149,11 +148,35 @@ def test_bad_settings_end_with_one_line_and_status_2(gpt2, tmp_path, capsys, fla
     assert not (tmp_path / "run").exists()
 
 
+def test_a_directory_of_the_users_is_never_deleted(gpt2, tmp_path, capsys):
+    mine = tmp_path / "run" / "model" / "notes"
+    mine.mkdir(parents=True)
+    assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path / "run")]) == 2
+    assert "is not an empty directory" in capsys.readouterr().err
+    history = tmp_path / "history"
+    history.mkdir()
+    (history / "args.json").write_text("{}")
+    (history / "metrics.jsonl").write_text(
+        json.dumps({"phase": 1, "reward": 1.0, "kl": 0.0, "entropy": 1.0, "distinct_2": 1.0}) + "\n"
+    )
+    assert rlhf.main(["compare", str(history), "--output", str(tmp_path / "run")]) == 2
+    assert "cannot be written" in capsys.readouterr().err and mine.is_dir()
+
+
+def test_weights_that_are_no_longer_finite_are_not_saved(gpt2, tmp_path, capsys):
+    flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 6 --warmup-steps 0 --save-every 1".split()
+    run = tmp_path / "run"
+    assert rlhf.main([*flags, "--base-model", gpt2, "--base-lr", "1e30", "--run-dir", str(run)]) == 2
+    assert "finite" in capsys.readouterr().err
+    for path in run.glob("checkpoint/*"):
+        assert all(x.isfinite().all() for x in safetensors.torch.load_file(path).values())
+
+
 def test_a_run_directory_is_never_overwritten(gpt2, tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text("precious")
+    (tmp_path / "args.json").write_text("precious")
     assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path)]) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+    assert (tmp_path / "args.json").read_text() == "precious"
 
 
 def test_malformed_prompts_name_their_line(tmp_path):
@@ -162,6 +185,7 @@ def test_malformed_prompts_name_their_line(tmp_path):
         ("{", "line 2: is not JSON"),
         ('{"text": "a"}', 'line 2: expected a text under "prompt", found none'),
         ('{"prompt": "a", "more": 1}', "line 2: its columns differ"),
+        ('{"prompt": "a", "completions": 1}', "line 2: its columns differ|'completions' would hide"),
     ]:
         path.write_text('{"prompt": "fine"}\n' + bad)
         with pytest.raises(SettingError, match=expected):
@@ -333,6 +357,18 @@ def test_end_of_text_is_an_action_and_what_follows_is_masked(gpt2):
     assert (gradient[is_eos] != 0).all() and (gradient[~memory.mask] == 0).all()
 
 
+def test_a_padding_token_outside_of_the_vocabulary_is_not_used(gpt2, tmp_path):
+    """As of tokenizers to which [PAD] was added, and not to the model."""
+    shutil.copytree(gpt2, tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    trainer = RLHFTrainer(small_args(str(tmp_path / "model"), algo="grpo", batch_size=64, gen_len=20, temperature=2.0))
+    memory, _, _ = trainer.rollout_phase()
+    assert not memory.attention_mask.all() and memory.tokens.max() < trainer.policy.bridge.cfg.d_vocab
+    trainer.learning_phase(memory)
+
+
 def test_a_completion_that_is_only_end_of_text(gpt2):
     trainer = RLHFTrainer(small_args(gpt2, algo="ppo", gen_len=1, lora=True))
     weight = trainer.policy.bridge.ln_final.original_component
@@ -387,7 +423,7 @@ def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
         ([0.0, math.nan], "value 1 is nan.*'bad'"),
         ([math.inf, 0.0], "value 0 is inf.*'good'"),
         ([0.0, "1"], "value 1 is '1'.*'bad'"),
-        ([0.0, None], "value 1 is None.*'bad'"),
+        ([0.0, [1.0]], "value 1 is .1.0..*'bad'"),
     ],
 )
 def test_bad_rewards_name_the_completion(returned, expected):
@@ -395,9 +431,41 @@ def test_bad_rewards_name_the_completion(returned, expected):
         rlhf.get_rewards([rlhf.Reward("reward/f", lambda **_: returned, 1.0)], [{"prompt": "p"}] * 2, ["good", "bad"])
 
 
+def test_none_says_that_a_reward_does_not_apply():
+    """As in TRL: the other rewards alone count for that completion, and the logged mean is of the others."""
+    rewards = [rlhf.Reward("a", lambda **_: [1.0, None], 2.0), rlhf.Reward("b", lambda **_: [3.0, 4.0], 1.0)]
+    scores = rlhf.get_rewards(rewards, [{"prompt": "p"}] * 2, ["x", "y"])
+    assert rlhf.weigh(scores, rewards).tolist() == [5.0, 4.0]
+    assert scores.nanmean(0).tolist() == [1.0, 3.5]
+
+
+@pytest.mark.parametrize("value", [100.1, -999.7])
+@pytest.mark.parametrize("count", [3, 6, 8, 12, 64])
+def test_equal_rewards_give_no_advantage(value, count):
+    """Exactly: the float32 mean of equal numbers need not be that number, and the rest would be divided by 1e-6."""
+    rewards, mask = torch.full((2 * count,), value), torch.ones(2 * count, 1, dtype=torch.bool)
+    args = RLHFArgs(algo="grpo", batch_size=2 * count, group_size=count, num_minibatches=1)
+    assert not rlhf.normalize(rewards).any()
+    assert not rlhf.group_relative(rewards, None, mask, args).any()
+    assert not rlhf.leave_one_out(rewards, None, mask, args).any()
+
+
 def test_normalize():
     torch.testing.assert_close(rlhf.normalize(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]) / 2**0.5)
     assert rlhf.normalize(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
+
+
+def test_a_leading_space_survives_decoding(gpt2):
+    """Llama's and Mistral's tokenizers drop the space before the first word that they decode."""
+    text = "This is a test . It has words"
+    words = ["<s>", "</s>", *sorted({f"▁{word}" for word in text.split()})]
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, [], ignore_merges=True))
+    bare.pre_tokenizer, bare.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>")
+    ids = torch.tensor([[0, *tokenizer.encode("This is a test", add_special_tokens=False), 1]])
+    assert tokenizer.decode(ids[0, 3:5]) == "a test"
+    drawn = rlhf.Samples(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 3), None)
+    assert drawn.texts(tokenizer) == [" a test"]
 
 
 # ---- Advantages ------------------------------------------------------------------------------------------------------
@@ -934,8 +1002,14 @@ def test_resume_refuses_what_it_should(gpt2, tmp_path, capsys):
     resumed(expected="optimizer.pt: is no checkpoint.*pickle")
     (run / "checkpoint" / "optimizer.pt").unlink()
     (run / "checkpoint" / "phase-00003.safetensors").write_bytes(b"\x80\x04.")
-    resumed(expected="phase-00003.safetensors: is damaged.*the checkpoint before", status=0)
+    resumed(expected="phase-00003.safetensors: is damaged.*trying the one before", status=0)
     assert metrics_of(run) == whole
+    for path in (run / "checkpoint").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    resumed(expected="no checkpoint is whole")
+    assert metrics_of(run) == whole
+    shutil.rmtree(run / "checkpoint")
+    resumed("--total-phases", "3", expected="samples before", status=0)  # the same settings may be repeated
     save_model(tmp_path / "base", transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2))
     resumed(expected="its base model was another")
     assert rlhf.main(["--resume", str(tmp_path)]) == 2
@@ -1044,7 +1118,7 @@ def test_a_whole_run_on_two_processes_and_one_that_dies(gpt2, tmp_path):
     flags = (
         "--algo grpo --lora --batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 3 --warmup-steps 1".split()
     )
-    flags += ["--base-model", gpt2, "--device", "cpu"]
+    flags += ["--base-model", gpt2]  # and no --device: on the CPU, too, the processes have to find each other
     run = launch(2, rlhf.__file__, *flags, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     assert [line["phase"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
@@ -1102,6 +1176,23 @@ def test_classifier_reward_is_the_labels_probability(classifier, gpt2):
     assert 0 < trainer.rollout_phase()[1]["reward"] < 1
 
 
+def test_classifiers_of_independent_labels_and_of_one_output(classifier, gpt2):
+    """As transformers.pipeline has it: each label has its own sigmoid. One output is a score, under any name."""
+    texts = {"prompts": ["This is"], "completions": [" a test."]}
+    config = Path(classifier, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"problem_type": "multi_label_classification"}))
+    pipeline = transformers.pipeline("text-classification", classifier, top_k=None)
+    for truth in pipeline(["This is a test."])[0]:
+        score = rlhf.classifier_reward(classifier, truth["label"], "cpu")(**texts)
+        assert score == pytest.approx([truth["score"]], abs=1e-5)
+    single = transformers.AutoModelForSequenceClassification.from_pretrained(gpt2, num_labels=1, pad_token_id=0)
+    single.save_pretrained(classifier)
+    assert rlhf.load_reward(f"classifier:{classifier}:LABEL_0", RLHFArgs(), Path(), "cpu")(**texts) == pytest.approx(
+        rlhf.load_reward(f"classifier:{classifier}", RLHFArgs(), Path(), "cpu")(**texts)
+    )
+    assert rlhf.classifier_reward(classifier, "LABEL_0", "cpu")(**texts) != [1.0]
+
+
 @pytest.mark.parametrize("suffix, expected", [("", "no such label.*BAD, GOOD"), (":UGLY", "no such label.*BAD, GOOD")])
 def test_classifier_labels_are_checked(classifier, suffix, expected):
     with pytest.raises(SettingError, match=expected):
@@ -1127,6 +1218,8 @@ def test_low_gpu_mem_takes_the_smaller_model_and_half_the_batch(monkeypatch, cap
     assert rlhf.relieve_memory(medium, "cpu") == medium
     asked = rlhf.relieve_memory(dataclasses.replace(medium, low_gpu_mem=True, num_minibatches=64), "cpu")
     assert (asked.base_model, asked.batch_size) == ("gpt2", 64)  # 32 would not divide
+    resumed = dataclasses.replace(small, resume=Path("run"))
+    assert rlhf.relieve_memory(resumed, "cpu") == resumed  # and not halved again
 
 
 def test_prompts_of_any_length_and_alphabet(gpt2, tmp_path):
@@ -1154,6 +1247,8 @@ def test_model_directories_that_cannot_be_loaded(gpt2, tmp_path):
 
 def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, capsys):
     """As with transformers 5.24 and TransformerLens 4.3, where every token was drawn without its prompt."""
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
     monkeypatch.setattr(AttentionBridge, "_update_kv_cache", lambda self, k, v, **kwargs: (k, v))
     assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path / "run")]) == 2
     assert "leave the KV cache empty" in capsys.readouterr().err
@@ -2238,10 +2333,14 @@ def test_weight_updates_know_size_and_rank(gpt2, tmp_path):  # noqa: F811
 
 
 def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsys):
-    (tmp_path / "args.json").write_text("{}")
+    shutil.copy(collapsed / "args.json", tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "args.json").write_text("{}")
     for argv, expected in [
         ([str(tmp_path / "nowhere")], "is no run directory"),
+        ([str(tmp_path / "empty")], "holds no settings"),
         ([str(tmp_path)], "holds no model"),
+        ([str(collapsed), "--gen-len", "0"], "must be at least 1"),
         ([str(collapsed), "--token", "zqj"], "is no single token but 3 ('z', 'q', 'j')"),
         ([str(collapsed), "--token", ""], "is no single token but 0"),
         ([str(collapsed), "--gen-len", "100"], "context of 64"),
