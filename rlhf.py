@@ -129,9 +129,7 @@ class RLHFArgs:
     """Trains a language model by reinforcement learning; every field is a flag."""
 
     # The experiment
-    algo: Literal["ppo", "grpo", "rloo"] = (
-        "ppo"  # reward compared with a critic's value, group mean, mean of the others
-    )
+    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # a reward is compared with: critic's value, group mean, others' mean
     base_model: str = "tiny"  # `tiny` (embedded), a name that TransformerLens knows, a hub id, or a local directory
     reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL[:LABEL], preferences:FILE, FILE.py:FUNCTION
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
@@ -143,7 +141,7 @@ class RLHFArgs:
     # Rollout phase
     total_phases: int = 50  # rollout phase and learning phase, this many times
     batch_size: int = 64  # completions in a rollout phase, of all processes together
-    group_size: int | None = None  # completions of a prompt, compared with each other; see samples_per_prompt
+    group_size: int | None = None  # completions of a prompt; by default all, with --prompts 8 (ppo: 1)
     gen_len: int = 32  # tokens in a completion, at most
     temperature: float = 1.0  # divides the logits, when sampling and when learning alike
     top_k: int | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased

@@ -106,6 +106,19 @@ def small_args(base_model: str, **settings) -> RLHFArgs:
 # ---- Settings and the command line -----------------------------------------------------------------------------------
 
 
+def test_help_says_of_each_setting_what_its_line_says(capsys):
+    with pytest.raises(SystemExit) as stop:
+        rlhf.main(["--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in dataclasses.fields(RLHFArgs):
+        line = next(
+            line for line in Path(rlhf.__file__).read_text().splitlines() if line.startswith(f"    {field.name}: ")
+        )
+        comment = line.partition("  # ")[2]
+        assert comment and comment[:30] in shown, field.name
+
+
 def test_every_setting_is_read():
     source = Path(rlhf.__file__).read_text()
     for field in dataclasses.fields(RLHFArgs):
