@@ -1046,7 +1046,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(gpt2, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, capsys, number):
-    source = tmp_path / "reward.py"
+    source, before = tmp_path / "reward.py", signal.getsignal(signal.SIGINT)
     source.write_text(
         "import os\ncalls = []\n\ndef f(prompts, completions, **columns):\n    calls.append(0)\n"
         f"    if len(calls) == 3:\n        os.kill(os.getpid(), {int(number)})\n"
@@ -1061,7 +1061,7 @@ def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, 
     assert rlhf.main(["--resume", str(tmp_path / "run")]) == 0
     assert rlhf.main([*argv, "--run-dir", str(tmp_path / "whole")]) == 0
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_failing_reward_function_costs_no_learning(gpt2, tmp_path, capsys):
