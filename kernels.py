@@ -802,6 +802,7 @@ def measure_memory(which: str) -> tuple[float, float]:
 
 
 def report_memory(console) -> None:
+    """Prints peak memory and time of plain torch and linear_token_logprobs, each measured in a process of its own."""
     title = "4,096 x 768, V = 50,257, float32, forward and backward"
     table = rich.table.Table("", "peak MB", "seconds", "memory", "time", title=title)
     measured = {}

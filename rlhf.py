@@ -215,11 +215,17 @@ class RLHFArgs:
 # and pad are one and the same token here, as in GPT-2: only the masks decide.
 
 
-def tokenize(tokenizer, prompts: list[str], device) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
-    """Token ids of the prompts, each behind a beginning-of-text token if there is one, left-padded, and their mask."""
+def token_ids(tokenizer, prompt: str) -> list[int]:
+    """A prompt's tokens, behind a beginning-of-text token if there is one."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = [bos + tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    require(all(rows), "a prompt has no tokens, and this tokenizer no beginning-of-text token to start from")
+    ids = bos + tokenizer.encode(prompt, add_special_tokens=False)
+    require(bool(ids), "a prompt has no tokens, and this tokenizer no beginning-of-text token to start from")
+    return ids
+
+
+def tokenize(tokenizer, prompts: list[str], device) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+    """Token ids of the prompts, left-padded, and their mask."""
+    rows = [token_ids(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, rows))
     tokens = torch.tensor([[tokenizer.eos_token_id] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.bool, device=device)
@@ -327,11 +333,10 @@ class TransformerWithValueHead(nn.Module):
         """
         if self.has_linear_head:
             weight, bias = self.output_layer
-            head = {}
-            if ref_features is not None and ref_model is not None:
-                head = dict(zip(("ref_unembed", "ref_bias"), ref_model.output_layer, strict=True))
+            has_own_head = ref_features is not None and ref_model is not None
+            ref_weight, ref_bias = ref_model.output_layer if has_own_head else (None, None)
             return linear_token_logprobs(
-                features, weight, tokens, bias=bias, temperature=temperature, ref_hidden=ref_features, **head
+                features, weight, tokens, bias, temperature, ref_features, ref_unembed=ref_weight, ref_bias=ref_bias
             )
         logprobs, entropy = token_logprobs(features, tokens, temperature)
         if ref_features is None:
@@ -808,13 +813,12 @@ class RLHFTrainer:
         self.prompts = load_prompts(args.prefix, args.prompts)
 
         with self.accelerator.main_process_first():  # what is made on first use, like `tiny`, is made once
-            torch.manual_seed(args.seed)
+            self.rewards = load_rewards(args, self.run_dir, self.device)
+            torch.manual_seed(args.seed)  # now: a reward may have drawn, and all processes start from equal new weights
             dtype = args.dtype if args.lora else "float32"
             self.policy = TransformerWithValueHead(args.base_model, self.algorithm.has_critic, self.device, dtype)
-            self.rewards = load_rewards(args, self.run_dir, self.device)
         self.tokenizer = self.policy.bridge.tokenizer
         check_context(self.policy.bridge, self.prompts, args.gen_len)
-        torch.manual_seed(args.seed)  # again: whatever a reward drew meanwhile, all processes start from equal adapters
         choose_trained(self.policy.bridge, args)
         self.frozen_copy = None  # with LoRA the reference is the policy itself, adapters off
         if not args.lora:
@@ -1071,7 +1075,9 @@ def describe(
     return [dict(zip(columns, record, strict=True)) for record in zip(*columns.values(), strict=True)]
 
 
-# ==== The workshop: a first reader may stop here ===============================================================
+# ==== The workshop: a first reader may stop here ======================================================================
+
+# ---- 11 goes on: files, terminal and pictures ------------------------------------------------------------------------
 
 
 class RunLog:
@@ -1217,9 +1223,8 @@ def check_settings(args: RLHFArgs) -> None:
     require(args.temperature > 0, f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy")
     require(args.kl_target is None or args.kl_target > 0, f"--kl-target {args.kl_target}: must be positive")
     require(0 <= args.seed < 2**31, f"--seed {args.seed}: must be from 0 to 2147483647")
-    for (
-        name
-    ) in "kl_coef vf_coef clip_coef clip_high base_lr head_lr max_grad_norm final_scale gamma gae_lambda".split():
+    amounts = "kl_coef vf_coef clip_coef clip_high base_lr head_lr max_grad_norm final_scale gamma gae_lambda"
+    for name in amounts.split():
         value = getattr(args, name)
         message = f"--{name.replace('_', '-')} {value}: must be a number of at least 0"
         require(value is None or 0 <= value < math.inf, message)
@@ -1261,17 +1266,14 @@ def load_prompts(prefix: str, path: Path | None) -> list[dict]:
     for where, line in read_lines(path):
         rows.append(read_texts(where, line, "prompt") if is_json else {"prompt": line})
         require(rows[-1].keys() == rows[0].keys(), f"{where}: its columns differ from line 1's")
-        reserved = rows[-1].keys() & {"prompts", "completions"}
-        require(
-            not reserved, f"{where}: a column named {min(reserved, default='')!r} would hide what a reward is given"
-        )
+        clash = min(rows[-1].keys() & {"prompts", "completions"}, default=None)
+        require(clash is None, f"{where}: a column named {clash!r} would hide what a reward is given")
     return rows
 
 
 def check_context(bridge: TransformerBridge, rows: list[dict], gen_len: int) -> None:
     """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context."""
-    longest = max(tokenize(bridge.tokenizer, [row["prompt"]], "cpu")[0].shape[1] for row in rows)
-    room = bridge.cfg.n_ctx - longest
+    room = bridge.cfg.n_ctx - max(len(token_ids(bridge.tokenizer, row["prompt"])) for row in rows)
     require(gen_len >= 1, f"--gen-len {gen_len}: must be at least 1")
     message = f"--gen-len {gen_len}: the context of {bridge.cfg.n_ctx} leaves {room} tokens after the longest prompt"
     require(gen_len <= room, message)
@@ -1542,6 +1544,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(beside)
+        if beside.is_file():  # on the disk before the old one goes
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())
         if beside.is_dir() and path.is_dir():  # a file replaces a file by the renaming itself, and never a directory
             path.rename(aside)
         beside.rename(path)
@@ -1941,18 +1946,19 @@ def draw_pair(
 def ask(file: Path, pairs: int, draw: Callable[[int, list[str]], tuple[str, str, str]]) -> None:
     """Shows pairs and stores answers until the file holds `pairs` of them, or a key or the end of input says stop."""
     skips = file.with_name(file.name + ".skipped")
-    answers, skipped = whole_lines(file, "prompt", "chosen", "rejected"), whole_lines(skips)
+    answers = whole_lines(file, "prompt", "chosen", "rejected")
+    skipped = {json.loads(line)["pair"] for line in whole_lines(skips)}
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(keypresses()) as keys:
         while len(answers) < pairs:
-            number = next_number(len(answers), {json.loads(line)["pair"] for line in skipped})
+            number = next_number(len(answers), skipped)
             prompt, left, right = draw(number, answers)
             show_pair(prompt, left, right, f"pair {len(answers) + 1} of {pairs}")
             key = next((key for key in keys if key in "lrsuq"), "q")
             if key == "q":
                 break
             if key == "s":
-                skipped.append(json.dumps({"pair": number}))
-                append_line(skips, skipped[-1])
+                skipped.add(number)
+                append_line(skips, json.dumps({"pair": number}))
             elif key == "u":
                 rewrite(file, answers := answers[:-1])
             else:
@@ -2166,7 +2172,7 @@ def subtract_mean(model: nn.Module, tokenizer, texts: list[str]) -> None:
     """Shifts the reward to mean 0 over the texts.
 
     The head w has no bias, but the final LayerNorm before it has one, b: w·(b - μ w/|w|²) = w·b - μ. RMSNorm has none:
-    there the mean stays, and no advantage of section 7 minds.
+    there the mean stays, which only PPO with --no-normalize-reward has to unlearn.
     """
     norms = [m for name, m in model.base_model.named_modules()
              if isinstance(m, nn.LayerNorm) and m.bias is not None and not re.search(r"\d", name)]  # fmt: skip
@@ -2200,6 +2206,30 @@ class Attribution(NamedTuple):
         return self.components.sum().item() + self.embedding + self.biases
 
 
+class Update(NamedTuple):
+    """A weight update ΔW beside its W."""
+
+    size: float  # ‖ΔW‖ / ‖W‖, Frobenius
+    rank: float  # effective rank: exp of the entropy of the singular values, normalised (Roy & Vetterli 2007)
+
+
+class Inspection(NamedTuple):
+    """What there is to tell; lists are of the base and of the trained model."""
+
+    token: str
+    texts: Texts
+    divergence: Float[Tensor, "C"]
+    lenses: list[Float[Tensor, "L+1"]]
+    shares: list[Attribution]
+    drops: dict[tuple[int, int], float]  # of the components whose share grew most
+    updates: dict[tuple[str, int], Update]
+    patterns: list[Float[Tensor, "L B H T T"]]
+
+    def name(self, layer: int, part: int) -> str:
+        is_mlp = part == self.shares[0].components.shape[1] - 1
+        return f"layer {layer} MLP" if is_mlp else f"layer {layer} head {part}"
+
+
 def inspect(
     run: Path, token: str = ".", prompt: str | None = None, samples: int = 32, gen_len: int = 32, seed: int = 0
 ) -> None:
@@ -2217,28 +2247,12 @@ def inspect(
     require((run / "model").is_dir(), f"{run}: holds no model; training writes it at the end")
     require(samples >= 1, f"--samples {samples}: must be at least 1")
     base, trained = (TransformerWithValueHead(str(model)) for model in (settings.base_model, run / "model"))
-    bridges, tokenizer = (base.bridge, trained.bridge), trained.bridge.tokenizer
+    tokenizer = trained.bridge.tokenizer
     id = single_token(tokenizer, token)
     prompt = load_prompts(settings.prefix, settings.prompts)[0]["prompt"] if prompt is None else prompt
     check_context(trained.bridge, [{"prompt": prompt}], gen_len)
     texts = draw_texts(trained, prompt, id, samples, gen_len, seed)
-    logits, caches = zip(*(read(bridge, texts) for bridge in bridges), strict=True)
-    shares = [attribute(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)]
-    for share, truth in zip(shares, logits, strict=True):
-        is_sum = abs(share.total - truth[texts.where][:, id].mean().item()) < 1e-3 * (1 + abs(share.total))
-        require(is_sum, f"{run}: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
-    difference = shares[1].components - shares[0].components
-    largest = [divmod(i, difference.shape[1]) for i in difference.flatten().argsort(descending=True)[:6].tolist()]
-    found = Inspection(
-        token,
-        texts,
-        kl_by_position(*logits, texts.is_completion),
-        [logit_lens(cache, id, texts.where) for cache in caches],
-        shares,
-        {part: ablation_drop(trained.bridge, texts, id, *part) for part in largest},
-        weight_updates(*bridges),
-        [cache.stack_activation("pattern") for cache in caches],
-    )
+    found = look_inside(base.bridge, trained.bridge, texts, token, id)
     places = f"where it wrote {token!r}" if (texts.where != texts.is_completion).any() else "all"
     console.print(f"{run / 'model'} against {settings.base_model}: {samples} completions of {prompt!r} by the "
                   f"trained model, {texts.where.sum()} places ({places})", soft_wrap=True)  # fmt: skip
@@ -2246,6 +2260,28 @@ def inspect(
     words = ["".join(c if c.isprintable() else "·" for c in tokenizer.decode([i])) for i in texts.tokens[0].tolist()]
     plot_inspection(found, words, run / "inspect.png")
     console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
+
+
+def look_inside(base: TransformerBridge, trained: TransformerBridge, texts: Texts, token: str, id: int) -> Inspection:
+    """Reads the texts with both models, and takes apart the logit of the token of this id."""
+    bridges = (base, trained)
+    logits, caches = zip(*(read(bridge, texts) for bridge in bridges), strict=True)
+    shares = [attribute(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)]
+    for share, truth in zip(shares, logits, strict=True):
+        is_sum = abs(share.total - truth[texts.where][:, id].mean().item()) < 1e-3 * (1 + abs(share.total))
+        require(is_sum, "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
+    difference = shares[1].components - shares[0].components
+    largest = [divmod(i, difference.shape[1]) for i in difference.flatten().argsort(descending=True)[:6].tolist()]
+    return Inspection(
+        token,
+        texts,
+        kl_by_position(*logits, texts.is_completion),
+        [logit_lens(cache, id, texts.where) for cache in caches],
+        shares,
+        {part: ablation_drop(trained, texts, id, *part) for part in largest},
+        weight_updates(*bridges),
+        [cache.stack_activation("pattern") for cache in caches],
+    )
 
 
 def single_token(tokenizer, text: str) -> int:
@@ -2259,10 +2295,9 @@ def draw_texts(trained: TransformerWithValueHead, prompt: str, id: int, samples:
     """Completions of the one prompt, so no row is padded on the left, and the right no causal model sees."""
     tokens, mask = tokenize(trained.bridge.tokenizer, [prompt] * samples, "cpu")
     drawn = get_samples(trained, tokens, mask, gen_len, generator=torch.Generator().manual_seed(seed))
-    P = tokens.shape[1]
     is_completion, where = torch.zeros_like(drawn.attention_mask), torch.zeros_like(drawn.attention_mask)
-    is_completion[:, P - 1 : -1] = drawn.attention_mask[:, P:]
-    where[:, P - 1 : -1] = drawn.attention_mask[:, P:] & (drawn.tokens[:, P:] == id)
+    is_completion[:, drawn.prompt_width - 1 : -1] = drawn.completion != -100
+    where[:, drawn.prompt_width - 1 : -1] = drawn.completion == id
     return Texts(drawn.tokens, is_completion, where if where.any() else is_completion)
 
 
@@ -2324,13 +2359,6 @@ def ablation_drop(bridge: TransformerBridge, texts: Texts, id: int, layer: int, 
     return (with_it - without)[texts.where][:, id].mean().item()
 
 
-class Update(NamedTuple):
-    """A weight update ΔW beside its W."""
-
-    size: float  # ‖ΔW‖ / ‖W‖, Frobenius
-    rank: float  # effective rank: exp of the entropy of the singular values, normalised (Roy & Vetterli 2007)
-
-
 @torch.no_grad()
 def weight_updates(base: TransformerBridge, trained: TransformerBridge) -> dict[tuple[str, int], Update]:
     """Of every matrix, by name and layer; an unembedding tied to the embedding is none of its own."""
@@ -2356,23 +2384,6 @@ def weight_update(before: Float[Tensor, "m n"], after: Float[Tensor, "m n"]) -> 
     shares = torch.linalg.svdvals(difference)
     entropy = torch.special.entr(shares / shares.sum()).sum()
     return Update((difference.norm() / before.float().norm()).item(), entropy.exp().item())
-
-
-class Inspection(NamedTuple):
-    """What there is to tell; lists are of the base and of the trained model."""
-
-    token: str
-    texts: Texts
-    divergence: Float[Tensor, "C"]
-    lenses: list[Float[Tensor, "L+1"]]
-    shares: list[Attribution]
-    drops: dict[tuple[int, int], float]  # of the components whose share grew most
-    updates: dict[tuple[str, int], Update]
-    patterns: list[Float[Tensor, "L B H T T"]]
-
-    def name(self, layer: int, part: int) -> str:
-        is_mlp = part == self.shares[0].components.shape[1] - 1
-        return f"layer {layer} MLP" if is_mlp else f"layer {layer} head {part}"
 
 
 def print_inspection(found: Inspection) -> None:

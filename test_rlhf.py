@@ -1028,6 +1028,31 @@ def test_resume_refuses_what_it_should(gpt2, tmp_path, capsys):
     assert rlhf.main(["--resume", str(tmp_path)]) == 2
 
 
+def test_what_replaces_a_file_is_on_the_disk_before(tmp_path, monkeypatch):
+    """Of a machine that loses power after the renaming, too."""
+    path, synced = tmp_path / "file", []
+    path.write_text("old")
+    monkeypatch.setattr(
+        os, "fsync", lambda number: synced.append((os.readlink(f"/proc/self/fd/{number}"), path.read_text()))
+    )
+    rlhf.write_whole(path, lambda beside: beside.write_text("new"))
+    assert path.read_text() == "new" and [old for _, old in synced] == ["old"] and synced[0][0].endswith(".unfinished")
+
+
+def test_a_reward_that_draws_changes_no_new_weights(gpt2, tmp_path):
+    """Else processes of which one alone learns a reward model would start from different adapters."""
+    (tmp_path / "reward.py").write_text(
+        "import torch\n\ntorch.manual_seed(5)\n\n"
+        "def f(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n"
+    )
+    for algo in ("ppo", "grpo"):
+        plain, drawing = (
+            RLHFTrainer(small_args(gpt2, algo=algo, lora=True, reward=reward)).trained
+            for reward in (("periods",), (f"{tmp_path}/reward.py:f",))
+        )
+        assert all(torch.equal(plain[name], drawing[name]) for name in plain)
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(gpt2, tmp_path, monkeypatch, capsys):
     trainer = RLHFTrainer(small_args(gpt2, lora=True, run_dir=tmp_path / "run", save_every=1, total_phases=2))
     trainer.train()
