@@ -42,7 +42,10 @@ except ImportError:  # macOS and Windows have no Triton
 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
-CHUNK_NUMBERS = {"torch": 128 * 50257, "triton": 80 * 50257}  # N·V numbers of one chunk: 26 MB, and 8 MB in bf16
+CHUNK_NUMBERS = {
+    "torch": 128 * 50257,
+    "triton": 80 * 50257,
+}  # N·V numbers of one chunk: 26 MB, and 8 MB in bf16
 
 
 # Choosing a path
@@ -194,9 +197,14 @@ def token_logprobs_forward_kernel(
     for start in range(0, V, BLOCK_V):
         cols = start + lanes
         # other=-inf: a lane past the end is an impossible token
-        x = tl.load(x_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32) * inv_temperature
+        x = (
+            tl.load(x_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+            * inv_temperature
+        )
         m_new = tl.maximum(m, tl.max(x))
-        delta = tl.where(m == -float("inf"), 0.0, m_new - m)  # nothing to rescale before the first finite logit
+        delta = tl.where(
+            m == -float("inf"), 0.0, m_new - m
+        )  # nothing to rescale before the first finite logit
         x = x - tl.where(m_new == -float("inf"), 0.0, m_new)
         shrink, e = tl.exp(-delta), tl.exp(x)
         if HAS_REF:
@@ -206,7 +214,9 @@ def token_logprobs_forward_kernel(
             delta_q = tl.where(m_q == -float("inf"), 0.0, m_q_new - m_q)
             y = y - tl.where(m_q_new == -float("inf"), 0.0, m_q_new)
             s_q = s_q * tl.exp(-delta_q) + tl.exp(y)
-            u = (u - (delta - delta_q) * s) * shrink + tl.where(e > 0, e * (x - y), 0.0)  # p = 0: 0, even at q = 0
+            u = (u - (delta - delta_q) * s) * shrink + tl.where(
+                e > 0, e * (x - y), 0.0
+            )  # p = 0: 0, even at q = 0
             m_q = m_q_new
         t = (t - delta * s) * shrink + tl.where(e > 0, e * x, 0.0)
         s = s * shrink + e
@@ -276,22 +286,30 @@ def _rows_triton(logits: list[Tensor], tokens: Int[Tensor, "n"], temperature: fl
     N, V = logits[0].shape
     rows = torch.zeros(7, N, device=tokens.device)
     inputs = logits[0], logits[-1], tokens, rows
-    token_logprobs_forward_kernel[(N,)](*inputs, N, V, 1 / temperature, HAS_REF=len(logits) == 2, **_launch(V))
+    token_logprobs_forward_kernel[(N,)](
+        *inputs, N, V, 1 / temperature, HAS_REF=len(logits) == 2, **_launch(V)
+    )
     return rows
 
 
-def _dlogits_triton(logits: list[Tensor], tokens, rows, coefficients, temperature: float, out: Tensor) -> Tensor:
+def _dlogits_triton(
+    logits: list[Tensor], tokens, rows, coefficients, temperature: float, out: Tensor
+) -> Tensor:
     """The backward kernel on the logits [x] or [x, y]."""
     N, V = out.shape
     inputs = logits[0], logits[-1], tokens, rows.contiguous(), coefficients.contiguous(), out
-    token_logprobs_backward_kernel[(N,)](*inputs, N, V, 1 / temperature, HAS_REF=len(logits) == 2, **_launch(V))
+    token_logprobs_backward_kernel[(N,)](
+        *inputs, N, V, 1 / temperature, HAS_REF=len(logits) == 2, **_launch(V)
+    )
     return out
 
 
 # Token log-probability: the same rows in torch, in place
 
 
-def _rows_torch(planes: Float[Tensor, "k n V"], tokens: Int[Tensor, "n"], temperature: float) -> Float[Tensor, "7 n"]:
+def _rows_torch(
+    planes: Float[Tensor, "k n V"], tokens: Int[Tensor, "n"], temperature: float
+) -> Float[Tensor, "7 n"]:
     """The rows of the forward kernel, from planes (anything, x) or (anything, x, y), which become
     (p, p (log p + H), p (log(p/q) - KL)): the slopes of which dx consists, see `_coefficients`."""
     p, x, *y = planes
@@ -388,7 +406,11 @@ class _TokenLogprobs(torch.autograd.Function):
         coefficients = _coefficients((*g, None), rows, tokens)  # there is no KL
         dlogits = torch.empty_like(logits)
         if path_taken(logits) == "triton":
-            return _dlogits_triton([logits], tokens, rows, coefficients, ctx.temperature, out=dlogits), None, None
+            return (
+                _dlogits_triton([logits], tokens, rows, coefficients, ctx.temperature, out=dlogits),
+                None,
+                None,
+            )
         for part, planes in _chunks(*logits.shape, 1, logits):
             planes[1] = logits[part]
             _rows_torch(planes, tokens[part], ctx.temperature)
@@ -417,7 +439,9 @@ def token_logprobs(
 # Token log-probability from hidden states
 
 
-def _chunk_rows(planes: Tensor, part: slice, heads: list, tokens: Int[Tensor, "N"], temperature: float) -> Tensor:
+def _chunk_rows(
+    planes: Tensor, part: slice, heads: list, tokens: Int[Tensor, "N"], temperature: float
+) -> Tensor:
     """Rows of a part of the tokens, whose planes are written. A head is (hidden, unembed, bias): policy, reference."""
     logits = planes[-len(heads) :]
     for x, (hidden, unembed, bias) in zip(logits, heads, strict=True):
@@ -470,10 +494,16 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         coefficients = _coefficients(g, rows, tokens)
         if early is not None:
             dhidden = _combine(early, coefficients, ctx.temperature, out=torch.empty_like(early[0]))
-            dhidden.addcmul_(unembed[tokens.clamp(min=0)], coefficients[0, :, None], value=1 / ctx.temperature)
+            dhidden.addcmul_(
+                unembed[tokens.clamp(min=0)], coefficients[0, :, None], value=1 / ctx.temperature
+            )
             return dhidden.to(hidden.dtype), *[None] * 6
         heads = [(hidden, unembed, bias), *([reference] if reference else [])]
-        parts, still_there, ctx.parts = ctx.parts, ctx.parts is not None, None  # dx is written over the last chunk
+        parts, still_there, ctx.parts = (
+            ctx.parts,
+            ctx.parts is not None,
+            None,
+        )  # dx is written over the last chunk
         wants_hidden, wants_unembed, wants_bias = ctx.needs_input_grad[:3]
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dunembed = torch.zeros_like(unembed, dtype=rows.dtype) if wants_unembed else None
@@ -486,7 +516,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 ours = tokens[part], rows[:, part], coefficients[:, part], ctx.temperature
                 dx = _dlogits_triton(list(planes), *ours, out=planes[0])
             else:
-                dx = _dlogits_torch(planes, tokens[part], coefficients[:, part], ctx.temperature).to(hidden.dtype)
+                dx = _dlogits_torch(planes, tokens[part], coefficients[:, part], ctx.temperature).to(
+                    hidden.dtype
+                )
             if wants_hidden:
                 torch.mm(dx, unembed, out=dhidden[part])
             if wants_unembed and dx.dtype == dunembed.dtype:
@@ -539,7 +571,9 @@ def linear_token_logprobs(
         reference = ref_hidden.detach().reshape(-1, D_ref), ref_unembed, ref_bias
     inputs = hidden.reshape(-1, D), unembed, bias
     differentiable = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs)
-    outputs = _LinearTokenLogprobs.apply(*inputs, tokens.reshape(-1).long(), temperature, reference, differentiable)
+    outputs = _LinearTokenLogprobs.apply(
+        *inputs, tokens.reshape(-1).long(), temperature, reference, differentiable
+    )
     return tuple(None if output is None else output.view(tokens.shape) for output in outputs)
 
 
@@ -601,7 +635,9 @@ def lora_linear_kernel(
         k = start + inner
         # other=0: what lies past an edge adds nothing to a sum
         x = tl.load(x_ptr + rows[:, None] * K + k, mask=(rows[:, None] < N) & (k < K), other=0.0)
-        w = tl.load(w_ptr + k[:, None] * stride_wk + cols * stride_wm, mask=(k[:, None] < K) & (cols < M), other=0.0)
+        w = tl.load(
+            w_ptr + k[:, None] * stride_wk + cols * stride_wm, mask=(k[:, None] < K) & (cols < M), other=0.0
+        )
         a = tl.load(a_ptr + ranks * K + k[:, None], mask=(ranks < R) & (k[:, None] < K), other=0.0)
         out = tl.dot(x, w, out, input_precision=PRECISION)
         xa = tl.dot(x, a, xa, input_precision=PRECISION)
@@ -627,14 +663,24 @@ def _lora_launch(dtype: torch.dtype, R: int) -> dict:
     return {"R": R, "BLOCK_R": max(16, 1 << (R - 1).bit_length()), **tile, "BLOCK_K": depth, **stages}
 
 
-def _lora_triton(x, weight, bias, lora_a, lora_b, scale: float) -> tuple[Float[Tensor, "N M"], Float[Tensor, "N R"]]:
+def _lora_triton(
+    x, weight, bias, lora_a, lora_b, scale: float
+) -> tuple[Float[Tensor, "N M"], Float[Tensor, "N R"]]:
     (N, K), M, R = x.shape, len(weight), len(lora_a)
     out, xa = x.new_empty(N, M), x.new_empty(N, R)
     config = _lora_launch(x.dtype, R)
     grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(M, config["BLOCK_M"]),)
     exact = torch.get_float32_matmul_precision() == "highest"  # as torch's own matmul decides
     lora_linear_kernel[grid](
-        *(x.contiguous(), weight, x if bias is None else bias, lora_a.contiguous(), lora_b.contiguous(), out, xa),
+        *(
+            x.contiguous(),
+            weight,
+            x if bias is None else bias,
+            lora_a.contiguous(),
+            lora_b.contiguous(),
+            out,
+            xa,
+        ),
         *(N, M, K, *weight.stride(), scale),
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if exact else "tf32",
@@ -748,7 +794,11 @@ def report_speed(console, device: str, dtype: torch.dtype) -> None:
     square, source, target = draw(side, side), *torch.empty(2, 4 * side**2, device=device)
     copy, matmul = _seconds(lambda: target.copy_(source), lambda: square @ square)
     ceiling = {"GB/s": 2 * 4 * len(source) / 1e9 / copy, "TFLOP/s": 2 * side**3 / 1e12 / matmul}
-    numbers, head, layer = dtype.itemsize * N * V / 1e9, 2 * N * V * D / 1e12, 2 * L**3 / 1e12  # GB, TFLOP, TFLOP
+    numbers, head, layer = (
+        dtype.itemsize * N * V / 1e9,
+        2 * N * V * D / 1e12,
+        2 * L**3 / 1e12,
+    )  # GB, TFLOP, TFLOP
     operations = [  # name, what to call, inputs, unit, work of the forward pass and of both
         ("token_logprobs", lambda f, x: f(x, tokens), [draw(N, V)], "GB/s", (numbers, 3 * numbers)),
         (
@@ -765,7 +815,9 @@ def report_speed(console, device: str, dtype: torch.dtype) -> None:
     columns = "operation", "pass", "error", "torch's", "ms", "torch's", "rate", "torch's", "of ceiling"
     table = rich.table.Table(*columns, title=title, padding=0)
     for (operation, call, inputs, unit, works), backward in itertools.product(operations, (False, True)):
-        ours, plain = (functools.partial(call, globals()[operation + suffix]) for suffix in ("", "_reference"))
+        ours, plain = (
+            functools.partial(call, globals()[operation + suffix]) for suffix in ("", "_reference")
+        )
         truth = _run(plain, [one.double() for one in inputs], backward)
         errors = [_error(_run(f, inputs, backward), truth) for f in (ours, plain)]
         del truth
@@ -791,7 +843,9 @@ def measure_memory(which: str) -> tuple[float, float]:
     (unembed[:64] @ unembed[:64].T).sum().item()  # the library's own buffers
 
     def peak() -> int:
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024
+        )
         return torch.cuda.max_memory_allocated() if cuda else resident
 
     before, start = peak(), time.perf_counter()
@@ -806,13 +860,21 @@ def report_memory(console) -> None:
     title = "4,096 x 768, V = 50,257, float32, forward and backward"
     table = rich.table.Table("", "peak MB", "seconds", "memory", "time", title=title)
     measured = {}
-    for which, name in {"plain": "plain torch", "own": "linear_token_logprobs", "kl": "  with exact KL"}.items():
+    for which, name in {
+        "plain": "plain torch",
+        "own": "linear_token_logprobs",
+        "kl": "  with exact KL",
+    }.items():
         run = subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True)
         measured[which] = [float(number) for number in run.stdout.split()]
-        ratios = (f"{one / plain:.2f}x" for one, plain in zip(measured[which], measured["plain"], strict=True))
+        ratios = (
+            f"{one / plain:.2f}x" for one, plain in zip(measured[which], measured["plain"], strict=True)
+        )
         table.add_row(name, *(f"{one:.1f}" for one in measured[which]), *ratios)
     console.print(table)
-    console.print(f"exact KL takes {measured['kl'][1] / measured['own'][1]:.2f} times as long as log p and H alone")
+    console.print(
+        f"exact KL takes {measured['kl'][1] / measured['own'][1]:.2f} times as long as log p and H alone"
+    )
 
 
 if __name__ == "__main__":

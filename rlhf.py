@@ -129,13 +129,19 @@ class RLHFArgs:
     """Trains a language model by reinforcement learning; every field is a flag."""
 
     # The experiment
-    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # a reward is compared with: critic's value, group mean, others' mean
-    base_model: str = "tiny"  # `tiny` (embedded), a name that TransformerLens knows, a hub id, or a local directory
+    algo: Literal["ppo", "grpo", "rloo"] = (
+        "ppo"  # a reward is compared with: critic's value, group mean, others' mean
+    )
+    base_model: str = (
+        "tiny"  # `tiny` (embedded), a name that TransformerLens knows, a hub id, or a local directory
+    )
     reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL[:LABEL], preferences:FILE, FILE.py:FUNCTION
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: str | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: Path | None = None  # instead of the prefix: a file, one prompt a line, or JSON lines with "prompt"
+    prompts: Path | None = (
+        None  # instead of the prefix: a file, one prompt a line, or JSON lines with "prompt"
+    )
     seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
 
     # Rollout phase
@@ -155,7 +161,9 @@ class RLHFArgs:
     kl_coef: float = 0.12  # β: the price of leaving the reference; 0 lets the policy collapse
     kl_target: float | None = None  # adapt β until the KL is this, in nats a token
     kl_horizon: int = 2560  # completions over which β adapts; a smaller horizon adapts faster
-    kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"  # exact, or estimated from the sampled token alone
+    kl_estimator: Literal["full", "k1", "k2", "k3"] = (
+        "full"  # exact, or estimated from the sampled token alone
+    )
     ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: float = 0.15  # weight of the value loss (ppo)
     gamma: float = 1.0  # discount (ppo)
@@ -173,7 +181,12 @@ class RLHFArgs:
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: int = 4  # r
     lora_alpha: float = 32.0  # the adapters are scaled by alpha / rank
-    lora_targets: tuple[str, ...] = ("q", "k", "v", "o")  # adapted matrices of each block; of the MLP: in, out, gate
+    lora_targets: tuple[str, ...] = (
+        "q",
+        "k",
+        "v",
+        "o",
+    )  # adapted matrices of each block; of the MLP: in, out, gate
 
     # The machine
     device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
@@ -227,8 +240,12 @@ def tokenize(tokenizer, prompts: list[str], device) -> tuple[Int[Tensor, "B P"],
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [token_ids(tokenizer, prompt) for prompt in prompts]
     width = max(map(len, rows))
-    tokens = torch.tensor([[tokenizer.eos_token_id] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.bool, device=device)
+    tokens = torch.tensor(
+        [[tokenizer.eos_token_id] * (width - len(row)) + row for row in rows], device=device
+    )
+    mask = torch.tensor(
+        [[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.bool, device=device
+    )
     return tokens, mask
 
 
@@ -259,7 +276,9 @@ class TransformerWithValueHead(nn.Module):
     `bridge` is the TransformerLens model: `bridge.run_with_cache` and `bridge.run_with_hooks` work at any time.
     """
 
-    def __init__(self, base_model: str, has_critic: bool = False, device: str = "cpu", dtype: str = "float32"):
+    def __init__(
+        self, base_model: str, has_critic: bool = False, device: str = "cpu", dtype: str = "float32"
+    ):
         super().__init__()
         # published: the weights by the names that they have in the model's files, for export
         self.bridge, self.published = load_bridge(base_model, device, dtype)
@@ -267,7 +286,9 @@ class TransformerWithValueHead(nn.Module):
         self.values: Float[Tensor, "B T"] | None = None  # of the last forward pass, left here by the hook
         if has_critic:
             width = self.bridge.cfg.d_model
-            self.value_head = nn.Sequential(nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 1)).to(device)
+            self.value_head = nn.Sequential(
+                nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 1)
+            ).to(device)
             nn.init.zeros_(self.value_head[-1].weight)  # at first the critic has no opinion, and no wrong one
             nn.init.zeros_(self.value_head[-1].bias)
             self.bridge.ln_final.hook_out.add_hook(self.read_value, is_permanent=True)
@@ -336,12 +357,21 @@ class TransformerWithValueHead(nn.Module):
             has_own_head = ref_features is not None and ref_model is not None
             ref_weight, ref_bias = ref_model.output_layer if has_own_head else (None, None)
             return linear_token_logprobs(
-                features, weight, tokens, bias, temperature, ref_features, ref_unembed=ref_weight, ref_bias=ref_bias
+                features,
+                weight,
+                tokens,
+                bias,
+                temperature,
+                ref_features,
+                ref_unembed=ref_weight,
+                ref_bias=ref_bias,
             )
         logprobs, entropy = token_logprobs(features, tokens, temperature)
         if ref_features is None:
             return logprobs, entropy, None
-        log_pi, log_ref = ((logits.float() / temperature).log_softmax(-1) for logits in (features, ref_features))
+        log_pi, log_ref = (
+            (logits.float() / temperature).log_softmax(-1) for logits in (features, ref_features)
+        )
         return logprobs, entropy, (log_pi.exp() * (log_pi - log_ref)).sum(-1) * (tokens != -100)
 
 
@@ -408,7 +438,9 @@ def add_lora(blocks: list[nn.Module], targets: tuple[str, ...], rank: int, alpha
     for block in blocks:
         found = matrices(block)
         for target in targets:
-            require(target in found, f"--lora-targets {target}: no such matrix; expected of {', '.join(found)}")
+            require(
+                target in found, f"--lora-targets {target}: no such matrix; expected of {', '.join(found)}"
+            )
             found[target].set_original_component(LoRALinear(found[target].original_component, rank, alpha))
 
 
@@ -511,7 +543,9 @@ def get_samples(
         if not alive.any():
             break
     C = t + 1 - P  # columns that no completion has reached are cut off
-    return Samples(tokens[:, : P + C], mask[:, : P + C], logprobs[:, :C], None if values is None else values[:, :C])
+    return Samples(
+        tokens[:, : P + C], mask[:, : P + C], logprobs[:, :C], None if values is None else values[:, :C]
+    )
 
 
 def draw(probs: Float[Tensor, "B V"], generator: torch.Generator | None) -> Int[Tensor, "B"]:
@@ -672,7 +706,9 @@ class ReplayMemory:
     def __getitem__(self, rows: Int[Tensor, "b"]) -> "ReplayMemory":
         """These rows of every field."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return ReplayMemory(**{name: None if field is None else field[rows] for name, field in fields.items()})
+        return ReplayMemory(
+            **{name: None if field is None else field[rows] for name, field in fields.items()}
+        )
 
     def minibatches(self, count: int, generator: torch.Generator) -> Iterator["ReplayMemory"]:
         """Goes through all rows once, in a new order, in `count` parts."""
@@ -814,17 +850,25 @@ class RLHFTrainer:
 
         with self.accelerator.main_process_first():  # what is made on first use, like `tiny`, is made once
             self.rewards = load_rewards(args, self.run_dir, self.device)
-            torch.manual_seed(args.seed)  # now: a reward may have drawn, and all processes start from equal new weights
+            torch.manual_seed(
+                args.seed
+            )  # now: a reward may have drawn, and all processes start from equal new weights
             dtype = args.dtype if args.lora else "float32"
-            self.policy = TransformerWithValueHead(args.base_model, self.algorithm.has_critic, self.device, dtype)
+            self.policy = TransformerWithValueHead(
+                args.base_model, self.algorithm.has_critic, self.device, dtype
+            )
         self.tokenizer = self.policy.bridge.tokenizer
         check_context(self.policy.bridge, self.prompts, args.gen_len)
         choose_trained(self.policy.bridge, args)
         self.frozen_copy = None  # with LoRA the reference is the policy itself, adapters off
         if not args.lora:
-            self.frozen_copy = TransformerWithValueHead(args.base_model, device=self.device).requires_grad_(False)
+            self.frozen_copy = TransformerWithValueHead(args.base_model, device=self.device).requires_grad_(
+                False
+            )
 
-        self.trained = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
+        self.trained = {
+            name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad
+        }
         head = [weight for name, weight in self.trained.items() if name.startswith("value_head")]
         base = [weight for name, weight in self.trained.items() if not name.startswith("value_head")]
         groups = [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}]
@@ -868,7 +912,9 @@ class RLHFTrainer:
         seeds = np.random.SeedSequence((args.seed, self.phase, self.accelerator.process_index))
         self.generator.manual_seed(int(seeds.generate_state(1)[0]))
         # 1. Prompts, each samples_per_prompt times in a row; of these the share of this process.
-        prompts = self.own_share([p for p in self.prompts_of(self.phase) for _ in range(args.samples_per_prompt)])
+        prompts = self.own_share(
+            [p for p in self.prompts_of(self.phase) for _ in range(args.samples_per_prompt)]
+        )
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
         drawn, texts = self.sample(prompts, self.generator)
         # 3. Rewards, and from them advantages.
@@ -876,7 +922,9 @@ class RLHFTrainer:
         advantages, metrics = self.judge(scores, drawn)
         # 4. The reference's features, from which the learning phase has the exact KL, and its log-probabilities.
         with self.reference() as reference, self.accelerator.autocast():
-            ref_features, _ = reference.completion_features(drawn.tokens, drawn.attention_mask, drawn.prompt_width)
+            ref_features, _ = reference.completion_features(
+                drawn.tokens, drawn.attention_mask, drawn.prompt_width
+            )
             ref_logprobs, _, _ = reference.get_logprobs(ref_features, drawn.completion, args.temperature)
         memory = ReplayMemory(
             tokens=drawn.tokens,
@@ -891,7 +939,9 @@ class RLHFTrainer:
         )
         return memory, metrics, describe(prompts, texts, weigh(scores, self.rewards), ref_logprobs.sum(dim=1))
 
-    def judge(self, scores: Float[Tensor, "b R"], drawn: Samples) -> tuple[Float[Tensor, "b C"], dict[str, float]]:
+    def judge(
+        self, scores: Float[Tensor, "b R"], drawn: Samples
+    ) -> tuple[Float[Tensor, "b C"], dict[str, float]]:
         """Advantages of this process's completions, and metrics of everyone's: a group may be spread over processes."""
         scores, completion = self.gather(scores), self.gather(drawn.completion, pad=-100)
         values, mask = self.gather(drawn.values), completion != -100
@@ -901,7 +951,9 @@ class RLHFTrainer:
         metrics = rollout_metrics(completion, raw_rewards, advantages, values)
         means = scores.nanmean(0).nan_to_num().tolist()
         metrics |= {reward.name: mean for reward, mean in zip(self.rewards, means, strict=True)}
-        return self.own_share(advantages)[:, : drawn.logprobs.shape[1]], metrics  # as wide as our own completions
+        return self.own_share(advantages)[
+            :, : drawn.logprobs.shape[1]
+        ], metrics  # as wide as our own completions
 
     def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns metrics: means
@@ -915,11 +967,15 @@ class RLHFTrainer:
                 objective = self.algorithm.objective(new, minibatch, self.kl_coef, args)
                 self.optimizer.zero_grad()
                 (-objective * self.token_share(minibatch)).backward()  # AdamW goes downhill
-                metrics = minibatch_metrics(new, minibatch, clip_range(args)) | {"grad_norm": self.mean_gradients()}
+                metrics = minibatch_metrics(new, minibatch, clip_range(args)) | {
+                    "grad_norm": self.mean_gradients()
+                }
                 self.optimizer.step()
                 count = int(minibatch.mask.sum())
                 totals.update({name: value * count for name, value in metrics.items()} | {"tokens": count})
-        sums = self.accelerator.reduce(torch.tensor(list(totals.values()), device=self.device), "sum").tolist()
+        sums = self.accelerator.reduce(
+            torch.tensor(list(totals.values()), device=self.device), "sum"
+        ).tolist()
         means = dict(zip(totals, sums, strict=True))
         tokens = means.pop("tokens")
         metrics = {name: value / tokens for name, value in means.items()}
@@ -972,7 +1028,9 @@ class RLHFTrainer:
         args = self.args
         tokens, mask = tokenize(self.tokenizer, [prompt["prompt"] for prompt in prompts], self.device)
         with self.accelerator.autocast():
-            drawn = get_samples(self.policy, tokens, mask, args.gen_len, args.temperature, args.top_k, generator)
+            drawn = get_samples(
+                self.policy, tokens, mask, args.gen_len, args.temperature, args.top_k, generator
+            )
         return drawn, drawn.texts(self.tokenizer)
 
     def showcase(self) -> list[dict]:
@@ -1039,7 +1097,10 @@ def rollout_metrics(
         "distinct_2": distinct_2(unpad(completion, mask)),
     }
     if values is not None:  # 1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads
-        unexplained, returns = advantages[mask].var(correction=0), (advantages + values)[mask].var(correction=0)
+        unexplained, returns = (
+            advantages[mask].var(correction=0),
+            (advantages + values)[mask].var(correction=0),
+        )
         metrics["explained_variance"] = (1 - unexplained / (returns + 1e-8)).item()
     return metrics
 
@@ -1066,7 +1127,10 @@ def distinct_2(completions: list[list[int]]) -> float:
 
 
 def describe(
-    prompts: list[dict], texts: list[str], rewards: Float[Tensor, "B"], ref_logprobs: Float[Tensor, "B"] | None = None
+    prompts: list[dict],
+    texts: list[str],
+    rewards: Float[Tensor, "B"],
+    ref_logprobs: Float[Tensor, "B"] | None = None,
 ) -> list[dict]:
     """The completions as records for people to read."""
     columns = {"prompt": [p["prompt"] for p in prompts], "completion": texts, "reward": rewards.tolist()}
@@ -1113,10 +1177,14 @@ class RunLog:
         """One line in metrics.jsonl, three in samples.jsonl, one in the terminal with the samples under it."""
         self.append("samples.jsonl", *({"phase": metrics["phase"]} | sample for sample in samples))
         self.append("metrics.jsonl", metrics)
-        self.accelerator.log({name: x for name, x in metrics.items() if name != "phase"}, step=metrics["phase"])
+        self.accelerator.log(
+            {name: x for name, x in metrics.items() if name != "phase"}, step=metrics["phase"]
+        )
         if self.is_main:
             self.history.append(metrics)
-        figures = "  ".join(f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2"))
+        figures = "  ".join(
+            f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2")
+        )
         console.print(f"phase {metrics['phase']:>3}  {figures}  {metrics['tokens_per_second']:.0f} tokens/s")
         self.bar.update(self.task, completed=metrics["phase"])
         self.live.update(Group(sample_table(samples), self.bar))
@@ -1145,7 +1213,9 @@ PANELS = {
     "distinct_2": "distinct bigrams: falls when the mode collapses",
 }
 # Okabe and Ito's colours, which the colour-blind tell apart, each with a style; 5 and 3 repeat after 15 lines only.
-LINES = plt.cycler(color=["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"] * 3, linestyle=["-", "-.", ":"] * 5)
+LINES = plt.cycler(
+    color=["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"] * 3, linestyle=["-", "-.", ":"] * 5
+)
 plt.rcParams.update({"font.size": 8, "axes.titlesize": 10, "axes.prop_cycle": LINES, "text.parse_math": False,
                      "figure.constrained_layout.use": True, "savefig.dpi": 110})  # fmt: skip
 
@@ -1170,7 +1240,9 @@ def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
         gold = axes["reward"].twinx()
         draw_lines(gold, runs, "gold_reward", linestyle="--")
         for axis in (axes["reward"], gold):
-            axis.autoscale(axis="y")  # each from its lowest to its highest, since the scales have nothing in common
+            axis.autoscale(
+                axis="y"
+            )  # each from its lowest to its highest, since the scales have nothing in common
         gold.spines["top"].set_visible(False)
         ways = [plt.Line2D([], [], color="#595959", linestyle=style) for style in ("-", "--")]
         gold.legend(ways, ["trained on, left axis", "gold, right axis"], loc="lower right")
@@ -1213,13 +1285,18 @@ def check_settings(args: RLHFArgs) -> None:
     for name in (*counts.split(), "kl_horizon", "save_every"):
         value = getattr(args, name)
         require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for flag, parts in {"num-minibatches": args.num_minibatches, "group-size": args.samples_per_prompt}.items():
+    for flag, parts in {
+        "num-minibatches": args.num_minibatches,
+        "group-size": args.samples_per_prompt,
+    }.items():
         divides = parts >= 1 and args.batch_size % parts == 0
         require(divides, f"--batch-size {args.batch_size}: must be divisible by --{flag} {parts}")
     alone = args.samples_per_prompt == 1 and not ALGORITHMS[args.algo].has_critic
     require(not alone, f"--group-size 1: --algo {args.algo} compares completions of a group; give at least 2")
     warm = 0 <= args.warmup_steps < args.total_phases
-    require(warm, f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}")
+    require(
+        warm, f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}"
+    )
     require(args.temperature > 0, f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy")
     require(args.kl_target is None or args.kl_target > 0, f"--kl-target {args.kl_target}: must be positive")
     require(0 <= args.seed < 2**31, f"--seed {args.seed}: must be from 0 to 2147483647")
@@ -1230,11 +1307,16 @@ def check_settings(args: RLHFArgs) -> None:
         require(value is None or 0 <= value < math.inf, message)
     count = len(args.reward) or 1
     weighted = len(args.reward_weights) in (0, count)
-    require(weighted, f"--reward-weights: {len(args.reward_weights)} given for {count} rewards; expected one for each")
+    require(
+        weighted,
+        f"--reward-weights: {len(args.reward_weights)} given for {count} rewards; expected one for each",
+    )
     installed = args.track is None or importlib.util.find_spec(args.track) is not None
     require(installed, f"--track {args.track}: is not installed; pip install {args.track}")
     frozen = args.lora or args.dtype == "float32"
-    require(frozen, f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32")
+    require(
+        frozen, f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32"
+    )
 
 
 def read_lines(path: Path) -> list[tuple[str, str]]:
@@ -1279,14 +1361,18 @@ def check_context(bridge: TransformerBridge, rows: list[dict], gen_len: int) -> 
     require(gen_len <= room, message)
 
 
-def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[TransformerBridge, dict[str, Tensor]]:
+def load_bridge(
+    base_model: str, device: str, dtype: str = "float32"
+) -> tuple[TransformerBridge, dict[str, Tensor]]:
     """Boots `tiny`, a name that TransformerLens knows, a hub id or a local directory; never runs a model's own code.
 
     Also returns the weights under the names that they have in the model's files: the bridge renames what it wraps.
     """
     with explained(f"--base-model {base_model}: cannot be loaded"):
         name = model_name(base_model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(
+            device
+        )
         published = model.state_dict(keep_vars=True)
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=load_tokenizer(name)
@@ -1300,7 +1386,9 @@ def check_cache(bridge: TransformerBridge) -> None:
     """Raises SettingError if the KV cache stays empty, as it does from transformers 5.24 on, which renames the argument
     that TransformerLens 4.3 looks for: completions would ignore their prompts, silently."""
     cache = transformers.DynamicCache(config=bridge.original_model.config)
-    bridge.original_model(torch.zeros(1, 2, dtype=torch.long, device=bridge.cfg.device), past_key_values=cache)
+    bridge.original_model(
+        torch.zeros(1, 2, dtype=torch.long, device=bridge.cfg.device), past_key_values=cache
+    )
     versions = " and ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "transformer_lens")
     )
@@ -1315,8 +1403,12 @@ def model_name(base_model: str) -> str:
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    readable = bool(tokenizer.encode("This is text.", add_special_tokens=False))  # without files: an empty vocabulary
-    require(readable and tokenizer.eos_token_id is not None, f"{name}: has no tokenizer with an end-of-text token")
+    readable = bool(
+        tokenizer.encode("This is text.", add_special_tokens=False)
+    )  # without files: an empty vocabulary
+    require(
+        readable and tokenizer.eos_token_id is not None, f"{name}: has no tokenizer with an end-of-text token"
+    )
     return tokenizer
 
 
@@ -1331,7 +1423,9 @@ def is_head_linear(bridge: TransformerBridge) -> bool:
     features = bridge.original_model.base_model(input_ids=tokens).last_hidden_state
     if features.shape[-1] != bridge.unembed.original_component.weight.shape[-1]:
         return False
-    return torch.allclose(bridge.unembed(features), bridge.original_model(tokens).logits, atol=1e-4, rtol=1e-2)
+    return torch.allclose(
+        bridge.unembed(features), bridge.original_model(tokens).logits, atol=1e-4, rtol=1e-2
+    )
 
 
 def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
@@ -1375,8 +1469,14 @@ def load_reward(spec: str, args: RLHFArgs, run_dir: Path, device: str) -> Reward
 def load_classifier(name: str, what: str, device: str, **options):
     """A sequence classifier and its tokenizer, padding on the right and cutting on the left."""
     with explained(f"{what}: cannot be loaded as a classifier"):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, **options).float().to(device)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
+        model = (
+            transformers.AutoModelForSequenceClassification.from_pretrained(name, **options)
+            .float()
+            .to(device)
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, truncation_side="left", padding_side="right"
+        )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
     return model.eval(), tokenizer
@@ -1384,7 +1484,10 @@ def load_classifier(name: str, what: str, device: str, **options):
 
 def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B labels"]:
     """Logits of the labels; of a text longer than the context, the end is kept."""
-    width, logits = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20)), []
+    width, logits = (
+        min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20)),
+        [],
+    )
     for start in range(0, len(texts), 64):
         batch = [text or tokenizer.pad_token for text in texts[start : start + 64]]
         batch = tokenizer(batch, padding=True, truncation=True, max_length=width, return_tensors="pt")
@@ -1398,7 +1501,10 @@ def classifier_reward(model: str, label: str | None, device: str) -> RewardFn:
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = {name: number for number, name in classifier.config.id2label.items()}
     known = label in labels or (label is None and len(labels) == 1)
-    require(known, f"--reward classifier:{model}:{label or ''}: no such label; expected one of {', '.join(labels)}")
+    require(
+        known,
+        f"--reward classifier:{model}:{label or ''}: no such label; expected one of {', '.join(labels)}",
+    )
 
     @torch.no_grad()
     def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
@@ -1412,7 +1518,9 @@ def classifier_reward(model: str, label: str | None, device: str) -> RewardFn:
     return score
 
 
-def call_reward(reward: Reward, prompts: list[str], completions: list[str], columns: dict[str, list]) -> list[float]:
+def call_reward(
+    reward: Reward, prompts: list[str], completions: list[str], columns: dict[str, list]
+) -> list[float]:
     """Calls a reward function and checks what it returns.
 
     None says, as in TRL, that the reward does not apply to a completion, and becomes NaN. Raises SettingError, naming
@@ -1429,8 +1537,13 @@ def call_reward(reward: Reward, prompts: list[str], completions: list[str], colu
     scores, count = list(scores), len(completions)
     require(len(scores) == count, f"{where}: returned {len(scores)} values for {count} completions")
     for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
-        is_finite = score is None or (hasattr(score, "__float__") and math.isfinite(score))  # which texts are not
-        require(is_finite, f"{where}: value {i} is {score!r}, not a finite number, for the completion {completion!r}")
+        is_finite = score is None or (
+            hasattr(score, "__float__") and math.isfinite(score)
+        )  # which texts are not
+        require(
+            is_finite,
+            f"{where}: value {i} is {score!r}, not a finite number, for the completion {completion!r}",
+        )
     return [math.nan if score is None else float(score) for score in scores]
 
 
@@ -1454,7 +1567,9 @@ def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
     message = f"{launched} processes were launched, but {accelerator.num_processes} found each other; check --device"
     require(launched == accelerator.num_processes, message)
     parts = accelerator.num_processes * args.num_minibatches
-    message = f"--batch-size {args.batch_size}: must be divisible by {accelerator.num_processes} processes times"
+    message = (
+        f"--batch-size {args.batch_size}: must be divisible by {accelerator.num_processes} processes times"
+    )
     require(args.batch_size % parts == 0, f"{message} --num-minibatches {args.num_minibatches}")
     precision = accelerator.mixed_precision
     require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
@@ -1462,8 +1577,14 @@ def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
 
 def relieve_memory(args: RLHFArgs, device: str) -> RLHFArgs:
     """Half the batch, and gpt2 in place of gpt2-medium, on request or where that model would not fit; says so."""
-    total = torch.cuda.get_device_properties(device).total_memory if device.startswith("cuda") else machine_memory()
-    needed = (4 if args.lora else 12) * 2**30  # of gpt2-medium: weights, and gradients, moments, reference without LoRA
+    total = (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.startswith("cuda")
+        else machine_memory()
+    )
+    needed = (
+        4 if args.lora else 12
+    ) * 2**30  # of gpt2-medium: weights, and gradients, moments, reference without LoRA
     is_short = args.low_gpu_mem or (args.base_model == "gpt2-medium" and total < needed)
     if args.resume or not is_short:  # a run's saved settings have been relieved already
         return args
@@ -1507,9 +1628,13 @@ def choose_run_dir(args: RLHFArgs) -> Path:
     """The directory of --resume, of --run-dir, or a new one by date and time; nobody's files are overwritten."""
     if args.resume:
         return args.resume
-    now = datetime.now().strftime("%Y%m%d-%H%M%S.%f")[:-3]  # to the millisecond: several runs may start together
+    now = datetime.now().strftime("%Y%m%d-%H%M%S.%f")[
+        :-3
+    ]  # to the millisecond: several runs may start together
     run_dir = args.run_dir or Path("runs") / f"{now}-{args.algo}{'-lora' if args.lora else ''}"
-    message = f"--run-dir {run_dir}: holds a run already; go on with it by --resume {run_dir}, or give another"
+    message = (
+        f"--run-dir {run_dir}: holds a run already; go on with it by --resume {run_dir}, or give another"
+    )
     require(not (run_dir / "args.json").exists(), message)
     is_free = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
     require(is_free, f"--run-dir {run_dir}: is not an empty directory; give a new one")
@@ -1547,11 +1672,15 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         if beside.is_file():  # on the disk before the old one goes
             with open(beside, "rb+") as file:
                 os.fsync(file.fileno())
-        if beside.is_dir() and path.is_dir():  # a file replaces a file by the renaming itself, and never a directory
+        if (
+            beside.is_dir() and path.is_dir()
+        ):  # a file replaces a file by the renaming itself, and never a directory
             path.rename(aside)
         beside.rename(path)
     except OSError as error:
-        raise SettingError(f"{path}: cannot be written ({error.strerror or error}); what was there is whole") from error
+        raise SettingError(
+            f"{path}: cannot be written ({error.strerror or error}); what was there is whole"
+        ) from error
     finally:
         discard(beside)
         discard(aside)
@@ -1565,17 +1694,29 @@ def discard(path: Path) -> None:
 def open_run_dir(trainer: RLHFTrainer) -> list[dict]:
     """Writes args.json, or, in a run that goes on, forgets the phases after its checkpoint; returns the others."""
     run_dir, args = trainer.run_dir, trainer.args
-    for orphan in (*run_dir.glob("*.unfinished"), *run_dir.glob("checkpoint/*.unfinished")):  # of a run that was killed
+    for orphan in (
+        *run_dir.glob("*.unfinished"),
+        *run_dir.glob("checkpoint/*.unfinished"),
+    ):  # of a run that was killed
         discard(orphan)
     if not args.resume:
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")}
+        versions = {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")
+        }
         versions["python"] = platform.python_version()
-        record = dataclasses.asdict(args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
+        record = dataclasses.asdict(args) | {
+            "run_dir": run_dir,
+            "running_on": trainer.device,
+            "versions": versions,
+        }
         text = json.dumps(record, indent=2, default=str) + "\n"
         write_whole(run_dir / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
     kept = {}
     for name in ("metrics.jsonl", "samples.jsonl"):
-        records, done = read_records(run_dir / name), ["before"] * bool(trainer.phase) + [*range(1, trainer.phase + 1)]
+        records, done = (
+            read_records(run_dir / name),
+            ["before"] * bool(trainer.phase) + [*range(1, trainer.phase + 1)],
+        )
         kept[name] = [record for record in records if record["phase"] in done]
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept[name])
         write_whole(run_dir / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
@@ -1586,7 +1727,10 @@ def fingerprint(trainer: RLHFTrainer) -> str:
     """Of the model that training starts from, which a checkpoint holds only in part."""
     with trainer.reference() as reference:
         weights = reference.published.values()
-    count, norm = sum(weight.numel() for weight in weights), sum(weight.float().norm().item() for weight in weights)
+    count, norm = (
+        sum(weight.numel() for weight in weights),
+        sum(weight.float().norm().item() for weight in weights),
+    )
     return f"{len(weights)} tensors of {count} numbers, norms {norm:.5g}"
 
 
@@ -1605,7 +1749,11 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
     for name, weight in trainer.trained.items():
         moments = trainer.optimizer.state.get(weight, {})
         tensors |= {name: weight.detach()} | {f"{name}@{key}": value for key, value in moments.items()}
-    state = {"phase": str(trainer.phase), "kl_coef": trainer.kl_coef.hex(), "base_model": fingerprint(trainer)}
+    state = {
+        "phase": str(trainer.phase),
+        "kl_coef": trainer.kl_coef.hex(),
+        "base_model": fingerprint(trainer),
+    }
     data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, state)
     write_whole(directory / f"phase-{trainer.phase:05}.safetensors", lambda path: path.write_bytes(data))
     for old in sorted(directory.glob("phase-*.safetensors"))[:-2]:
@@ -1629,16 +1777,22 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
         except (OSError, safetensors.SafetensorError) as error:
             console.print(f"{path}: is damaged ({first_line(error)}); trying the one before", soft_wrap=True)
     else:
-        raise SettingError(f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew in another directory")
+        raise SettingError(
+            f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew in another directory"
+        )
     require("base_model" in (state or {}), f"{path}: is no checkpoint of this program; move it away")
     same = state["base_model"] == (here := fingerprint(trainer))
-    require(same, f"--resume {trainer.run_dir}: its base model was another: {state['base_model']}; here {here}")
+    require(
+        same, f"--resume {trainer.run_dir}: its base model was another: {state['base_model']}; here {here}"
+    )
     shapes = {name: tensor.shape for name, tensor in tensors.items() if "@" not in name}
     same = shapes == {name: weight.shape for name, weight in trainer.trained.items()}
     require(same, f"{path}: holds other weights than these settings train; was args.json changed?")
     for name, weight in trainer.trained.items():
         weight.data.copy_(tensors[name])
-        moments = {key.rpartition("@")[2]: value for key, value in tensors.items() if key.rpartition("@")[0] == name}
+        moments = {
+            key.rpartition("@")[2]: value for key, value in tensors.items() if key.rpartition("@")[0] == name
+        }
         if moments:
             trainer.optimizer.state[weight] = moments
     trainer.phase, trainer.kl_coef = int(state["phase"]), float.fromhex(state["kl_coef"])
@@ -1662,7 +1816,9 @@ class StopSignals:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
-            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {
+                number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
+            }
 
     def __exit__(self, *exception) -> None:
         for number, handler in self.before.items():
@@ -1698,7 +1854,9 @@ def export(trainer: RLHFTrainer) -> None:
     policy, source = trainer.policy, trainer.args.base_model
     write_whole(trainer.run_dir / "model", lambda path: export_model(policy, path))
     if trainer.args.lora:
-        write_whole(trainer.run_dir / "adapter", lambda path: export_adapter(policy, model_name(source), path))
+        write_whole(
+            trainer.run_dir / "adapter", lambda path: export_adapter(policy, model_name(source), path)
+        )
 
 
 def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
@@ -1708,7 +1866,9 @@ def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
     is_conv1d, weight = isinstance(fused, Conv1D), fused.weight.data
     rows = torch.arange(weight.shape[1 if is_conv1d else 0], device=weight.device, dtype=torch.float32)
     try:
-        fused.weight.data = rows.expand(len(weight), -1) if is_conv1d else rows[:, None].expand(-1, weight.shape[1])
+        fused.weight.data = (
+            rows.expand(len(weight), -1) if is_conv1d else rows[:, None].expand(-1, weight.shape[1])
+        )
         parts = attn.split_qkv_matrix(attn.original_component)
     finally:
         fused.weight.data = weight
@@ -1719,13 +1879,18 @@ def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
 def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
     """The model's weights as its files name and store them, adapters merged in."""
     layers = [module for module in policy.bridge.modules() if isinstance(module, LoRALinear)]
-    merged = {id(layer.weight): layer.merged() for layer in layers}  # by the identity of the tensor that it replaces
+    merged = {
+        id(layer.weight): layer.merged() for layer in layers
+    }  # by the identity of the tensor that it replaces
     weights = {name: merged.get(id(weight), weight.detach()) for name, weight in policy.published.items()}
     for block in policy.bridge.blocks:
         if not hasattr(block.attn, "qkv"):
             continue
         fused = block.attn.qkv.original_component
-        weight, bias = fused.weight.detach().clone(), None if fused.bias is None else fused.bias.detach().clone()
+        weight, bias = (
+            fused.weight.detach().clone(),
+            None if fused.bias is None else fused.bias.detach().clone(),
+        )
         matrix = weight.t() if isinstance(fused, Conv1D) else weight
         for part, rows in fused_rows(block.attn).items():
             ours = getattr(block.attn, part).original_component
@@ -1752,21 +1917,31 @@ def export_model(policy: TransformerWithValueHead, path: Path) -> None:
 @torch.no_grad()
 def export_adapter(policy: TransformerWithValueHead, source: str, path: Path) -> None:
     """A PEFT directory. On a fused matrix the adapters of q, k and v become one, block-diagonal, of rank 3 r."""
-    layers = {id(layer.base.weight): layer for layer in policy.bridge.modules() if isinstance(layer, LoRALinear)}
-    named = {name.removesuffix(".weight"): layers.get(id(weight)) for name, weight in policy.published.items()}
-    adapters = {name: (layer.lora_a, layer.lora_b) for name, layer in named.items() if layer}  # by the module's name
+    layers = {
+        id(layer.base.weight): layer for layer in policy.bridge.modules() if isinstance(layer, LoRALinear)
+    }
+    named = {
+        name.removesuffix(".weight"): layers.get(id(weight)) for name, weight in policy.published.items()
+    }
+    adapters = {
+        name: (layer.lora_a, layer.lora_b) for name, layer in named.items() if layer
+    }  # by the module's name
     for block in policy.bridge.blocks:
         if not hasattr(block.attn, "qkv"):
             continue
         fused = block.attn.qkv.original_component.weight
-        name = next(name for name, weight in policy.published.items() if weight is fused).removesuffix(".weight")
+        name = next(name for name, weight in policy.published.items() if weight is fused).removesuffix(
+            ".weight"
+        )
         parts = {part: getattr(block.attn, part).original_component for part in "qkv"}
         parts = {part: layer for part, layer in parts.items() if isinstance(layer, LoRALinear)}
         if parts:
             rows = fused_rows(block.attn)
             lora_a = torch.cat([layer.lora_a for layer in parts.values()])
             lora_b = lora_a.new_zeros(sum(map(len, rows.values())), len(lora_a))
-            lora_b[torch.cat([rows[part] for part in parts])] = torch.block_diag(*(p.lora_b for p in parts.values()))
+            lora_b[torch.cat([rows[part] for part in parts])] = torch.block_diag(
+                *(p.lora_b for p in parts.values())
+            )
             adapters[name] = lora_a, lora_b
     layer = next(iter(layers.values()))
     rank = len(layer.lora_a)
@@ -1817,10 +1992,24 @@ def english_prose() -> list[str]:
     from pydoc_data.topics import topics
 
     library = Path(sysconfig.get_path("stdlib"))
-    outside = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "encodings"}
-    files = [path for path in sorted(library.rglob("*.py")) if not outside & set(path.relative_to(library).parts)]
+    outside = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "encodings",
+    }
+    files = [
+        path for path in sorted(library.rglob("*.py")) if not outside & set(path.relative_to(library).parts)
+    ]
     sources = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
-    texts = [*topics.values(), *(doc for source in sources for doc in re.findall(r'(?sm)^ *r?"""(.*?)"""', source))]
+    texts = [
+        *topics.values(),
+        *(doc for source in sources for doc in re.findall(r'(?sm)^ *r?"""(.*?)"""', source)),
+    ]
     is_sentence = re.compile(r"[A-Z](?:(?![a-z][A-Z]|\(\)|--)[A-Za-z ,;:'\"()/-]|\.(?=[,)\"]))+\.").fullmatch
     quotes = str.maketrans("‘’“”", "''\"\"", "*`")
     documents, seen = [], set()
@@ -1834,7 +2023,9 @@ def english_prose() -> list[str]:
         documents.append(sentences)
     words = re.compile(r"[a-z]+").findall
     frequency = Counter(word for sentence in seen for word in words(sentence.lower()))
-    kept = ([s for s in sentences if min(map(frequency.get, words(s.lower()))) >= 10] for sentences in documents)
+    kept = (
+        [s for s in sentences if min(map(frequency.get, words(s.lower()))) >= 10] for sentences in documents
+    )
     return [" ".join(sentences) for sentences in kept if sentences]
 
 
@@ -1877,7 +2068,9 @@ def fit(model: nn.Module, losses: Iterator[Tensor], steps: int, title: str, lr: 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rises_then_falls)
     model.train()
     with Progress(console=console, transient=True) as bar:
-        for loss in bar.track(losses, total=steps, description=title):  # each is computed when it is asked for
+        for loss in bar.track(
+            losses, total=steps, description=title
+        ):  # each is computed when it is asked for
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -1932,13 +2125,19 @@ def draw_pair(
 
     While they are equal, or among the answers, both are drawn anew: so which stands on the left is a fair coin.
     """
-    prompt, tokenizer, device = rows[number % len(rows)]["prompt"], policy.bridge.tokenizer, policy.bridge.cfg.device
+    prompt, tokenizer, device = (
+        rows[number % len(rows)]["prompt"],
+        policy.bridge.tokenizer,
+        policy.bridge.cfg.device,
+    )
     generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
     tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
     for _ in range(20):
         drawn = get_samples(policy, tokens, mask, generator=generator, **sampling)
         left, right = drawn.texts(tokenizer)
-        if left != right and not {preference(prompt, left, right), preference(prompt, right, left)} & {*answers}:
+        if left != right and not {preference(prompt, left, right), preference(prompt, right, left)} & {
+            *answers
+        }:
             return prompt, left, right
     raise SettingError(f"label: nothing new for {prompt!r} in 20 draws; raise --temperature or --gen-len")
 
@@ -1962,7 +2161,9 @@ def ask(file: Path, pairs: int, draw: Callable[[int, list[str]], tuple[str, str,
             elif key == "u":
                 rewrite(file, answers := answers[:-1])
             else:
-                answers.append(preference(prompt, left, right) if key == "l" else preference(prompt, right, left))
+                answers.append(
+                    preference(prompt, left, right) if key == "l" else preference(prompt, right, left)
+                )
                 append_line(file, answers[-1])
             console.print({"l": "left", "r": "right", "s": "skipped", "u": "undone"}[key])
     console.print(f"{len(answers)} answers in {file}; the same command goes on from here", soft_wrap=True)
@@ -1999,7 +2200,9 @@ def printable(text: str) -> str:
     'red␛[31m'
     """
     shown = {code: 0x2400 + code for code in range(32) if code != ord("\n")} | {127: "␡"}
-    hidden = dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�")  # C1, direction
+    hidden = dict.fromkeys(
+        [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�"
+    )  # C1, direction
     return text.translate(shown | hidden)
 
 
@@ -2011,7 +2214,9 @@ def keypresses() -> Iterator[str]:
             restore.callback(termios.tcsetattr, stdin, termios.TCSANOW, termios.tcgetattr(stdin))
             tty.setcbreak(stdin, termios.TCSANOW)  # not the default, which would throw away a key typed early
         while (key := os.read(stdin, 1).decode("latin-1").lower()) not in ("", "\x04"):
-            if key == "\x1b" and os.isatty(stdin):  # an arrow or function key: the letters that follow are no answer
+            if key == "\x1b" and os.isatty(
+                stdin
+            ):  # an arrow or function key: the letters that follow are no answer
                 while select.select([stdin], [], [], 0.02)[0]:
                     os.read(stdin, 1)
             yield key
@@ -2033,7 +2238,9 @@ def whole_lines(path: Path, *keys: str) -> list[str]:
             lines.append(rest)  # whole but for its line feed
         except SettingError:
             append_line(torn, rest)
-            console.print(f"{path}: half a line at its end, left by a crash, was moved to {torn}", soft_wrap=True)
+            console.print(
+                f"{path}: half a line at its end, left by a crash, was moved to {torn}", soft_wrap=True
+            )
         rewrite(path, lines)
     return lines
 
@@ -2068,7 +2275,10 @@ def load_preferences(path: Path) -> list[tuple[str, str]]:
         if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
             chosen, rejected = prompt + chosen, prompt + rejected
         pairs.append((chosen, rejected))
-    require(len(pairs) > 1, f"{path}: holds one preference; expected at least two, to learn from one and test on one")
+    require(
+        len(pairs) > 1,
+        f"{path}: holds one preference; expected at least two, to learn from one and test on one",
+    )
     return pairs
 
 
@@ -2121,7 +2331,9 @@ def train_reward_model(
     pairs = load_preferences(file)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, tokenizer = load_classifier(model_name(base_model), f"--base-model {base_model}", device, num_labels=1)
+        model, tokenizer = load_classifier(
+            model_name(base_model), f"--base-model {base_model}", device, num_labels=1
+        )
         nn.init.zeros_(model.score.weight)
         add_dropout_and_lora(model, rank, dropout)
         shuffled = [pairs[i] for i in torch.randperm(len(pairs))]
@@ -2135,7 +2347,9 @@ def train_reward_model(
     with torch.no_grad():
         merge_dropout_and_lora(model)
         subtract_mean(model, tokenizer, [text for pair in training for text in pair])
-        chosen, rejected = (classify(model, tokenizer, list(texts))[:, 0] for texts in zip(*held_out, strict=True))
+        chosen, rejected = (
+            classify(model, tokenizer, list(texts))[:, 0] for texts in zip(*held_out, strict=True)
+        )
     accuracy, calibration = (chosen > rejected).float().mean().item(), calibration_error(chosen - rejected)
     console.print(f"reward model: {len(training)} pairs learned; of {len(held_out)} held out {accuracy:.0%} right, "
                   f"calibration error {calibration:.2f}", soft_wrap=True)  # fmt: skip
@@ -2231,7 +2445,12 @@ class Inspection(NamedTuple):
 
 
 def inspect(
-    run: Path, token: str = ".", prompt: str | None = None, samples: int = 32, gen_len: int = 32, seed: int = 0
+    run: Path,
+    token: str = ".",
+    prompt: str | None = None,
+    samples: int = 32,
+    gen_len: int = 32,
+    seed: int = 0,
 ) -> None:
     """Compares a run's model with the one it started from: a table, and RUN/inspect.png.
 
@@ -2257,21 +2476,30 @@ def inspect(
     console.print(f"{run / 'model'} against {settings.base_model}: {samples} completions of {prompt!r} by the "
                   f"trained model, {texts.where.sum()} places ({places})", soft_wrap=True)  # fmt: skip
     print_inspection(found)
-    words = ["".join(c if c.isprintable() else "·" for c in tokenizer.decode([i])) for i in texts.tokens[0].tolist()]
+    words = [
+        "".join(c if c.isprintable() else "·" for c in tokenizer.decode([i]))
+        for i in texts.tokens[0].tolist()
+    ]
     plot_inspection(found, words, run / "inspect.png")
     console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
 
 
-def look_inside(base: TransformerBridge, trained: TransformerBridge, texts: Texts, token: str, id: int) -> Inspection:
+def look_inside(
+    base: TransformerBridge, trained: TransformerBridge, texts: Texts, token: str, id: int
+) -> Inspection:
     """Reads the texts with both models, and takes apart the logit of the token of this id."""
     bridges = (base, trained)
     logits, caches = zip(*(read(bridge, texts) for bridge in bridges), strict=True)
-    shares = [attribute(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)]
+    shares = [
+        attribute(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)
+    ]
     for share, truth in zip(shares, logits, strict=True):
         is_sum = abs(share.total - truth[texts.where][:, id].mean().item()) < 1e-3 * (1 + abs(share.total))
         require(is_sum, "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
     difference = shares[1].components - shares[0].components
-    largest = [divmod(i, difference.shape[1]) for i in difference.flatten().argsort(descending=True)[:6].tolist()]
+    largest = [
+        divmod(i, difference.shape[1]) for i in difference.flatten().argsort(descending=True)[:6].tolist()
+    ]
     return Inspection(
         token,
         texts,
@@ -2287,11 +2515,16 @@ def look_inside(base: TransformerBridge, trained: TransformerBridge, texts: Text
 def single_token(tokenizer, text: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False)
     parts = ", ".join(repr(tokenizer.decode([i])) for i in ids) or "nothing"
-    require(len(ids) == 1, f"--token {text!r}: is no single token but {len(ids)} ({parts}); a leading space may matter")
+    require(
+        len(ids) == 1,
+        f"--token {text!r}: is no single token but {len(ids)} ({parts}); a leading space may matter",
+    )
     return ids[0]
 
 
-def draw_texts(trained: TransformerWithValueHead, prompt: str, id: int, samples: int, gen_len: int, seed: int) -> Texts:
+def draw_texts(
+    trained: TransformerWithValueHead, prompt: str, id: int, samples: int, gen_len: int, seed: int
+) -> Texts:
     """Completions of the one prompt, so no row is padded on the left, and the right no causal model sees."""
     tokens, mask = tokenize(trained.bridge.tokenizer, [prompt] * samples, "cpu")
     drawn = get_samples(trained, tokens, mask, gen_len, generator=torch.Generator().manual_seed(seed))
@@ -2303,7 +2536,16 @@ def draw_texts(trained: TransformerWithValueHead, prompt: str, id: int, samples:
 
 def read(bridge: TransformerBridge, texts: Texts) -> tuple[Float[Tensor, "B T V"], ActivationCache]:
     """Logits, and the activations that the rest of this section looks at."""
-    wanted = ("resid_pre", "resid_post", "_z", "mlp_out", "pattern", "hook_embed", "pos_embed", "final.hook_scale")
+    wanted = (
+        "resid_pre",
+        "resid_post",
+        "_z",
+        "mlp_out",
+        "pattern",
+        "hook_embed",
+        "pos_embed",
+        "final.hook_scale",
+    )
     with torch.no_grad():
         return bridge.run_with_cache(texts.tokens, names_filter=lambda name: name.endswith(wanted))
 
@@ -2325,7 +2567,9 @@ def logit_lens(cache: ActivationCache, id: int, where: Bool[Tensor, "B T"]) -> F
 
 
 @torch.no_grad()
-def attribute(bridge: TransformerBridge, cache: ActivationCache, id: int, where: Bool[Tensor, "B T"]) -> Attribution:
+def attribute(
+    bridge: TransformerBridge, cache: ActivationCache, id: int, where: Bool[Tensor, "B T"]
+) -> Attribution:
     """Direct logit attribution (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits).
 
     The residual stream is a sum x = Σ_c x_c, and with the final norm's scale s held fixed the logit is linear in it:
@@ -2341,9 +2585,15 @@ def attribute(bridge: TransformerBridge, cache: ActivationCache, id: int, where:
         expand_neurons=False, apply_ln=True, project_output_onto=gain * w
     )[:, 0]
     L, H = bridge.cfg.n_layers, bridge.cfg.n_heads
-    heads, mlps, embedding = shares[: L * H].view(L, H), shares[L * H : L * H + L], shares[L * H + L : -1].sum()
+    heads, mlps, embedding = (
+        shares[: L * H].view(L, H),
+        shares[L * H : L * H + L],
+        shares[L * H + L : -1].sum(),
+    )
     constant = bridge.unembed(norm(torch.zeros(1, 1, len(w))))[0, 0, id]
-    return Attribution(torch.cat([heads, mlps[:, None]], dim=1), embedding.item(), (shares[-1] + constant).item())
+    return Attribution(
+        torch.cat([heads, mlps[:, None]], dim=1), embedding.item(), (shares[-1] + constant).item()
+    )
 
 
 @torch.no_grad()
@@ -2404,18 +2654,25 @@ def print_inspection(found: Inspection) -> None:
     lenses = enumerate(zip(*(lens.tolist() for lens in found.lenses), strict=True))
     rows = [(f"after block {i - 1}" if i else "embedding", *pair) for i, pair in lenses]
     show(f"log-probability of {token} if the model ended there (logit lens)", "base", "trained", rows=rows)
-    rows = [(found.name(*part), *(share.components[part].item() for share in found.shares)) for part in found.drops]
+    rows = [
+        (found.name(*part), *(share.components[part].item() for share in found.shares))
+        for part in found.drops
+    ]
     rows += [("embedding", base.embedding, trained.embedding), ("biases", base.biases, trained.biases)]
     others = [share.total - sum(row[i] for row in rows) for i, share in enumerate(found.shares, start=1)]
     rows += [("all other heads and MLPs", *others), (f"logit of {token}", base.total, trained.total)]
-    rows = [(*row, row[2] - row[1], *drop) for row, *drop in itertools.zip_longest(rows, found.drops.values())]
+    rows = [
+        (*row, row[2] - row[1], *drop) for row, *drop in itertools.zip_longest(rows, found.drops.values())
+    ]
     rows = [(name, *(figure for figure in figures if figure is not None)) for name, *figures in rows]
     columns = ("base", "trained", "change", "drop when ablated")
     show(f"who writes the logit of {token} (direct logit attribution)", *columns, rows=rows)
     carriers = ", ".join(found.name(*part) for part, drop in found.drops.items() if drop > 0)
     console.print(f"\nablated, these lower the logit of {token}: {carriers or 'none of them'}")
     largest = sorted(found.updates.items(), key=lambda item: -item[1].size)[:8]
-    rows = [(name if "embed" in name else f"layer {layer} {name}", *update) for (name, layer), update in largest]
+    rows = [
+        (name if "embed" in name else f"layer {layer} {name}", *update) for (name, layer), update in largest
+    ]
     show("largest weight updates", "‖ΔW‖ / ‖W‖", "effective rank", rows=rows)
 
 
@@ -2427,7 +2684,9 @@ def plot_inspection(found: Inspection, words: list[str], path: Path) -> None:
         axis.set(title=title, ylabel=ylabel)
         axis.set_xlabel(textwrap.fill(caption, 56), loc="left")
 
-    def heatmap(axis, values: Tensor, rows: list[str], columns: list[str], label: str, ticks=None, **colors) -> None:
+    def heatmap(
+        axis, values: Tensor, rows: list[str], columns: list[str], label: str, ticks=None, **colors
+    ) -> None:
         image = axis.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colors)
         for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
             step = math.ceil(len(names) / 40)
@@ -2529,7 +2788,11 @@ def average(histories: list[list[dict]]) -> list[dict]:
         values = {key: [m[key] for m in phases] for key in phases[0] if all(key in m for m in phases)}
         merged.append({})
         for key, numbers in values.items():
-            merged[-1] |= {key: sum(numbers) / len(numbers), f"{key}_low": min(numbers), f"{key}_high": max(numbers)}
+            merged[-1] |= {
+                key: sum(numbers) / len(numbers),
+                f"{key}_low": min(numbers),
+                f"{key}_high": max(numbers),
+            }
     return merged
 
 
@@ -2545,7 +2808,9 @@ def parse(target: Callable, argv: list[str], **options):
     except SystemExit as stop:
         if stop.code:
             lines = [line.strip("│ \n") for line in complaint.getvalue().splitlines()[1:]]
-            sentence = " ".join(lines[: next((i for i, line in enumerate(lines) if set(line) <= {"─"}), None)])
+            sentence = " ".join(
+                lines[: next((i for i, line in enumerate(lines) if set(line) <= {"─"}), None)]
+            )
             sentence = sentence.removeprefix("Error parsing RLHFArgs: ")
             raise SettingError(f"{sentence} (python rlhf.py --help lists all settings)") from None
         raise
@@ -2558,7 +2823,9 @@ def parse_settings(argv: list[str]) -> RLHFArgs:
     if not runs:
         return parse(RLHFArgs, argv)
     saved = dataclasses.replace(saved_settings(Path(runs[-1])), run_dir=None, resume=Path(runs[-1]))
-    args = parse(RLHFArgs, argv, default=dataclasses.replace(saved, reward=()))  # to which those given are appended
+    args = parse(
+        RLHFArgs, argv, default=dataclasses.replace(saved, reward=())
+    )  # to which those given are appended
     given = {flag.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for flag in argv}
     for name in given & {field.name for field in dataclasses.fields(RLHFArgs)}:
         ours, theirs, flag = getattr(args, name), getattr(saved, name), name.replace("_", "-")
@@ -2573,7 +2840,9 @@ def train(args: RLHFArgs) -> int:
     trainer.train()
     if trainer.phase == args.total_phases:
         return 0
-    console.print(f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}")
+    console.print(
+        f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}"
+    )
     return 128 + trainer.stop.received
 
 

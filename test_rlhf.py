@@ -40,7 +40,15 @@ if not torch.cuda.is_available():
 import kernels
 import rlhf
 from kernels import linear_token_logprobs, lora_linear, token_logprobs
-from rlhf import Evaluation, LoRALinear, ReplayMemory, RLHFArgs, RLHFTrainer, SettingError, TransformerWithValueHead
+from rlhf import (
+    Evaluation,
+    LoRALinear,
+    ReplayMemory,
+    RLHFArgs,
+    RLHFTrainer,
+    SettingError,
+    TransformerWithValueHead,
+)
 
 pytestmark = [pytest.mark.filterwarnings("error:::rlhf"), pytest.mark.filterwarnings("error:::kernels")]
 
@@ -113,7 +121,9 @@ def test_help_says_of_each_setting_what_its_line_says(capsys):
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for field in dataclasses.fields(RLHFArgs):
         line = next(
-            line for line in Path(rlhf.__file__).read_text().splitlines() if line.startswith(f"    {field.name}: ")
+            line
+            for line in Path(rlhf.__file__).read_text().splitlines()
+            if line.startswith(f"    {field.name}: ")
         )
         comment = line.partition("  # ")[2]
         assert comment and comment[:30] in shown, field.name
@@ -122,9 +132,9 @@ def test_help_says_of_each_setting_what_its_line_says(capsys):
 def test_every_setting_is_read():
     source = Path(rlhf.__file__).read_text()
     for field in dataclasses.fields(RLHFArgs):
-        assert re.search(rf"args\.{field.name}\b|self\.{field.name}\b", source.split("# ---- 2 ")[1]) or re.search(
-            rf"self\.{field.name}\b", source
-        ), field.name
+        assert re.search(
+            rf"args\.{field.name}\b|self\.{field.name}\b", source.split("# ---- 2 ")[1]
+        ) or re.search(rf"self\.{field.name}\b", source), field.name
 
 
 @pytest.mark.parametrize(
@@ -153,7 +163,13 @@ def test_every_setting_is_read():
 def test_bad_settings_end_with_one_line_and_status_2(gpt2, tmp_path, capsys, flags, expected):
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    argv = ["--base-model", gpt2, "--run-dir", str(tmp_path / "run"), *flags.replace("EMPTY", str(empty)).split()]
+    argv = [
+        "--base-model",
+        gpt2,
+        "--run-dir",
+        str(tmp_path / "run"),
+        *flags.replace("EMPTY", str(empty)).split(),
+    ]
     assert rlhf.main(argv) == 2
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1 and complaint.startswith("rlhf.py: "), complaint
@@ -231,11 +247,15 @@ def test_left_padding_changes_nothing(gpt2):
         length = int(alone.attention_mask[:, tokens.shape[1] :].sum())
         greedy = alone.tokens[0, tokens.shape[1] :][:length]
         assert torch.equal(batch.tokens[row, P : P + length], greedy)
-        torch.testing.assert_close(batch.logprobs[row, :length], alone.logprobs[0, :length], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            batch.logprobs[row, :length], alone.logprobs[0, :length], atol=1e-5, rtol=0
+        )
         torch.testing.assert_close(batch.values[row, :length], alone.values[0, :length], atol=1e-5, rtol=0)
         # and both agree with Hugging Face, which has never heard of padding here
         truth = transformers.AutoModelForCausalLM.from_pretrained(gpt2)(alone.tokens).logits.log_softmax(-1)
-        expected = truth[0, tokens.shape[1] - 1 : -1].gather(1, alone.tokens[0, tokens.shape[1] :, None])[:, 0]
+        expected = truth[0, tokens.shape[1] - 1 : -1].gather(1, alone.tokens[0, tokens.shape[1] :, None])[
+            :, 0
+        ]
         torch.testing.assert_close(alone.logprobs[0, :length], expected[:length], atol=1e-5, rtol=0)
 
 
@@ -251,7 +271,9 @@ def test_soft_capped_head_uses_the_models_own_logits(soft_capped):
     model = TransformerWithValueHead(soft_capped)
     assert not model.has_linear_head
     tokens = torch.arange(3, 11)[None]
-    logits = transformers.AutoModelForCausalLM.from_pretrained(soft_capped, attn_implementation="eager")(tokens).logits
+    logits = transformers.AutoModelForCausalLM.from_pretrained(soft_capped, attn_implementation="eager")(
+        tokens
+    ).logits
     features = model.features(tokens, torch.ones_like(tokens).bool())
     ref = features.flip(1)
     logprobs, entropy, kl = model.get_logprobs(features, tokens, 0.7, ref)
@@ -269,7 +291,9 @@ def test_hooks_work_before_during_and_after_training(gpt2):
             logits, cache = bridge.run_with_cache(tokens)
             assert cache["blocks.1.attn.hook_pattern"].shape == (1, 2, 8, 8)
             assert cache["ln_final.hook_out"].shape == (1, 8, 32)
-            zeroed = bridge.run_with_hooks(tokens, fwd_hooks=[("blocks.0.attn.hook_out", lambda x, hook: x * 0)])
+            zeroed = bridge.run_with_hooks(
+                tokens, fwd_hooks=[("blocks.0.attn.hook_out", lambda x, hook: x * 0)]
+            )
         assert not torch.allclose(zeroed, logits)
         memory, *_ = trainer.rollout_phase()  # the value head's own hook has survived
         assert trainer.learning_phase(memory)["value_loss"] > 0
@@ -295,7 +319,9 @@ def test_lora_is_the_base_plus_a_low_rank_update_and_exactly_the_base_when_off(g
     with rlhf.adapters_off(model):
         assert torch.equal(model.bridge(tokens), base.bridge(tokens))
     assert not torch.allclose(model.bridge(tokens), base.bridge(tokens), atol=1e-3)
-    for block, ours in zip(base.bridge.blocks, model.bridge.blocks, strict=True):  # merge by hand: W + 6/3 B A
+    for block, ours in zip(
+        base.bridge.blocks, model.bridge.blocks, strict=True
+    ):  # merge by hand: W + 6/3 B A
         for target in targets:
             part = "mlp" if target in ("in", "out") else "attn"
             there, layer = (getattr(getattr(b, part), target).original_component for b in (block, ours))
@@ -316,7 +342,9 @@ def test_training_moves_the_policy_and_not_the_reference(gpt2, lora):
         memory, *_ = trainer.rollout_phase()
         trainer.learning_phase(memory)
     with trainer.reference() as reference, torch.no_grad():
-        torch.testing.assert_close(reference.logits(reference.features(tokens, mask)), before, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            reference.logits(reference.features(tokens, mask)), before, atol=1e-6, rtol=0
+        )
     assert not torch.allclose(trainer.policy.bridge(tokens), before, atol=1e-3)
 
 
@@ -326,7 +354,9 @@ def test_training_moves_the_policy_and_not_the_reference(gpt2, lora):
 def test_samples_follow_the_softmax_at_the_temperature(gpt2):
     model = TransformerWithValueHead(gpt2)
     tokens, mask = rlhf.tokenize(model.bridge.tokenizer, ["This is"] * 4000, "cpu")
-    samples = rlhf.get_samples(model, tokens, mask, 1, temperature=0.7, generator=torch.Generator().manual_seed(0))
+    samples = rlhf.get_samples(
+        model, tokens, mask, 1, temperature=0.7, generator=torch.Generator().manual_seed(0)
+    )
     probs = (model.bridge(tokens[:1])[0, -1] / 0.7).softmax(-1)
     counts = torch.bincount(samples.tokens[:, -1], minlength=len(probs))
     z = (counts - 4000 * probs) / (4000 * probs * (1 - probs) + 1e-3).sqrt()
@@ -365,7 +395,9 @@ def test_end_of_text_is_an_action_and_what_follows_is_masked(gpt2):
         assert (memory.logprobs[row, length:] == 0).all() and (memory.advantages[row, length:] == 0).all()
     assert endings > 5
     new = trainer.evaluate(memory)
-    gradient = torch.autograd.grad(trainer.algorithm.objective(new, memory, 0.1, trainer.args), new.logprobs)[0]
+    gradient = torch.autograd.grad(trainer.algorithm.objective(new, memory, 0.1, trainer.args), new.logprobs)[
+        0
+    ]
     is_eos = memory.completion == 0
     assert (gradient[is_eos] != 0).all() and (gradient[~memory.mask] == 0).all()
 
@@ -376,7 +408,9 @@ def test_a_padding_token_outside_of_the_vocabulary_is_not_used(gpt2, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path / "model")
-    trainer = RLHFTrainer(small_args(str(tmp_path / "model"), algo="grpo", batch_size=64, gen_len=20, temperature=2.0))
+    trainer = RLHFTrainer(
+        small_args(str(tmp_path / "model"), algo="grpo", batch_size=64, gen_len=20, temperature=2.0)
+    )
     memory, _, _ = trainer.rollout_phase()
     assert not memory.attention_mask.all() and memory.tokens.max() < trainer.policy.bridge.cfg.d_vocab
     trainer.learning_phase(memory)
@@ -396,7 +430,9 @@ def test_a_completion_that_is_only_end_of_text(gpt2):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("algo, lora", [("ppo", False), ("ppo", True), ("grpo", True), ("grpo", False), ("rloo", True)])
+@pytest.mark.parametrize(
+    "algo, lora", [("ppo", False), ("ppo", True), ("grpo", True), ("grpo", False), ("rloo", True)]
+)
 def test_ratio_is_one_on_the_first_minibatch(gpt2, prompts_file, algo, lora, temperature):
     trainer = RLHFTrainer(
         small_args(gpt2, algo=algo, lora=lora, temperature=temperature, prompts=prompts_file, group_size=4)
@@ -419,10 +455,14 @@ def test_ratio_is_one_on_the_first_minibatch(gpt2, prompts_file, algo, lora, tem
 
 def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
     path = tmp_path / "mine.py"
-    path.write_text("def f(prompts, completions, id, **columns):\n    return [100.0 * i + len(prompts) for i in id]\n")
+    path.write_text(
+        "def f(prompts, completions, id, **columns):\n    return [100.0 * i + len(prompts) for i in id]\n"
+    )
     trainer = RLHFTrainer(small_args(gpt2, prompts=prompts_file, group_size=4, reward=(f"{path}:f",)))
     _, _, samples = trainer.rollout_phase()
-    assert [s["reward"] for s in samples] == [108.0 if s["prompt"].startswith("Here") else 8.0 for s in samples]
+    assert [s["reward"] for s in samples] == [
+        108.0 if s["prompt"].startswith("Here") else 8.0 for s in samples
+    ]
     assert [s["prompt"] for s in samples[:4]] == [samples[0]["prompt"]] * 4  # a group stands together
     with pytest.raises(SettingError, match="has no function g"):
         rlhf.load_reward(f"{path}:g", trainer.args, tmp_path, "cpu")
@@ -441,7 +481,9 @@ def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
 )
 def test_bad_rewards_name_the_completion(returned, expected):
     with pytest.raises(SettingError, match=expected):
-        rlhf.get_rewards([rlhf.Reward("reward/f", lambda **_: returned, 1.0)], [{"prompt": "p"}] * 2, ["good", "bad"])
+        rlhf.get_rewards(
+            [rlhf.Reward("reward/f", lambda **_: returned, 1.0)], [{"prompt": "p"}] * 2, ["good", "bad"]
+        )
 
 
 def test_none_says_that_a_reward_does_not_apply():
@@ -472,7 +514,9 @@ def test_a_leading_space_survives_decoding(gpt2):
     """Llama's and Mistral's tokenizers drop the space before the first word that they decode."""
     text = "This is a test . It has words"
     words = ["<s>", "</s>", *sorted({f"▁{word}" for word in text.split()})]
-    bare = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, [], ignore_merges=True))
+    bare = tokenizers.Tokenizer(
+        tokenizers.models.BPE({w: i for i, w in enumerate(words)}, [], ignore_merges=True)
+    )
     bare.pre_tokenizer, bare.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>")
     ids = torch.tensor([[0, *tokenizer.encode("This is a test", add_special_tokens=False), 1]])
@@ -589,7 +633,9 @@ def brute_force_objective(new, old, args, average) -> float:
             clipped = max(min(ratio, 1 + (args.clip_high or args.clip_coef)), 1 - args.clip_coef)
             q = math.exp(old.ref_logprobs[row, t] - new.logprobs[row, t].item())
             kl = q - math.log(q) - 1  # eq. 4
-            terms.append(min(ratio * a, clipped * a) - args.kl_coef * kl + args.ent_coef * new.entropy[row, t].item())
+            terms.append(
+                min(ratio * a, clipped * a) - args.kl_coef * kl + args.ent_coef * new.entropy[row, t].item()
+            )
         per_row.append(terms)
     if average == "sequence":
         return sum(sum(terms) / len(terms) for terms in per_row) / len(per_row)
@@ -622,7 +668,10 @@ def published_settings() -> dict[str, RLHFArgs]:
     """The README's table of published algorithms, read as a user would type it."""
     readme = Path(rlhf.__file__).with_name("README.md").read_text()
     rows = re.findall(r"^\| ([\w. ]+) \| `(--algo [^`]+)` \|", readme, re.MULTILINE)
-    return {name: rlhf.parse_settings([*flags.split(), *"--batch-size 4 --gen-len 5".split()]) for name, flags in rows}
+    return {
+        name: rlhf.parse_settings([*flags.split(), *"--batch-size 4 --gen-len 5".split()])
+        for name, flags in rows
+    }
 
 
 def published_objective(name: str, rewards, values, new, old, args) -> float:
@@ -633,7 +682,10 @@ def published_objective(name: str, rewards, values, new, old, args) -> float:
         terms = []
         for t in range(length):
             if name == "PPO":  # GAE: Σ (γλ)^l δ_{t+l}, the reward on the last token
-                delta = [(rewards[i] if k == length - 1 else values[i][k + 1]) - values[i][k] for k in range(t, length)]
+                delta = [
+                    (rewards[i] if k == length - 1 else values[i][k + 1]) - values[i][k]
+                    for k in range(t, length)
+                ]
                 advantage = sum(0.95**k * one for k, one in enumerate(delta))
             elif name == "RLOO":
                 advantage = rewards[i] - (sum(rewards) - rewards[i]) / (len(rewards) - 1)
@@ -666,12 +718,16 @@ def test_the_readmes_published_algorithms_are_their_formulas(name):
     values, algorithm = old.values * old.mask, rlhf.ALGORITHMS[args.algo]
     scores = torch.tensor(rewards, dtype=torch.float64)
     scores = rlhf.normalize(scores) if args.normalize_reward else scores
-    advantages = algorithm.compute_advantages(scores, values if algorithm.has_critic else None, old.mask, args)
+    advantages = algorithm.compute_advantages(
+        scores, values if algorithm.has_critic else None, old.mask, args
+    )
     old = dataclasses.replace(old, advantages=advantages, values=values, returns=advantages + values)
     if args.kl_estimator != "full":
         new = new._replace(kl=rlhf.kl_estimate(new.logprobs, old.ref_logprobs, args.kl_estimator))
     ours = algorithm.objective(new, old, args.kl_coef, args).item()
-    assert ours == pytest.approx(published_objective(name, rewards, values.tolist(), new, old, args), rel=1e-5)
+    assert ours == pytest.approx(
+        published_objective(name, rewards, values.tolist(), new, old, args), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("objective", [rlhf.grpo_objective, rlhf.ppo_objective])
@@ -679,13 +735,17 @@ def test_the_readmes_published_algorithms_are_their_formulas(name):
 def test_gradients_equal_finite_differences(objective, average):
     new, old = random_minibatch()
     args = RLHFArgs(loss_average=average)
-    assert torch.autograd.gradcheck(lambda *fields: objective(Evaluation(*fields), old, args.kl_coef, args), tuple(new))
+    assert torch.autograd.gradcheck(
+        lambda *fields: objective(Evaluation(*fields), old, args.kl_coef, args), tuple(new)
+    )
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_estimate_gradients_equal_finite_differences(estimator):
     new, old = random_minibatch()
-    assert torch.autograd.gradcheck(lambda x: rlhf.kl_estimate(x, old.ref_logprobs, estimator), (new.logprobs,))
+    assert torch.autograd.gradcheck(
+        lambda x: rlhf.kl_estimate(x, old.ref_logprobs, estimator), (new.logprobs,)
+    )
 
 
 def test_kl_estimates_by_enumeration():
@@ -700,7 +760,8 @@ def test_kl_estimates_by_enumeration():
         torch.testing.assert_close((p.exp().detach() * k[name]).sum(), exact)
     assert k["k3"].min() >= 0
     mean_gradient = {
-        name: torch.autograd.grad((p.exp().detach() * k[name]).sum(), logits, retain_graph=True)[0] for name in k
+        name: torch.autograd.grad((p.exp().detach() * k[name]).sum(), logits, retain_graph=True)[0]
+        for name in k
     }
     torch.testing.assert_close(mean_gradient["k2"], gradient)
     assert mean_gradient["k1"].abs().max() < 1e-12
@@ -717,7 +778,9 @@ def test_full_kl_of_the_trainer_is_the_sum_over_the_vocabulary(gpt2):
     torch.testing.assert_close(new.kl, (p.exp() * (p - q)).sum(-1) * memory.mask, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(new.entropy, -(p.exp() * p).sum(-1) * memory.mask, atol=1e-5, rtol=1e-4)
     index = memory.completion.clamp(min=0)[..., None]
-    torch.testing.assert_close(memory.ref_logprobs, q.gather(2, index)[..., 0] * memory.mask, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        memory.ref_logprobs, q.gather(2, index)[..., 0] * memory.mask, atol=1e-5, rtol=1e-4
+    )
 
 
 # ---- Memory, schedule, trainer ---------------------------------------------------------------------------------------
@@ -727,7 +790,8 @@ def test_minibatches_are_a_seeded_partition():
     _, old = random_minibatch()
     old = dataclasses.replace(old, returns=torch.arange(3.0))
     orders = [
-        [mb.returns.tolist() for mb in old.minibatches(3, torch.Generator().manual_seed(s))] for s in (0, 0, 1, 2)
+        [mb.returns.tolist() for mb in old.minibatches(3, torch.Generator().manual_seed(s))]
+        for s in (0, 0, 1, 2)
     ]
     assert all(sorted(sum(order, [])) == [0.0, 1.0, 2.0] for order in orders)
     assert orders[0] == orders[1] and len({str(order) for order in orders}) > 1
@@ -764,7 +828,9 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
             "args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint", "model", *["adapter"] * lora
         }  # fmt: skip
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        assert [line["phase"] for line in lines] == [1, 2, 3, 4] and all(TIMINGS <= line.keys() for line in lines)
+        assert [line["phase"] for line in lines] == [1, 2, 3, 4] and all(
+            TIMINGS <= line.keys() for line in lines
+        )
         runs.append([{key: value for key, value in line.items() if key not in TIMINGS} for line in lines])
         samples = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
         assert {sample["phase"] for sample in samples} == {"before", 1, 2, 3, 4, "after"}
@@ -835,7 +901,9 @@ def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     model = TransformerWithValueHead("tiny")
     assert model.has_linear_head and (model.bridge.cfg.n_layers, model.bridge.cfg.d_model) == (4, 128)
     text = "This is a test, with ünïcode."
-    assert model.bridge.tokenizer.decode(model.bridge.tokenizer.encode(text, add_special_tokens=False)) == text
+    assert (
+        model.bridge.tokenizer.decode(model.bridge.tokenizer.encode(text, add_special_tokens=False)) == text
+    )
 
 
 @pytest.mark.parametrize("module", [rlhf, kernels])
@@ -849,7 +917,9 @@ def test_examples_in_docstrings_run(module):
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
 FAMILIES = {
-    "gpt2": lambda: transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2),
+    "gpt2": lambda: transformers.GPT2Config(
+        n_positions=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2
+    ),
     "neox": lambda: transformers.GPTNeoXConfig(**SHAPE),
     "llama": lambda: transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=False),
     "qwen2": lambda: transformers.Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
@@ -908,7 +978,9 @@ def test_export_loads_in_transformers_and_as_peft(family, lora, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_and_lora_work_in_every_family(family, tmp_path):
     base = save_model(tmp_path / "base", FAMILIES[family]())
-    trainer = RLHFTrainer(small_args(base, algo="ppo", lora=True, lora_targets=("q", "k", "v", "o", "in", "out")))
+    trainer = RLHFTrainer(
+        small_args(base, algo="ppo", lora=True, lora_targets=("q", "k", "v", "o", "in", "out"))
+    )
     for _ in range(2):
         memory, *_ = trainer.rollout_phase()
         new = trainer.evaluate(memory)
@@ -917,7 +989,9 @@ def test_padding_and_lora_work_in_every_family(family, tmp_path):
     tokens, mask = rlhf.tokenize(trainer.tokenizer, ["No", "Here is a longer sentence, with a comma"], "cpu")
     with torch.no_grad():
         padded = trainer.policy.features(tokens, mask)[0, -1]
-        alone = trainer.policy.features(tokens[:1, -int(mask[0].sum()) :], mask[:1, -int(mask[0].sum()) :])[0, -1]
+        alone = trainer.policy.features(tokens[:1, -int(mask[0].sum()) :], mask[:1, -int(mask[0].sum()) :])[
+            0, -1
+        ]
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -932,11 +1006,17 @@ def test_frozen_weights_in_bfloat16(gpt2):
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_train_layers_trains_only_the_last_blocks(gpt2, lora):
-    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=lora, train_layers=1, reward=("char:e",), base_lr=1e-2))
+    trainer = RLHFTrainer(
+        small_args(gpt2, algo="grpo", lora=lora, train_layers=1, reward=("char:e",), base_lr=1e-2)
+    )
     before = {name: weight.clone() for name, weight in rlhf.trained_weights(trainer.policy).items()}
     memory, *_ = trainer.rollout_phase()
     trainer.learning_phase(memory)
-    moved = {name for name, weight in rlhf.trained_weights(trainer.policy).items() if not weight.equal(before[name])}
+    moved = {
+        name
+        for name, weight in rlhf.trained_weights(trainer.policy).items()
+        if not weight.equal(before[name])
+    }
     assert moved and all(".h.1." in name or "ln_f" in name for name in moved)
     assert any("c_attn" in name for name in moved)
 
@@ -946,7 +1026,9 @@ def test_full_fine_tuning_moves_every_weight(gpt2):
     before = {name: weight.clone() for name, weight in rlhf.trained_weights(trainer.policy).items()}
     memory, *_ = trainer.rollout_phase()
     trainer.learning_phase(memory)
-    assert all(not weight.equal(before[name]) for name, weight in rlhf.trained_weights(trainer.policy).items())
+    assert all(
+        not weight.equal(before[name]) for name, weight in rlhf.trained_weights(trainer.policy).items()
+    )
 
 
 def metrics_of(run_dir: Path) -> list[dict]:
@@ -996,7 +1078,10 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_
 
 
 def test_resume_refuses_what_it_should(gpt2, tmp_path, capsys):
-    run, flags = tmp_path / "run", "--batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 3 --warmup-steps 1"
+    run, flags = (
+        tmp_path / "run",
+        "--batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 3 --warmup-steps 1",
+    )
     shutil.copytree(gpt2, tmp_path / "base")
     argv = [*flags.split(), "--lora", "--base-model", str(tmp_path / "base"), "--save-every", "1"]
     assert rlhf.main([*argv, "--run-dir", str(run)]) == 0
@@ -1036,7 +1121,11 @@ def test_what_replaces_a_file_is_on_the_disk_before(tmp_path, monkeypatch):
         os, "fsync", lambda number: synced.append((os.readlink(f"/proc/self/fd/{number}"), path.read_text()))
     )
     rlhf.write_whole(path, lambda beside: beside.write_text("new"))
-    assert path.read_text() == "new" and [old for _, old in synced] == ["old"] and synced[0][0].endswith(".unfinished")
+    assert (
+        path.read_text() == "new"
+        and [old for _, old in synced] == ["old"]
+        and synced[0][0].endswith(".unfinished")
+    )
 
 
 def test_a_reward_that_draws_changes_no_new_weights(gpt2, tmp_path):
@@ -1064,7 +1153,9 @@ def test_a_full_disk_leaves_the_checkpoint_before(gpt2, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Path, "write_bytes", full)
     trainer.phase = 3
-    with pytest.raises(SettingError, match="phase-00003.safetensors: cannot be written .No space left on device"):
+    with pytest.raises(
+        SettingError, match="phase-00003.safetensors: cannot be written .No space left on device"
+    ):
         rlhf.save_checkpoint(trainer)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()} == before
 
@@ -1082,7 +1173,9 @@ def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, 
     assert rlhf.main([*argv, "--run-dir", str(tmp_path / "run")]) == 128 + number
     assert "stopped after phase 2; go on with" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["phase-00002.safetensors"]
-    source.write_text("def f(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n")
+    source.write_text(
+        "def f(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
+    )
     assert rlhf.main(["--resume", str(tmp_path / "run")]) == 0
     assert rlhf.main([*argv, "--run-dir", str(tmp_path / "whole")]) == 0
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
@@ -1153,9 +1246,7 @@ def test_two_processes_make_the_update_of_one(gpt2, tmp_path):
 
 
 def test_a_whole_run_on_two_processes_and_one_that_dies(gpt2, tmp_path):
-    flags = (
-        "--algo grpo --lora --batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 3 --warmup-steps 1".split()
-    )
+    flags = "--algo grpo --lora --batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 3 --warmup-steps 1".split()
     flags += ["--base-model", gpt2]  # and no --device: on the CPU, too, the processes have to find each other
     run = launch(2, rlhf.__file__, *flags, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
@@ -1168,7 +1259,9 @@ def test_a_whole_run_on_two_processes_and_one_that_dies(gpt2, tmp_path):
         "    return [0.0] * len(prompts)\n"
     )
     start = time.monotonic()
-    dead = launch(2, rlhf.__file__, *flags, "--reward", f"{tmp_path}/reward.py:f", "--run-dir", str(tmp_path / "dead"))
+    dead = launch(
+        2, rlhf.__file__, *flags, "--reward", f"{tmp_path}/reward.py:f", "--run-dir", str(tmp_path / "dead")
+    )
     assert dead.returncode != 0 and time.monotonic() - start < 120
 
 
@@ -1192,7 +1285,9 @@ def test_several_rewards_are_weighted_and_the_gold_one_is_only_logged(gpt2):
 @pytest.fixture
 def classifier(gpt2, tmp_path) -> str:
     torch.manual_seed(0)
-    config = transformers.AutoConfig.from_pretrained(gpt2, num_labels=2, id2label={0: "BAD", 1: "GOOD"}, pad_token_id=0)
+    config = transformers.AutoConfig.from_pretrained(
+        gpt2, num_labels=2, id2label={0: "BAD", 1: "GOOD"}, pad_token_id=0
+    )
     model = transformers.AutoModelForSequenceClassification.from_config(config)
     model.save_pretrained(tmp_path / "classifier")
     transformers.AutoTokenizer.from_pretrained(gpt2).save_pretrained(tmp_path / "classifier")
@@ -1203,9 +1298,13 @@ def test_classifier_reward_is_the_labels_probability(classifier, gpt2):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
     prompts, completions = ["This is", "No", ""], [" a test.", ". It has words " * 40, ""]
-    scores = rlhf.load_reward(f"classifier:{classifier}:GOOD", RLHFArgs(), Path(), "cpu")(prompts, completions)
+    scores = rlhf.load_reward(f"classifier:{classifier}:GOOD", RLHFArgs(), Path(), "cpu")(
+        prompts, completions
+    )
     for prompt, completion, score in zip(prompts, completions, scores, strict=True):
-        tokens = tokenizer(prompt + completion, return_tensors="pt").input_ids[:, -64:]  # the end of a long text
+        tokens = tokenizer(prompt + completion, return_tensors="pt").input_ids[
+            :, -64:
+        ]  # the end of a long text
         if tokens.shape[1]:
             with torch.no_grad():
                 assert score == pytest.approx(model(tokens).logits.softmax(-1)[0, 1].item(), abs=1e-5)
@@ -1218,20 +1317,26 @@ def test_classifiers_of_independent_labels_and_of_one_output(classifier, gpt2):
     """As transformers.pipeline has it: each label has its own sigmoid. One output is a score, under any name."""
     texts = {"prompts": ["This is"], "completions": [" a test."]}
     config = Path(classifier, "config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"problem_type": "multi_label_classification"}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"problem_type": "multi_label_classification"})
+    )
     pipeline = transformers.pipeline("text-classification", classifier, top_k=None)
     for truth in pipeline(["This is a test."])[0]:
         score = rlhf.classifier_reward(classifier, truth["label"], "cpu")(**texts)
         assert score == pytest.approx([truth["score"]], abs=1e-5)
-    single = transformers.AutoModelForSequenceClassification.from_pretrained(gpt2, num_labels=1, pad_token_id=0)
-    single.save_pretrained(classifier)
-    assert rlhf.load_reward(f"classifier:{classifier}:LABEL_0", RLHFArgs(), Path(), "cpu")(**texts) == pytest.approx(
-        rlhf.load_reward(f"classifier:{classifier}", RLHFArgs(), Path(), "cpu")(**texts)
+    single = transformers.AutoModelForSequenceClassification.from_pretrained(
+        gpt2, num_labels=1, pad_token_id=0
     )
+    single.save_pretrained(classifier)
+    assert rlhf.load_reward(f"classifier:{classifier}:LABEL_0", RLHFArgs(), Path(), "cpu")(
+        **texts
+    ) == pytest.approx(rlhf.load_reward(f"classifier:{classifier}", RLHFArgs(), Path(), "cpu")(**texts))
     assert rlhf.classifier_reward(classifier, "LABEL_0", "cpu")(**texts) != [1.0]
 
 
-@pytest.mark.parametrize("suffix, expected", [("", "no such label.*BAD, GOOD"), (":UGLY", "no such label.*BAD, GOOD")])
+@pytest.mark.parametrize(
+    "suffix, expected", [("", "no such label.*BAD, GOOD"), (":UGLY", "no such label.*BAD, GOOD")]
+)
 def test_classifier_labels_are_checked(classifier, suffix, expected):
     with pytest.raises(SettingError, match=expected):
         rlhf.load_reward(f"classifier:{classifier}{suffix}", RLHFArgs(), Path(), "cpu")
@@ -1295,7 +1400,9 @@ def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, cap
 # ---- kernels.py ------------------------------------------------------------------------------------------------------
 # Truth is float64, or sums over the vocabulary written out. A kernel runs on the GPU, or else in Triton's interpreter.
 
-needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed (it exists for Linux alone)")
+needs_triton = pytest.mark.skipif(
+    kernels.triton is None, reason="Triton is not installed (it exists for Linux alone)"
+)
 CUDA = torch.cuda.is_available()
 ARGUMENTS = ["hidden", "unembed", "tokens", "bias", "temperature", "ref_hidden", "ref_unembed", "ref_bias"]
 
@@ -1319,7 +1426,9 @@ def draw(*shape, dtype=torch.float32, device="cpu", layout="plain", scale=1.0):
     return (torch.randn(*shape) * scale).to(device, dtype)
 
 
-def values_and_gradients(function, inputs: dict, wanted: list[str], cast=lambda one: one) -> list[torch.Tensor]:
+def values_and_gradients(
+    function, inputs: dict, wanted: list[str], cast=lambda one: one
+) -> list[torch.Tensor]:
     """Outputs, and gradients of a fixed random combination of them, in float64."""
     leaves = {name: cast(one.detach()) if torch.is_tensor(one) else one for name, one in inputs.items()}
     for name in wanted:
@@ -1450,7 +1559,9 @@ def linear_inputs(leading, D, V, dtype, temperature, bias, reference, layout, de
         "bias": draw(V, **like) if bias else None,
         "temperature": temperature,
         "ref_hidden": draw(*leading, D_ref, **like) if reference else None,
-        "ref_unembed": draw(V, D_ref, **like, layout=layout, scale=2 / D**0.5) if reference == "own" else None,
+        "ref_unembed": draw(V, D_ref, **like, layout=layout, scale=2 / D**0.5)
+        if reference == "own"
+        else None,
         "ref_bias": draw(V, **like) if reference == "own" and bias else None,
     }
     if leading:
@@ -1471,9 +1582,13 @@ def test_linear_token_logprobs_is_as_exact_as_plain_torch(path, case, trained, m
     if path != "torch":
         monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, 4 * V + 1))
     inputs = linear_inputs(leading, D, V, dtype, *rest, device=device_of(path))
-    wanted = ["hidden"] if trained == "hidden" else ["hidden", "unembed"] + ["bias"] * (inputs["bias"] is not None)
+    wanted = (
+        ["hidden"] if trained == "hidden" else ["hidden", "unembed"] + ["bias"] * (inputs["bias"] is not None)
+    )
     reference = kernels.linear_token_logprobs_reference
-    assert_as_good_as_torch(linear_token_logprobs, reference, true_linear_token_logprobs, inputs, wanted, path)
+    assert_as_good_as_torch(
+        linear_token_logprobs, reference, true_linear_token_logprobs, inputs, wanted, path
+    )
 
 
 LORA_CASES = [
@@ -1513,13 +1628,17 @@ def test_values_written_out_by_hand():
     p = [1 / 8, 2 / 8, 5 / 8]
     logits = torch.tensor([1.0, 2.0, 5.0]).log()
     entropy = -sum(one * math.log(one) for one in p)
-    assert [one.item() for one in token_logprobs(logits, torch.tensor(1))] == pytest.approx([math.log(p[1]), entropy])
+    assert [one.item() for one in token_logprobs(logits, torch.tensor(1))] == pytest.approx(
+        [math.log(p[1]), entropy]
+    )
     results = linear_token_logprobs(
         torch.ones(1), logits[:, None], torch.tensor(2), ref_hidden=torch.zeros(1), temperature=1.0
     )
     kl = sum(one * math.log(3 * one) for one in p)
     assert [one.item() for one in results] == pytest.approx([math.log(p[2]), entropy, kl])
-    squared = linear_token_logprobs(torch.ones(1), logits[:, None], torch.tensor(2), temperature=0.5)  # p² renormalized
+    squared = linear_token_logprobs(
+        torch.ones(1), logits[:, None], torch.tensor(2), temperature=0.5
+    )  # p² renormalized
     assert squared[0].item() == pytest.approx(math.log(25 / 30))
 
 
@@ -1540,7 +1659,8 @@ def test_gradients_against_finite_differences(chunk, monkeypatch):
     check = torch.autograd.gradcheck
     assert check(lambda x: token_logprobs(x, tokens, 0.7), [leaf(2, 3, 7)])
     assert check(
-        lambda h, u, b: linear_token_logprobs(h, u, tokens, b, 0.7, **ref), [leaf(2, 3, 5), leaf(7, 5), leaf(7)]
+        lambda h, u, b: linear_token_logprobs(h, u, tokens, b, 0.7, **ref),
+        [leaf(2, 3, 5), leaf(7, 5), leaf(7)],
     )
     fixed = [leaf(7, 5).detach(), tokens, leaf(7).detach(), 1.3]
     assert check(lambda h: linear_token_logprobs(h, *fixed)[:2], [leaf(2, 3, 5)])
@@ -1549,7 +1669,9 @@ def test_gradients_against_finite_differences(chunk, monkeypatch):
     weight, bias = leaf(4, 6).detach(), leaf(4).detach()
     inputs = [leaf(2, 3, 6), leaf(2, 6), leaf(4, 2)]
     assert check(lambda x, a, b: lora_linear(x, weight, bias, a, b, 0.5), inputs)
-    assert check(lambda a, b: lora_linear(inputs[0].detach(), weight.t().contiguous().t(), None, a, b, 0.5), inputs[1:])
+    assert check(
+        lambda a, b: lora_linear(inputs[0].detach(), weight.t().contiguous().t(), None, a, b, 0.5), inputs[1:]
+    )
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 20])
@@ -1564,7 +1686,9 @@ def test_each_output_has_its_own_gradient_and_unused_ones_cost_nothing(chunk, mo
             results.append(
                 [
                     one,
-                    *torch.autograd.grad(one @ torch.arange(6.0, dtype=one.dtype), [leaves[name] for name in trained]),
+                    *torch.autograd.grad(
+                        one @ torch.arange(6.0, dtype=one.dtype), [leaves[name] for name in trained]
+                    ),
                 ]
             )
         for mine, true in zip(*results, strict=True):
@@ -1606,7 +1730,9 @@ def test_no_logits_of_all_tokens_exist_in_either_direction(wanted, reference, mo
     with Recorder() as ours:
         values_and_gradients(linear_token_logprobs, inputs, wanted)
     assert plain.largest >= 4 * N * V  # the recorder sees what it is there to see
-    assert ours.largest <= max(3 * 4 * 4 * V, 8 * V * (D + 3))  # three chunks of 4 rows; one float64 copy of a weight
+    assert ours.largest <= max(
+        3 * 4 * 4 * V, 8 * V * (D + 3)
+    )  # three chunks of 4 rows; one float64 copy of a weight
 
 
 def test_what_asks_for_no_gradient_costs_none():
@@ -1618,7 +1744,9 @@ def test_what_asks_for_no_gradient_costs_none():
     with Recorder() as recorder:
         sum(one.sum() for one in linear_token_logprobs(**inputs)).backward()
     assert inputs["hidden"].grad is not None
-    assert [inputs[name].grad for name in ("unembed", "bias", "ref_hidden", "ref_unembed", "ref_bias")] == [None] * 5
+    assert [inputs[name].grad for name in ("unembed", "bias", "ref_hidden", "ref_unembed", "ref_bias")] == [
+        None
+    ] * 5
     assert (V, D) not in recorder.shapes  # no gradient of the unembedding was made to be thrown away
     with Recorder() as recorder:
         inputs["unembed"].requires_grad_()
@@ -1627,9 +1755,15 @@ def test_what_asks_for_no_gradient_costs_none():
     shared = linear_inputs((N,), D, V, torch.float32, 1.0, False, "shared", "plain")
     unembed = shared["unembed"].requires_grad_()
     linear_token_logprobs(**shared)[2].sum().backward()
-    frozen = {**shared, "ref_unembed": unembed.detach().clone(), "unembed": unembed.detach().clone().requires_grad_()}
+    frozen = {
+        **shared,
+        "ref_unembed": unembed.detach().clone(),
+        "unembed": unembed.detach().clone().requires_grad_(),
+    }
     true_linear_token_logprobs(**frozen)[2].sum().backward()
-    torch.testing.assert_close(unembed.grad, frozen["unembed"].grad)  # the shared head learns as the policy's alone
+    torch.testing.assert_close(
+        unembed.grad, frozen["unembed"].grad
+    )  # the shared head learns as the policy's alone
     x, a, b = torch.randn(4, D, requires_grad=True), torch.randn(2, D), torch.randn(V, 2)
     lora_linear(x, shared["unembed"].detach(), None, a, b, 1.0).sum().backward()
     assert x.grad is not None and a.grad is None and b.grad is None
@@ -1663,7 +1797,10 @@ def test_masked_tokens_give_zero_and_no_gradient(path, chunk, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, chunk))
     for tokens in (torch.tensor([1, -100, 8, -100]), torch.full((4,), -100)):
         inputs = linear_inputs((4,), 5, 9, torch.float32, 1.0, True, "shared", "plain", device_of(path))
-        inputs["tokens"], masked = tokens.to(inputs["tokens"].device), (tokens == -100).to(inputs["tokens"].device)
+        inputs["tokens"], masked = (
+            tokens.to(inputs["tokens"].device),
+            (tokens == -100).to(inputs["tokens"].device),
+        )
         inputs["hidden"][1] = 1e30  # what stands at a masked place must not matter
         hidden = inputs["hidden"].requires_grad_()
         logits = torch.randn(4, 9, device=hidden.device, requires_grad=True)
@@ -1688,7 +1825,10 @@ def test_huge_and_infinite_logits(path):
     tokens = torch.tensor([39, 7, 1, 4, 39])
     sigmoid = 1 / (1 + math.e)
     coin = -sigmoid * math.log(sigmoid) - (1 - sigmoid) * math.log(1 - sigmoid)
-    log_p, entropy = [-math.log(40), 0, math.log(sigmoid), -math.log(2), 0], [math.log(40), 0, coin, math.log(2), 0]
+    log_p, entropy = (
+        [-math.log(40), 0, math.log(sigmoid), -math.log(2), 0],
+        [math.log(40), 0, coin, math.log(2), 0],
+    )
     rows, tokens = rows.to(device_of(path)), tokens.to(device_of(path))
     logits, eye = rows.clone().requires_grad_(), torch.eye(5, device=rows.device)
     bias_case = {"unembed": torch.zeros(40, 5, device=rows.device), "ref_hidden": eye[:1]}
@@ -1697,7 +1837,9 @@ def test_huge_and_infinite_logits(path):
         for mine, true in zip(outputs, (log_p, entropy), strict=True):
             torch.testing.assert_close(mine.cpu(), torch.tensor(true), rtol=1e-6, atol=1e-6)
         sum(outputs).sum().backward()
-        for row, token in zip(rows, tokens, strict=True):  # the same logits as a bias; the reference is equal to them
+        for row, token in zip(
+            rows, tokens, strict=True
+        ):  # the same logits as a bias; the reference is equal to them
             hidden, bias = eye[:1].clone().requires_grad_(), row.clone().requires_grad_()
             kl = linear_token_logprobs(hidden, tokens=token[None], bias=bias, **bias_case)[2]
             kl.sum().backward()
@@ -1716,7 +1858,9 @@ def test_first_and_last_token_of_the_vocabulary(path):
         with on_path(path):
             logprobs, _ = token_logprobs(logits, torch.tensor([0, V - 1], device=logits.device))
         true = logits.double().log_softmax(-1)
-        torch.testing.assert_close(logprobs.double(), torch.stack([true[0, 0], true[1, -1]]), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            logprobs.double(), torch.stack([true[0, 0], true[1, -1]]), rtol=1e-6, atol=1e-6
+        )
 
 
 # -- the choice of the path, and errors
@@ -1756,7 +1900,13 @@ def test_a_rank_above_the_largest_takes_the_torch_path(monkeypatch):
 
 def error_cases():
     good = linear_inputs((4,), 5, 9, torch.float32, 1.0, True, "own", "plain")
-    lora = {"x": draw(4, 5), "weight": draw(9, 5), "bias": draw(9), "lora_a": draw(2, 5), "lora_b": draw(9, 2)}
+    lora = {
+        "x": draw(4, 5),
+        "weight": draw(9, 5),
+        "bias": draw(9),
+        "lora_a": draw(2, 5),
+        "lora_b": draw(9, 2),
+    }
     logits = {"logits": draw(4, 9), "tokens": good["tokens"]}
     for function, inputs in (
         (linear_token_logprobs, good),
@@ -1771,7 +1921,13 @@ def error_cases():
             yield f"{name}: dtype", TypeError, function, inputs, {name: wrong_dtype}
             if not first:  # device and shape of the first argument are what the others are compared with
                 yield f"{name}: on meta", ValueError, function, inputs, {name: one.to("meta")}
-            yield f"{name}: shape", ValueError, function, inputs, {name: one[:-1, :-1] if one.dim() > 1 else one[:-1]}
+            yield (
+                f"{name}: shape",
+                ValueError,
+                function,
+                inputs,
+                {name: one[:-1, :-1] if one.dim() > 1 else one[:-1]},
+            )
         if function is lora_linear:
             frozen = draw(9, 5).requires_grad_()
             yield "weight: requires a gradient", ValueError, function, inputs, {"weight": frozen}
@@ -1824,7 +1980,11 @@ def test_under_autocast_matmuls_are_in_bfloat16_and_gradients_in_float32(chunk, 
     for mine, theirs in zip(mixed, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
     lora = dict(
-        zip(["x", "weight", "bias", "lora_a", "lora_b"], map(draw, [4, 9, 9, 2, 9], [5, 5, 1, 5, 2]), strict=True)
+        zip(
+            ["x", "weight", "bias", "lora_a", "lora_b"],
+            map(draw, [4, 9, 9, 2, 9], [5, 5, 1, 5, 2]),
+            strict=True,
+        )
     )
     lora = {**lora, "bias": lora["bias"].squeeze(1), "scale": 1.0}
     trained = {name: lora[name].requires_grad_() for name in ("x", "lora_a", "lora_b")}
@@ -1877,8 +2037,14 @@ print(len(cases))
 def compilations(tmp_path_factory):
     """A compiling process for each target (its capability, and the bytes of shared memory a block may have), side by
     side. TRITON_DUMP_PTXAS_LOG makes Triton print what the assembler says of registers."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(kernels.__file__).parent), "TRITON_DUMP_PTXAS_LOG": "1"}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # today's default, which Triton 3.9 warns about where it is not set
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(kernels.__file__).parent),
+        "TRITON_DUMP_PTXAS_LOG": "1",
+    }
+    environment["TRITON_DEFAULT_FP_FUSION"] = (
+        "1"  # today's default, which Triton 3.9 warns about where it is not set
+    )
     environment.pop("TRITON_INTERPRET", None)
     running = {}
     for capability, most_shared in {80: 163 * 1024, 90: 227 * 1024}.items():
@@ -1925,14 +2091,18 @@ def chosen(file: Path) -> list[str]:
 
 def test_each_key_does_what_it_says(tmp_path, type_keys, capsys):
     file = tmp_path / "new" / "p.jsonl"
-    type_keys("l\n\nxr s u\nr l q l")  # newlines, spaces and unknown keys are passed over; after q nothing is read
+    type_keys(
+        "l\n\nxr s u\nr l q l"
+    )  # newlines, spaces and unknown keys are passed over; after q nothing is read
     rlhf.ask(file, 100, numbered_pair)
     # 0 left, 1 right, 2 skipped, 1 taken back, 1 right, 3 left
     assert chosen(file) == ["left 0", "right 1", "left 3"]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows[0] == {"prompt": "prompt", "chosen": "left 0", "rejected": "right 0"}
     assert rows[1] == {"prompt": "prompt", "chosen": "right 1", "rejected": "left 1"}
-    type_keys("ulr")  # a new session: the last answer can still be taken back, the skipped pair does not return
+    type_keys(
+        "ulr"
+    )  # a new session: the last answer can still be taken back, the skipped pair does not return
     rlhf.ask(file, 4, numbered_pair)
     assert chosen(file) == ["left 0", "right 1", "left 3", "right 4"]
     type_keys("l")
@@ -2022,7 +2192,17 @@ def test_answers_survive_kill_9_none_lost_none_twice(tmp_path):
 def test_the_command_goes_on_where_it_ended(gpt2, tmp_path, type_keys, capsys):  # noqa: F811
     def session(file: str, keys: str, *flags: str) -> list[str]:
         type_keys(keys)
-        argv = ["label", str(tmp_path / file), "--base-model", gpt2, "--gen-len", "6", "--device", "cpu", *flags]
+        argv = [
+            "label",
+            str(tmp_path / file),
+            "--base-model",
+            gpt2,
+            "--gen-len",
+            "6",
+            "--device",
+            "cpu",
+            *flags,
+        ]
         assert rlhf.main(argv) == 0
         return (tmp_path / file).read_text().splitlines()
 
@@ -2132,8 +2312,13 @@ def test_calibration_error_by_brute_force():
 def learned(gpt2, tmp_path_factory) -> tuple[Path, Path]:  # noqa: F811
     """A preferences file in which a final stop is better than a final comma, and the reward model learned from it."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("learned")
-    texts = [" ".join(rng.choices("it has words and a longer test".split(), k=rng.randint(1, 6))) for _ in range(120)]
-    rows = [{"prompt": "This is ", "chosen": a + ".", "rejected": b + ","} for a, b in itertools.pairwise(texts)]
+    texts = [
+        " ".join(rng.choices("it has words and a longer test".split(), k=rng.randint(1, 6)))
+        for _ in range(120)
+    ]
+    rows = [
+        {"prompt": "This is ", "chosen": a + ".", "rejected": b + ","} for a, b in itertools.pairwise(texts)
+    ]
     file = write_preferences(path / "p.jsonl", rows)
     return file, rlhf.train_reward_model(file, gpt2, path / "run" / "reward_model", "cpu", seed=0)
 
@@ -2147,16 +2332,22 @@ def test_a_reward_is_learned_and_reloads_as_an_ordinary_classifier(learned):
     with torch.no_grad():  # one by one, without any padding
         rewards = [[model(**tokenizer(t, return_tensors="pt")).logits.item() for t in pair] for pair in pairs]
     assert sum(a > b for a, b in rewards) / len(rewards) > 0.95
-    assert abs(sum(map(sum, rewards)) / len(rewards) / 2) < 0.1 * numpy.std(rewards)  # training texts alone: exactly 0
+    assert abs(sum(map(sum, rewards)) / len(rewards) / 2) < 0.1 * numpy.std(
+        rewards
+    )  # training texts alone: exactly 0
     reward_fn = rlhf.classifier_reward(str(directory), None, "cpu")
     prompts, completions = ["This is "] * len(pairs), [pair[0].removeprefix("This is ") for pair in pairs]
-    assert reward_fn(prompts=prompts, completions=completions) == pytest.approx([a for a, _ in rewards], abs=1e-4)
+    assert reward_fn(prompts=prompts, completions=completions) == pytest.approx(
+        [a for a, _ in rewards], abs=1e-4
+    )
 
 
 def test_of_a_text_longer_than_the_context_the_end_counts(learned):
     reward_fn = rlhf.classifier_reward(str(learned[1]), None, "cpu")
     tail = " and a test" * 40
-    stop, comma, other = reward_fn(prompts=["", "", "No" * 50], completions=[tail + ".", tail + ",", tail + "."])
+    stop, comma, other = reward_fn(
+        prompts=["", "", "No" * 50], completions=[tail + ".", tail + ",", tail + "."]
+    )
     assert stop > comma and other == pytest.approx(stop, abs=1e-5)
 
 
@@ -2192,7 +2383,10 @@ def test_the_reward_has_mean_zero_and_merging_changes_nothing(gpt2):  # noqa: F8
 
 def test_a_run_learns_its_reward_and_remembers_it(learned, gpt2, tmp_path, capsys):  # noqa: F811
     """--reward preferences:FILE, from the file to RL; and --gold-reward takes its place beside it."""
-    run, flags = tmp_path / "run", "--algo grpo --lora --batch-size 8 --gen-len 6 --total-phases 2 --warmup-steps 1"
+    run, flags = (
+        tmp_path / "run",
+        "--algo grpo --lora --batch-size 8 --gen-len 6 --total-phases 2 --warmup-steps 1",
+    )
     argv = [*flags.split(), "--device", "cpu", "--base-model", gpt2, "--run-dir", str(run)]
     assert rlhf.main([*argv, "--reward", f"preferences:{learned[0]}", "--gold-reward", "periods"]) == 0
     assert "of 18 held out" in capsys.readouterr().out
@@ -2314,13 +2508,17 @@ def test_named_components_do_lower_the_logit(collapsed, gpt2, capsys):  # noqa: 
             drop = (intact - model(texts.tokens).logits[texts.where][:, id].mean()).item()
             part = 2 if kind == "MLP" else int(head[0])
             assert drop > 0
-            assert rlhf.ablation_drop(trained.bridge, texts, id, int(layer), part) == pytest.approx(drop, abs=1e-3)
+            assert rlhf.ablation_drop(trained.bridge, texts, id, int(layer), part) == pytest.approx(
+                drop, abs=1e-3
+            )
 
 
 def test_what_does_not_lower_the_logit_is_not_named(capsys):
     share = rlhf.Attribution(torch.arange(6.0).view(2, 3), embedding=1.0, biases=2.0)
     drops = {(1, 2): 0.5, (1, 1): -0.1, (0, 2): 0.0, (1, 0): 1.5}
-    rlhf.print_inspection(rlhf.Inspection(".", None, torch.ones(3), [torch.zeros(3)] * 2, [share] * 2, drops, {}, []))
+    rlhf.print_inspection(
+        rlhf.Inspection(".", None, torch.ones(3), [torch.zeros(3)] * 2, [share] * 2, drops, {}, [])
+    )
     output = capsys.readouterr().out
     assert "lower the logit of '.': layer 1 MLP, layer 1 head 0\n" in output
     rest = next(line.split() for line in output.splitlines() if line.startswith("all other"))
@@ -2354,11 +2552,15 @@ def test_weight_updates_know_size_and_rank(gpt2, tmp_path):  # noqa: F811
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
     base, numbers = transformers.AutoModelForCausalLM.from_pretrained(gpt2), numpy.random.default_rng(0)
     weight = model.transformer.h[1].mlp.c_fc.weight
-    weight.data += torch.tensor(numbers.normal(size=(32, 3)) @ numbers.normal(size=(3, 128)), dtype=torch.float32)
+    weight.data += torch.tensor(
+        numbers.normal(size=(32, 3)) @ numbers.normal(size=(3, 128)), dtype=torch.float32
+    )
     run = make_run(tmp_path, gpt2, model)
     updates = rlhf.weight_updates(*(rlhf.load_bridge(path, "cpu")[0] for path in (gpt2, str(run / "model"))))
     assert len(updates) == 1 + 2 * 6
-    assert rlhf.main(["inspect", str(run), "--token", "$", "--samples", "2", "--gen-len", "4"]) == 0  # no mathematics
+    assert (
+        rlhf.main(["inspect", str(run), "--token", "$", "--samples", "2", "--gen-len", "4"]) == 0
+    )  # no mathematics
     moved = {key: update for key, update in updates.items() if update.size}
     assert moved.keys() == {("in", 1)}
     before = base.transformer.h[1].mlp.c_fc.weight.detach().double().numpy()
@@ -2441,7 +2643,10 @@ def test_a_gold_reward_is_dashed_on_its_own_axis(tmp_path, figures):
     assert list(panel.lines[0].get_ydata()) == [-1, -2, -3, -4] and panel.get_ylim()[0] < -4
     (line,) = gold.lines
     assert line.get_linestyle() == "--" and list(line.get_ydata()) == [7, 14, 21, 28]
-    assert [text.get_text() for text in gold.get_legend().get_texts()] == ["trained on, left axis", "gold, right axis"]
+    assert [text.get_text() for text in gold.get_legend().get_texts()] == [
+        "trained on, left axis",
+        "gold, right axis",
+    ]
 
 
 def test_what_cannot_be_compared_says_so_in_one_line(tmp_path, capsys):
