@@ -25,6 +25,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jaxtyping
 import numpy
 import pytest
 import safetensors.torch
@@ -37,11 +38,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import
 
-import kernels
-import rlhf
+# The shapes in the signatures are held to: under this hook each call of each function is checked against them.
+with jaxtyping.install_import_hook(["kernels", "rlhf"], "beartype.beartype"):
+    import kernels
+    import rlhf
+
 from kernels import linear_token_logprobs, lora_linear, token_logprobs
 from rlhf import (
-    Evaluation,
+    PolicyOutput,
     LoRALinear,
     ReplayMemory,
     RLHFArgs,
@@ -218,7 +222,7 @@ def test_malformed_prompts_name_their_line(tmp_path):
     ]:
         path.write_text('{"prompt": "fine"}\n' + bad)
         with pytest.raises(SettingError, match=expected):
-            rlhf.load_prompts("", path)
+            rlhf.load_examples("", path)
 
 
 # ---- Tokens, model, padding ------------------------------------------------------------------------------------------
@@ -269,14 +273,14 @@ def test_value_head_starts_at_zero_and_only_a_critic_has_one(gpt2):
 
 def test_soft_capped_head_uses_the_models_own_logits(soft_capped):
     model = TransformerWithValueHead(soft_capped)
-    assert not model.has_linear_head
+    assert model.soft_cap == 2.0
     tokens = torch.arange(3, 11)[None]
     logits = transformers.AutoModelForCausalLM.from_pretrained(soft_capped, attn_implementation="eager")(
         tokens
     ).logits
-    features = model.features(tokens, torch.ones_like(tokens).bool())
-    ref = features.flip(1)
-    logprobs, entropy, kl = model.get_logprobs(features, tokens, 0.7, ref)
+    torch.testing.assert_close(model(tokens)[0], logits, atol=1e-5, rtol=1e-5)
+    features, _ = model.features(tokens, torch.ones_like(tokens).bool())
+    logprobs, entropy, kl = model.score(features, tokens, 0.7, features.flip(1), model)
     p, q = (logits / 0.7).log_softmax(-1), (logits.flip(1) / 0.7).log_softmax(-1)
     torch.testing.assert_close(logprobs, p.gather(2, tokens[..., None])[..., 0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(entropy, -(p.exp() * p).sum(-1), atol=1e-5, rtol=1e-5)
@@ -341,10 +345,8 @@ def test_training_moves_the_policy_and_not_the_reference(gpt2, lora):
     for _ in range(3):
         memory, *_ = trainer.rollout_phase()
         trainer.learning_phase(memory)
-    with trainer.reference() as reference, torch.no_grad():
-        torch.testing.assert_close(
-            reference.logits(reference.features(tokens, mask)), before, atol=1e-6, rtol=0
-        )
+    with rlhf.adapters_off(trainer.reference), torch.no_grad():
+        torch.testing.assert_close(trainer.reference(tokens, mask)[0], before, atol=1e-6, rtol=0)
     assert not torch.allclose(trainer.policy.bridge(tokens), before, atol=1e-3)
 
 
@@ -367,7 +369,7 @@ def test_draw_never_returns_a_token_of_probability_zero(monkeypatch):
     probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
     for uniform in (0.0, 0.3, 1 - 2**-24, 1.0):  # 1.0 stands for a product that rounds up
         monkeypatch.setattr(torch, "rand", lambda *_, uniform=uniform, **__: torch.tensor([[uniform]]))
-        assert rlhf.draw(probs, None).item() in (1, 3)
+        assert rlhf.sample_token(probs, None).item() in (1, 3)
 
 
 def test_top_k_restricts_what_is_drawn_and_not_how_it_is_scored(gpt2):
@@ -439,12 +441,12 @@ def test_ratio_is_one_on_the_first_minibatch(gpt2, prompts_file, algo, lora, tem
     )
     for _ in range(3):
         memory, *_ = trainer.rollout_phase()
-        minibatch = next(memory.minibatches(2, trainer.generator))
+        minibatch = next(memory.get_minibatches(1, 2, trainer.generator))
         assert len({tuple(row) for row in minibatch.attention_mask[:, : memory.prompt_width].tolist()}) == 2
         new = trainer.evaluate(minibatch)
         ratio = (new.logprobs - minibatch.logprobs).exp()[minibatch.mask]
         torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
-        assert rlhf.minibatch_metrics(new, minibatch, rlhf.clip_range(trainer.args))["clip_fraction"] == 0
+        assert rlhf.minibatch_metrics(new, minibatch, trainer.args)["clip_fraction"] == 0
         if algo == "ppo":
             torch.testing.assert_close(new.values * minibatch.mask, minibatch.values, atol=1e-5, rtol=0)
         trainer.learning_phase(memory)
@@ -490,7 +492,7 @@ def test_none_says_that_a_reward_does_not_apply():
     """As in TRL: the other rewards alone count for that completion, and the logged mean is of the others."""
     rewards = [rlhf.Reward("a", lambda **_: [1.0, None], 2.0), rlhf.Reward("b", lambda **_: [3.0, 4.0], 1.0)]
     scores = rlhf.get_rewards(rewards, [{"prompt": "p"}] * 2, ["x", "y"])
-    assert rlhf.weigh(scores, rewards).tolist() == [5.0, 4.0]
+    assert rlhf.total_reward(scores, rewards).tolist() == [5.0, 4.0]
     assert scores.nanmean(0).tolist() == [1.0, 3.5]
 
 
@@ -500,14 +502,16 @@ def test_equal_rewards_give_no_advantage(value, count):
     """Exactly: the float32 mean of equal numbers need not be that number, and the rest would be divided by 1e-6."""
     rewards, mask = torch.full((2 * count,), value), torch.ones(2 * count, 1, dtype=torch.bool)
     args = RLHFArgs(algo="grpo", batch_size=2 * count, group_size=count, num_minibatches=1)
-    assert not rlhf.normalize(rewards).any()
-    assert not rlhf.group_relative(rewards, None, mask, args).any()
-    assert not rlhf.leave_one_out(rewards, None, mask, args).any()
+    assert not rlhf.normalize_reward(rewards).any()
+    assert not rlhf.group_relative(rewards, torch.zeros(mask.shape), mask, args).any()
+    assert not rlhf.leave_one_out(rewards, torch.zeros(mask.shape), mask, args).any()
 
 
 def test_normalize():
-    torch.testing.assert_close(rlhf.normalize(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]) / 2**0.5)
-    assert rlhf.normalize(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
+    torch.testing.assert_close(
+        rlhf.normalize_reward(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]) / 2**0.5
+    )
+    assert rlhf.normalize_reward(torch.tensor([2.0, 2.0])).tolist() == [0.0, 0.0]
 
 
 def test_a_leading_space_survives_decoding(gpt2):
@@ -521,7 +525,7 @@ def test_a_leading_space_survives_decoding(gpt2):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>")
     ids = torch.tensor([[0, *tokenizer.encode("This is a test", add_special_tokens=False), 1]])
     assert tokenizer.decode(ids[0, 3:5]) == "a test"
-    drawn = rlhf.Samples(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 3), None)
+    drawn = rlhf.Samples(ids, torch.ones_like(ids, dtype=torch.bool), *torch.zeros(2, 1, 3))
     assert drawn.texts(tokenizer) == [" a test"]
 
 
@@ -561,11 +565,13 @@ def test_group_advantages_by_hand():
     mask[0, 1] = False
     args = RLHFArgs(batch_size=8, group_size=4)
     centred = torch.tensor([-2.0, -1.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0])
-    grpo = rlhf.group_relative(rewards, None, mask, args)
+    grpo = rlhf.group_relative(rewards, torch.zeros(mask.shape), mask, args)
     torch.testing.assert_close(grpo, (centred / 2.160247)[:, None] * mask)
-    dr_grpo = rlhf.group_relative(rewards, None, mask, dataclasses.replace(args, scale_by_group_std=False))
+    dr_grpo = rlhf.group_relative(
+        rewards, torch.zeros(mask.shape), mask, dataclasses.replace(args, scale_by_group_std=False)
+    )
     torch.testing.assert_close(dr_grpo, centred[:, None] * mask)
-    rloo = rlhf.leave_one_out(rewards, None, mask, args)
+    rloo = rlhf.leave_one_out(rewards, torch.zeros(mask.shape), mask, args)
     for group, row in itertools.product(range(2), range(4)):
         others = [rewards[4 * group + i] for i in range(4) if i != row]
         expected = rewards[4 * group + row] - sum(others) / 3
@@ -576,21 +582,20 @@ def test_group_advantages_by_hand():
 # ---- Objectives ------------------------------------------------------------------------------------------------------
 
 
-def random_minibatch(rows=3, width=4, dtype=torch.float64) -> tuple[Evaluation, ReplayMemory]:
+def random_minibatch(rows=3, width=4, dtype=torch.float64) -> tuple[PolicyOutput, ReplayMemory]:
     torch.manual_seed(0)
 
     def draw():
         return torch.randn(rows, width, dtype=dtype)
 
     mask = torch.arange(width) < torch.tensor([width, 1, 3, 2])[:rows, None]
-    completion = torch.where(mask, 5, -100)
+    attention_mask = torch.cat([torch.ones(rows, 2).bool(), mask], dim=1)
     old = ReplayMemory(
-        tokens=torch.zeros(rows, width + 2, dtype=torch.long), attention_mask=torch.ones(rows, width + 2).bool(),
-        completion=completion, logprobs=-draw().abs() - 1, ref_logprobs=-draw().abs() - 1,
-        ref_features=draw()[..., None], advantages=draw(), values=draw(), returns=draw(),
+        tokens=torch.full((rows, width + 2), 5), attention_mask=attention_mask, logprobs=-draw().abs() - 1,
+        ref_logprobs=-draw().abs() - 1, ref_features=draw()[..., None], advantages=draw(), values=draw(),
     )  # fmt: skip
-    new = Evaluation(old.logprobs + 0.3 * draw(), draw().abs(), draw().abs(), draw())
-    return Evaluation(*(x.requires_grad_() for x in new)), old
+    new = PolicyOutput(old.logprobs + 0.3 * draw(), draw().abs(), draw().abs(), draw())
+    return PolicyOutput(*(x.requires_grad_() for x in new)), old
 
 
 def test_objectives_by_hand():
@@ -607,9 +612,9 @@ def test_objectives_by_hand():
     _, old = random_minibatch(rows=1, dtype=torch.float32)
     old = dataclasses.replace(
         old, logprobs=torch.full((1, 4), -2.0), advantages=torch.tensor([[1.0, 1.0, -2.0, -2.0]]),
-        returns=torch.zeros(1, 4),
+        values=torch.tensor([[-1.0, -1.0, 2.0, 2.0]]),  # so that the returns are 0
     )  # fmt: skip
-    new = Evaluation(
+    new = PolicyOutput(
         logprobs=ratio.log() - 2, entropy=torch.tensor([[1.0, 1.0, 2.0, 2.0]]),
         kl=torch.tensor([[0.2, 0.4, 0.0, 0.2]]), values=torch.tensor([[1.0, 0.0, -2.0, 1.0]]),
     )  # fmt: skip
@@ -717,11 +722,9 @@ def test_the_readmes_published_algorithms_are_their_formulas(name):
     new, old = random_minibatch(rows=4, width=5)
     values, algorithm = old.values * old.mask, rlhf.ALGORITHMS[args.algo]
     scores = torch.tensor(rewards, dtype=torch.float64)
-    scores = rlhf.normalize(scores) if args.normalize_reward else scores
-    advantages = algorithm.compute_advantages(
-        scores, values if algorithm.has_critic else None, old.mask, args
-    )
-    old = dataclasses.replace(old, advantages=advantages, values=values, returns=advantages + values)
+    scores = rlhf.normalize_reward(scores) if args.normalize_reward else scores
+    advantages = algorithm.compute_advantages(scores, values, old.mask, args)
+    old = dataclasses.replace(old, advantages=advantages, values=values)
     if args.kl_estimator != "full":
         new = new._replace(kl=rlhf.kl_estimate(new.logprobs, old.ref_logprobs, args.kl_estimator))
     ours = algorithm.objective(new, old, args.kl_coef, args).item()
@@ -736,7 +739,7 @@ def test_gradients_equal_finite_differences(objective, average):
     new, old = random_minibatch()
     args = RLHFArgs(loss_average=average)
     assert torch.autograd.gradcheck(
-        lambda *fields: objective(Evaluation(*fields), old, args.kl_coef, args), tuple(new)
+        lambda *fields: objective(PolicyOutput(*fields), old, args.kl_coef, args), tuple(new)
     )
 
 
@@ -755,7 +758,7 @@ def test_kl_estimates_by_enumeration():
     p, q = logits.log_softmax(-1), torch.randn(50, dtype=torch.float64).log_softmax(-1)
     exact = (p.exp() * (p - q)).sum()
     (gradient,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    k = {name: rlhf.kl_estimate(p, q, name) for name in ("k1", "k2", "k3")}
+    k = {name: rlhf.kl_estimate(p[None], q[None], name)[0] for name in ("k1", "k2", "k3")}
     for name in ("k1", "k3"):
         torch.testing.assert_close((p.exp().detach() * k[name]).sum(), exact)
     assert k["k3"].min() >= 0
@@ -788,9 +791,12 @@ def test_full_kl_of_the_trainer_is_the_sum_over_the_vocabulary(gpt2):
 
 def test_minibatches_are_a_seeded_partition():
     _, old = random_minibatch()
-    old = dataclasses.replace(old, returns=torch.arange(3.0))
+    old = dataclasses.replace(old, ref_features=torch.arange(3.0)[:, None, None].expand(3, 4, 1))
     orders = [
-        [mb.returns.tolist() for mb in old.minibatches(3, torch.Generator().manual_seed(s))]
+        [
+            mb.ref_features[:, 0, 0].tolist()
+            for mb in old.get_minibatches(1, 3, torch.Generator().manual_seed(s))
+        ]
         for s in (0, 0, 1, 2)
     ]
     assert all(sorted(sum(order, [])) == [0.0, 1.0, 2.0] for order in orders)
@@ -799,7 +805,7 @@ def test_minibatches_are_a_seeded_partition():
 
 def test_learning_rate_rises_then_falls_to_final_scale(gpt2):
     trainer = RLHFTrainer(small_args(gpt2, total_phases=11, warmup_steps=4, final_scale=0.1))
-    scales = [trainer.lr_scale(phase) for phase in range(11)]
+    scales = [rlhf.lr_scale(phase, trainer.args) for phase in range(11)]
     assert scales[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and scales[-1] == pytest.approx(0.1)
     assert [a - b for a, b in itertools.pairwise(scales[4:])] == pytest.approx([0.15] * 6)
     memory, *_ = trainer.rollout_phase()
@@ -813,7 +819,7 @@ def test_prompts_are_all_seen_before_any_is_repeated(gpt2, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join("abcde"))
     trainer = RLHFTrainer(small_args(gpt2, prompts=path, group_size=4))  # two prompts a phase
-    drawn = [row["prompt"] for phase in range(10) for row in trainer.prompts_of(phase)]
+    drawn = [row["prompt"] for phase in range(10) for row in trainer.examples_of(phase)]
     assert all(sorted(drawn[i : i + 5]) == list("abcde") for i in (0, 5, 10, 15)) and drawn[:5] != drawn[5:10]
 
 
@@ -862,7 +868,7 @@ def test_it_learns(gpt2):
 
 def test_minibatch_means_are_weighted_by_tokens():
     new, old = random_minibatch(dtype=torch.float32)
-    metrics = rlhf.minibatch_metrics(new, old, (0.8, 1.2))
+    metrics = rlhf.minibatch_metrics(new, old, RLHFArgs(clip_coef=0.2))
     assert metrics["kl"] == pytest.approx(new.kl[old.mask].mean().item())
     ratio = (new.logprobs - old.logprobs).exp()[old.mask]
     assert metrics["clip_fraction"] == pytest.approx(((ratio > 1.2) | (ratio < 0.8)).float().mean().item())
@@ -899,7 +905,7 @@ def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "train_tiny", die)
     assert rlhf.tiny_model() == path  # found, not trained again
     model = TransformerWithValueHead("tiny")
-    assert model.has_linear_head and (model.bridge.cfg.n_layers, model.bridge.cfg.d_model) == (4, 128)
+    assert model.soft_cap is None and (model.bridge.cfg.n_layers, model.bridge.cfg.d_model) == (4, 128)
     text = "This is a test, with ünïcode."
     assert (
         model.bridge.tokenizer.decode(model.bridge.tokenizer.encode(text, add_special_tokens=False)) == text
@@ -988,10 +994,9 @@ def test_padding_and_lora_work_in_every_family(family, tmp_path):
         trainer.learning_phase(memory)
     tokens, mask = rlhf.tokenize(trainer.tokenizer, ["No", "Here is a longer sentence, with a comma"], "cpu")
     with torch.no_grad():
-        padded = trainer.policy.features(tokens, mask)[0, -1]
-        alone = trainer.policy.features(tokens[:1, -int(mask[0].sum()) :], mask[:1, -int(mask[0].sum()) :])[
-            0, -1
-        ]
+        padded = trainer.policy.features(tokens, mask)[0][0, -1]
+        width = int(mask[0].sum())
+        alone = trainer.policy.features(tokens[:1, -width:], mask[:1, -width:])[0][0, -1]
     torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-5)
 
 
@@ -1212,9 +1217,9 @@ for algo, group, average in (("ppo", 12, "sequence"), ("grpo", 4, "token"), ("rl
     sample, generator = trainer.sample, torch.Generator().manual_seed(3)
 
     def share_of_one_batch(rows, _):
-        drawn, texts = sample([{"prompt": "This is"}] * 12, generator)
+        drawn, texts = sample(["This is"] * 12, generator)
         mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
-        return rlhf.Samples(*(None if x is None else x[mine] for x in drawn)), texts[mine]
+        return rlhf.Samples(*(x[mine] for x in vars(drawn).values())), texts[mine]
 
     trainer.sample = share_of_one_batch
     memory, metrics, _ = trainer.rollout_phase()
@@ -1368,14 +1373,14 @@ def test_low_gpu_mem_takes_the_smaller_model_and_half_the_batch(monkeypatch, cap
 def test_prompts_of_any_length_and_alphabet(gpt2, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffNo\r\nNo\r\n\r\nünïcode 漢字 🎉\r\n".encode() + b"word " * 8)
-    rows = rlhf.load_prompts("", path)
+    rows = rlhf.load_examples("", path)
     assert [row["prompt"] for row in rows] == ["No", "No", "ünïcode 漢字 🎉", "word " * 8]
     trainer = RLHFTrainer(small_args(gpt2, prompts=path, group_size=2))
     memory, *_ = trainer.rollout_phase()
     torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.logprobs, atol=1e-5, rtol=0)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(SettingError, match="not UTF-8"):
-        rlhf.load_prompts("", path)
+        rlhf.load_examples("", path)
 
 
 def test_model_directories_that_cannot_be_loaded(gpt2, tmp_path):
