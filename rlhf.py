@@ -740,7 +740,7 @@ class ReplayMemory(Samples):
         >>> fields = torch.zeros(4, 2).long(), torch.ones(4, 2).bool(), torch.zeros(4, 1), torch.zeros(4, 1)
         >>> memory = ReplayMemory(*fields, torch.arange(4.0)[:, None], torch.zeros(4, 1, 3), torch.zeros(4, 1))
         >>> [m.advantages.T.tolist() for m in memory.get_minibatches(1, 2, torch.Generator().manual_seed(0))]
-        [[[2.0, 0.0]], [[1.0, 3.0]]]
+        [[[0.0, 1.0]], [[3.0, 2.0]]]
         """
         for _ in range(passes):
             order = torch.randperm(len(self.tokens), generator=generator, device=generator.device)
@@ -782,8 +782,9 @@ def clipped_surrogate(
     say up with Â < 0, clip alone would have gradient 0 as well and never bring it back; the minimum takes ρ
     Â, the worse of the two.
 
-    >>> clipped_surrogate(torch.tensor([1.5]).log(), torch.zeros(1), torch.ones(1), low=0.8, high=1.2)
-    tensor([1.2000])
+    >>> ratio, old_logprobs = torch.tensor([[1.5, 1.5]]), torch.zeros(1, 2)
+    >>> clipped_surrogate(ratio.log(), old_logprobs, torch.tensor([[1.0, -1.0]]), low=0.8, high=1.2)
+    tensor([[ 1.2000, -1.5000]])
     """
     ratio = (logprobs - old_logprobs).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
@@ -801,7 +802,7 @@ def kl_estimate(
     way round: only k2's is on average that of the KL; k1's is 0, and k3's that of KL(π_ref ‖ π_θ). `full` is
     right in both.
 
-    >>> [round(kl_estimate(torch.zeros(1), torch.ones(1), k).item(), 3) for k in ("k1", "k2", "k3")]  # e - 2
+    >>> [round(kl_estimate(torch.zeros(1, 1), torch.ones(1, 1), k).item(), 3) for k in ("k1", "k2", "k3")]
     [-1.0, 0.5, 0.718]
     """
     log_q = ref_logprobs - logprobs
