@@ -1,55 +1,54 @@
-"""Reinforcement learning from human feedback on a real transformer, in one file to be read from top to
-bottom.
+"""Reinforcement learning from human feedback on a real transformer, in one file, to be read from the top.
 
-    policy, reference = one model twice: one is trained, the other stays as it was        # sections 3 and 4
+    policy, reference = one model twice: one is trained, the other stays as it was      # sections 3 and 4
     for phase in range(total_phases):
-        completions = what the policy writes after the prompts                            # 2, 5  rollout phase
-        rewards     = reward_fn(prompts, completions)                                     # 6
-        advantages  = compute_advantages(rewards, values)                                 # 7
-        memory      = all of these, and what the reference makes of the completions       # 8
-        for minibatch in memory, a few times over:                                        #       learning phase
-            ρ         = p(completion | policy now) / p(completion | policy that wrote it)
-            objective = mean of min(ρ Â, clip(ρ) Â) - β KL(policy ‖ reference) + entropy bonus   # 9
-            one step of AdamW up the gradient of the objective                            # 10
-        log one line                                                                      # 11
+        completions = what the policy writes after the prompts                          # 2, 5  rollout phase
+        rewards     = reward_fn(prompts, completions)                                   # 6
+        advantages  = compute_advantages(rewards, values)                               # 7
+        memory      = all of these, and what the reference makes of the completions     # 8
+        for minibatch in memory, a few times over:                                      #       learning phase
+            ρ         = p(token | policy now) / p(token | policy that wrote it)
+            objective = mean of min(ρ Â, clip(ρ) Â) - β KL(policy ‖ reference) + entropy bonus  # 9
+            one step of AdamW up the gradient of the objective                          # 10
+        log one line                                                                    # 11
 
-The algorithms differ in compute_advantages. PPO learns values too, and so adds - vf_coef (values - returns)²
-to its objective; GRPO and RLOO need none.
+The algorithms differ in compute_advantages. PPO learns values too, and so its objective also has
+- vf_coef (values - returns)²; GRPO and RLOO need none.
 
 From reinforcement learning to language models:
 
-    state        the text so far                      episode      one completion of a prompt
-    action       the next token, one of V             environment  appends the token; nothing else happens
-    policy       the language model                   reward       one number for the whole completion, at its end
+    state        the text so far                 episode       one completion of a prompt
+    action       the next token, one of V        environment   appends the token, and nothing else
+    policy       the language model              reward        one number for the completion, at its end
     critic       the value head, a small network on the model's last hidden state: how much reward is to come?
 
 What is different from PPO on CartPole:
-    - The policy can write before it is trained. It is to change its ways, not to forget its language, and so
-      there is
-      a reference, the model as it was, and a price β on leaving it, the KL penalty: the policy's leash.
-    - Starting again from one state is free: so K completions of one prompt can be compared with each other,
-      and their
-      mean reward can do the critic's work (GRPO, RLOO).
-    - One reward, at the end, and nothing random but the policy itself: γ = λ = 1 is a good choice.
-    - Thousands of actions: entropy and KL are sums over all V tokens, at every token. That is what costs
-      memory.
-    - One forward pass looks at all states of an episode at once, since each is the beginning of the next.
-      Only
-      drawing the tokens has to go one by one.
+  - The policy can write before it is trained, and is to change its ways without forgetting its language. So
+    there is a reference, the model as it was, and a price β on leaving it: the KL penalty, its leash.
+  - Any state can be started from again: K completions of one prompt can be compared, and their
+    mean reward can do the critic's work (GRPO, RLOO).
+  - There is one reward, at the end, and nothing is random but the policy itself: γ = λ = 1 is a good choice.
+  - There are V actions, thousands. Entropy and KL are sums over all of them, at every token: that costs
+    memory.
+  - One forward pass sees all states of an episode, for each is the beginning of the next. Only drawing the
+    tokens has to go one by one.
 
 Notation   B completions in a batch, b in a minibatch   K completions in a group (of one prompt)
            P width of the prompts   C width of the completions   T = P + C columns
-           D width of the residual stream   V size of the vocabulary   R reward functions   L layers   H heads
-           In formulas: r reward, Â advantage, V_t value, ρ = π_θ / π_old the ratio, ε where it is clipped, β
-           = kl_coef. Log-probabilities, entropy and KL divergence are in nats: natural logarithms.
-Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740   LoRA 2106.09685
-Course     ARENA, chapter 2.4 (RLHF). README.md has a table: each of its functions, its name here, what differs and why.
-Left out   because it would hide the idea: a reward for each token, a critic of its own (the value head shares the
-           policy's trunk), dropout in the policy, samples of older phases.
+           D width of the residual stream   V size of the vocabulary   R reward functions
+           L layers   H heads   In formulas: r reward, Â advantage, V_t value, ρ = π_θ / π_old the ratio of
+           probabilities, ε where it is clipped, β = kl_coef. Log-probabilities, entropy and KL divergence are
+           in nats: natural logarithms.
+Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740
+           LoRA 2106.09685
+Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
+           differs and why.
+Left out   because it would hide the idea: a reward for each token, a critic of its own (the value head shares
+           the policy's trunk), dropout in the policy, samples of older phases.
 
-    python rlhf.py --algo grpo --lora            trains the embedded toy model in about two minutes on a laptop
-    python rlhf.py --kl-coef 0                   PPO without its leash: watch the mode collapse
-    python rlhf.py compare runs/a runs/b         draws the curves of several runs over each other
+    python rlhf.py --algo grpo --lora          trains the embedded toy model, in two minutes on a laptop
+    python rlhf.py --kl-coef 0                 PPO without its leash: watch the mode collapse
+    python rlhf.py compare runs/a runs/b       draws the curves of several runs over each other
 """
 
 import contextlib
@@ -99,7 +98,7 @@ class RLHFArgs:
     )
     reward: tyro.conf.UseAppendAction[
         tuple[str, ...]
-    ] = ()  # periods (default), char:X, sentiment, classifier:MODEL[:LABEL], preferences:FILE, FILE.py:FUNCTION
+    ] = ()  # periods, char:X, sentiment, classifier:MODEL[:LABEL], preferences:FILE, FILE.py:FUNCTION
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: str | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
@@ -189,7 +188,7 @@ class RLHFArgs:
 #     completion                             |  a   test  EOS  -100    -100 stands where mask is 0
 #     scored by column                       |  3     4     5     6
 #     logprobs                               | l_0   l_1   l_2    0    log π(token | everything to its left)
-#     values                                 | V_0   V_1   V_2    0    what the critic expected before the token
+#     values                                 | V_0   V_1   V_2    0    what the critic expected before it
 #     reward                                 |  0     0     r     0    falls on the last token
 #
 # The transformer's output in column t speaks of column t + 1: what scores the completion comes from columns
@@ -233,6 +232,41 @@ def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[in
     return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
 
 
+@dataclass
+class Samples:
+    """Completions behind their prompts: the picture, row by row."""
+
+    tokens: Int[Tensor, "B T"]
+    attention_mask: Bool[Tensor, "B T"]
+    logprobs: Float[
+        Tensor, "B C"
+    ]  # of π_old, at the temperature used, over the whole vocabulary; 0 where masked
+    values: Float[Tensor, "B C"]  # of the critic, 0 without one
+
+    @property
+    def prompt_width(self) -> int:
+        return self.tokens.shape[1] - self.logprobs.shape[1]
+
+    @property
+    def mask(self) -> Bool[Tensor, "B C"]:
+        """True on the completion's tokens, the end-of-text token included."""
+        return self.attention_mask[:, self.prompt_width :]
+
+    @property
+    def completion(self) -> Int[Tensor, "B C"]:
+        """The completion's tokens; -100 where masked."""
+        return self.tokens[:, self.prompt_width :].masked_fill(~self.mask, -100)
+
+    def texts(self, tokenizer) -> list[str]:
+        """The completions as text, decoded behind the last token of the prompt: alone, Llama's would lose a
+        leading space."""
+        first = self.prompt_width - 1
+        rows = unpad(self.tokens[:, first:], self.attention_mask[:, first:])
+        starts = tokenizer.batch_decode([row[:1] for row in rows], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.removeprefix(start) for text, start in zip(texts, starts, strict=True)]
+
+
 # ---- 3 Tokens to logits and values -------------------------------------------------------------------------
 # In: token ids and their mask. Out: `logits, values = model(tokens)`. For each column the logits say which
 # token comes next, and the value how much reward the critic expects. From the logits come three numbers a
@@ -253,7 +287,7 @@ def get_logprobs(
     All are 0 where the token is masked.
 
     >>> logprobs, entropy, kl = get_logprobs(torch.zeros(4), torch.tensor(2), ref_logits=torch.ones(4))
-    >>> [round(x.item(), 2) for x in (logprobs, entropy, kl)]  # four equal chances: -log 4, log 4, no distance
+    >>> [round(x.item(), 2) for x in (logprobs, entropy, kl)]  # equal chances: -log 4, log 4, no distance
     [-1.39, 1.39, 0.0]
     """
     log_pi = (logits.float() / temperature).log_softmax(dim=-1)
@@ -273,9 +307,9 @@ def get_logprobs(
 # few rows of logits at a time, forward and backward.
 #
 # A TransformerBridge is TransformerLens' view of a Hugging Face model, a hook around each of its parts:
-#     bridge.original_model              the Hugging Face model itself, made of the hooked parts: hooks fire here too
+#     bridge.original_model              the Hugging Face model, made of the hooked parts: hooks fire here too
 #     bridge.original_model.base_model   the same without its output layer
-#     bridge.blocks[i].attn.q            a hooked part; its .original_component is the nn.Linear or Conv1D inside
+#     bridge.blocks[i].attn.q            a hooked part; .original_component is the nn.Linear or Conv1D inside
 # The value head is such a hook, and any experiment of yours can be another.
 
 
@@ -346,12 +380,11 @@ class TransformerWithValueHead(nn.Module):
         layer = self.bridge.unembed.original_component
         return layer.weight, layer.bias
 
-    def completion_features(
-        self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"], prompt_width: int
-    ) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
+    def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
-        features, values = self.features(tokens, attention_mask)
-        return features[:, prompt_width - 1 : -1], values[:, prompt_width - 1 : -1]
+        features, values = self.features(samples.tokens, samples.attention_mask)
+        columns = slice(samples.prompt_width - 1, -1)
+        return features[:, columns], values[:, columns]
 
     def score(
         self,
@@ -380,7 +413,7 @@ class TransformerWithValueHead(nn.Module):
 # ---- 4 LoRA: what is trained -------------------------------------------------------------------------------
 # In: a model. Out: the same model with its weights frozen and small trained matrices beside some of them:
 #
-#     h = W x + (α/rank) lora_b (lora_a x)       W: [d_out, d_in]   lora_a: [rank, d_in]   lora_b: [d_out, rank]
+#     h = W x + (α/rank) lora_b (lora_a x)     W: [d_out, d_in]   lora_a: [rank, d_in]   lora_b: [d_out, rank]
 #
 # (LoRA 2106.09685, eq. 3; the paper's A and B.) Why low rank: changing a model's ways takes few directions,
 # and rank · (d_in + d_out) numbers in place of d_in · d_out are few to train, to keep AdamW's moments of, and
@@ -470,41 +503,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 # ---- 5 Tokens to completion --------------------------------------------------------------------------------
 # In: left-padded prompts. Out: completions, and what the policy thought of each token when it drew it: π_old
 # needs no second forward pass.
-
-
-@dataclass
-class Samples:
-    """Completions behind their prompts, as in the picture of section 2."""
-
-    tokens: Int[Tensor, "B T"]
-    attention_mask: Bool[Tensor, "B T"]
-    logprobs: Float[
-        Tensor, "B C"
-    ]  # of π_old, at the temperature used, over the whole vocabulary; 0 where masked
-    values: Float[Tensor, "B C"]  # of the critic, 0 without one
-
-    @property
-    def prompt_width(self) -> int:
-        return self.tokens.shape[1] - self.logprobs.shape[1]
-
-    @property
-    def mask(self) -> Bool[Tensor, "B C"]:
-        """True on the completion's tokens, the end-of-text token included."""
-        return self.attention_mask[:, self.prompt_width :]
-
-    @property
-    def completion(self) -> Int[Tensor, "B C"]:
-        """The completion's tokens; -100 where masked."""
-        return self.tokens[:, self.prompt_width :].masked_fill(~self.mask, -100)
-
-    def texts(self, tokenizer) -> list[str]:
-        """The completions as text, decoded behind the last token of the prompt: alone, Llama's would lose a
-        leading space."""
-        first = self.prompt_width - 1
-        rows = unpad(self.tokens[:, first:], self.attention_mask[:, first:])
-        starts = tokenizer.batch_decode([row[:1] for row in rows], skip_special_tokens=True)
-        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [text.removeprefix(start) for text, start in zip(texts, starts, strict=True)]
 
 
 @torch.no_grad()
@@ -737,8 +735,9 @@ class ReplayMemory(Samples):
     ) -> Iterator["ReplayMemory"]:
         """Goes through all rows `passes` times, each time in a new order and in `count` parts.
 
-        >>> fields = torch.zeros(4, 2).long(), torch.ones(4, 2).bool(), torch.zeros(4, 1), torch.zeros(4, 1)
-        >>> memory = ReplayMemory(*fields, torch.arange(4.0)[:, None], torch.zeros(4, 1, 3), torch.zeros(4, 1))
+        >>> zeros, tokens = torch.zeros(4, 1), torch.zeros(4, 2).long()
+        >>> samples = tokens, tokens == 0, zeros, zeros
+        >>> memory = ReplayMemory(*samples, torch.arange(4.0)[:, None], zeros[..., None], zeros)
         >>> [m.advantages.T.tolist() for m in memory.get_minibatches(1, 2, torch.Generator().manual_seed(0))]
         [[[0.0, 1.0]], [[3.0, 2.0]]]
         """
@@ -848,7 +847,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, args: RLHFArgs) -> float:
     """β ← β (1 + clip(KL/target - 1, ±0.2) n/horizon) after n completions (1909.08593, section 2.2, where
     n/horizon is the constant K_β); fixed without a target.
 
-    >>> adapt_kl_coef(1.0, 9.0, RLHFArgs(kl_target=1.0, batch_size=64, kl_horizon=128))  # 8 is clipped: 0.2 · 64/128
+    >>> adapt_kl_coef(1.0, 9.0, RLHFArgs(kl_target=1.0, kl_horizon=128))  # 8 is clipped: 0.2 · 64/128
     1.1
     """
     if args.kl_target is None:
@@ -933,18 +932,15 @@ class RLHFTrainer:
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
         # 5. The reference's features, for the exact KL, and its log-probabilities, for estimates of it.
         with adapters_off(self.reference):
-            ref_features, _ = self.reference.completion_features(
-                samples.tokens, samples.attention_mask, samples.prompt_width
-            )
+            ref_features, _ = self.reference.completion_features(samples)
         ref_logprobs, _, _ = self.reference.score(ref_features, samples.completion, args.temperature)
         memory = ReplayMemory(
             **vars(samples), advantages=own_advantages, ref_features=ref_features, ref_logprobs=ref_logprobs
         )
         metrics = rollout_metrics(completion, rewards, advantages, values, args)
-        names, means = [reward.name for reward in self.rewards], scores.nanmean(dim=0).nan_to_num()
-        metrics |= dict(zip(names, means.tolist(), strict=True))
-        rewards, likely = own_share(rewards, accelerator).tolist(), ref_logprobs.sum(dim=1).tolist()
-        shown = records(prompt=prompts, completion=texts, reward=rewards, ref_logprob=likely)
+        metrics |= term_means(scores, self.rewards)
+        own_rewards, ref_logprob = own_share(rewards, accelerator).tolist(), ref_logprobs.sum(dim=1).tolist()
+        shown = records(prompt=prompts, completion=texts, reward=own_rewards, ref_logprob=ref_logprob)
         return memory, metrics, shown
 
     def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
@@ -977,12 +973,10 @@ class RLHFTrainer:
 
     def evaluate(self, minibatch: ReplayMemory) -> PolicyOutput:
         """What the policy says now of the minibatch's completions; gradients flow."""
-        policy, args = self.policy, self.args
-        features, values = policy.completion_features(
-            minibatch.tokens, minibatch.attention_mask, minibatch.prompt_width
-        )
+        args = self.args
+        features, values = self.policy.completion_features(minibatch)
         ref_features = minibatch.ref_features if args.kl_estimator == "full" else None
-        logprobs, entropy, kl = policy.score(
+        logprobs, entropy, kl = self.policy.score(
             features, minibatch.completion, args.temperature, ref_features, self.reference
         )
         if kl is None:
@@ -1029,7 +1023,7 @@ class RLHFTrainer:
             self.rewards = load_rewards(args, self.run_dir, self.device)
             torch.manual_seed(
                 args.seed
-            )  # now, since a reward may have drawn: processes must start from equal weights
+            )  # only now: a reward may have drawn, and all start from equal weights
             dtype = args.dtype if args.lora else "float32"
             self.policy = TransformerWithValueHead(
                 args.base_model, self.algorithm.has_critic, self.device, dtype
@@ -1037,19 +1031,17 @@ class RLHFTrainer:
         self.tokenizer = self.policy.bridge.tokenizer
         check_context(self.policy.bridge, self.examples, args.gen_len)
         choose_trained(self.policy.bridge, args)
-        self.reference = self.policy  # with LoRA the policy itself, adapters off
+        self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
-            self.reference = TransformerWithValueHead(args.base_model, device=self.device).requires_grad_(
-                False
-            )
+            self.reference = TransformerWithValueHead(args.base_model, device=self.device)
+            self.reference.requires_grad_(False)
 
         self.trained = {
             name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad
         }
         self.optimizer = get_optimizer(self.trained, args)
         self.generator = torch.Generator(self.device)
-        self.kl_coef = args.kl_coef
-        self.phase = 0
+        self.phase, self.kl_coef = 0, args.kl_coef
         self.stop = StopSignals(self.accelerator)
         if args.resume:
             load_checkpoint(self)
@@ -1575,6 +1567,12 @@ def target_matrices(blocks: list[nn.Module], targets: tuple[str, ...]) -> list[n
         known = ", ".join(matrices[0])
         require(target in matrices[0], f"--lora-targets {target}: no such matrix; expected of {known}")
     return [found[target] for found in matrices for target in targets]
+
+
+def term_means(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> dict[str, float]:
+    """The mean of each term by its name, over the completions to which it applies."""
+    means = scores.nanmean(dim=0).nan_to_num().tolist()
+    return {reward.name: mean for reward, mean in zip(rewards, means, strict=True)}
 
 
 def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
