@@ -1131,6 +1131,7 @@ def distinct_2(completions: list[list[int]]) -> float:
 # Files, errors, terminal, pictures and commands: what it takes to make of the lesson a program that others
 # can use.
 
+import codecs
 import copy
 import dataclasses
 import functools
@@ -1147,23 +1148,26 @@ import shutil
 import signal
 import sys
 import sysconfig
+import tempfile
 import textwrap
 import threading
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from datetime import datetime
+from typing import get_args, get_type_hints
 
-import matplotlib.pyplot as plt
+import matplotlib.style
+import psutil
 import safetensors.torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from matplotlib.colors import SymLogNorm
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import MofNCompleteColumn, Progress
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress, track
 from rich.table import Table
-from rich.text import Text
+from torch.utils.data import DataLoader, random_split
 from transformer_lens import ActivationCache
 from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 
@@ -1256,250 +1260,218 @@ def records(**columns: list) -> list[dict]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-# ---- 11 goes on: files, terminal and pictures ------------------------------------------------------------------------
+# ---- 11 goes on: files, terminal and pictures --------------------------------------------------------------
+# In: metrics and samples. Out: lines in files, on the terminal, and in pictures.
 
 
 class RunLog:
     """The run directory and the terminal. Of several processes the first writes, the others are silent."""
 
     def __init__(self, trainer: RLHFTrainer):
-        self.run_dir, self.accelerator = trainer.run_dir, trainer.accelerator
-        self.is_main = self.accelerator.is_main_process
-        self.batch_size = trainer.args.batch_size
+        self.trainer = trainer
+        self.is_main = trainer.accelerator.is_main_process
         console.quiet = not self.is_main
         self.history: list[dict] = open_run_dir(trainer) if self.is_main else []
         start_tracker(trainer)
-        self.bar = Progress(MofNCompleteColumn(), *Progress.get_default_columns(), console=console)
+        hidden = not console.is_terminal  # in pipes and notebooks the lines alone tell how far it is
+        self.bar = Progress(console=console, transient=True, disable=hidden)
         self.task = self.bar.add_task("phases", total=trainer.args.total_phases, completed=trainer.phase)
-        self.live = Live(self.bar, console=console, transient=True)
 
     def __enter__(self) -> "RunLog":
-        self.live.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *exception) -> None:
-        self.live.stop()
-        self.accelerator.end_training()
+        self.bar.stop()
+        self.trainer.accelerator.end_training()
         if self.history:
-            plot_curves({self.run_dir.name: self.history}, self.run_dir / "curves.png")
-            console.print(f"results in {self.run_dir}", soft_wrap=True)
-
-    def append(self, file: str, *records: dict) -> None:
-        if self.is_main:
-            with open(self.run_dir / file, "a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            run_dir = self.trainer.run_dir
+            plot_curves({run_dir.name: self.history}, {}, run_dir / "curves.png")
+            console.print(f"results in {run_dir}", soft_wrap=True)
 
     def phase(self, metrics: dict, samples: list[dict]) -> None:
-        """One line in metrics.jsonl, three in samples.jsonl, one in the terminal with the samples under
-        it."""
-        seconds = metrics["rollout_seconds"] + metrics["learning_seconds"]
-        metrics["tokens_per_second"] = metrics["completion_length"] * self.batch_size / seconds
-        metrics["peak_memory_mb"] = peak_memory_mb("cpu")
-        self.append("samples.jsonl", *({"phase": metrics["phase"]} | sample for sample in samples))
-        self.append("metrics.jsonl", metrics)
-        self.accelerator.log(
-            {name: x for name, x in metrics.items() if name != "phase"}, step=metrics["phase"]
-        )
+        """The samples into samples.jsonl, the metrics and what the phase cost into metrics.jsonl, and of both
+        the most important on the terminal."""
+        trainer, phase = self.trainer, metrics["phase"]
+        tokens = metrics["completion_length"] * trainer.args.batch_size
+        speed = tokens / (metrics["rollout_seconds"] + metrics["learning_seconds"])
+        metrics = metrics | {"tokens_per_second": speed, "peak_memory_mb": peak_memory_mb(trainer.device)}
+        figures = [f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2")]
+        console.print(f"phase {phase:>3}", *figures, f"{speed:.0f} tokens/s", sep="  ", soft_wrap=True)
+        self.samples(phase, samples, shown=1)
         if self.is_main:
+            append_jsonl(trainer.run_dir / "metrics.jsonl", metrics)
             self.history.append(metrics)
-        figures = "  ".join(
-            f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2")
-        )
-        console.print(f"phase {metrics['phase']:>3}  {figures}  {metrics['tokens_per_second']:.0f} tokens/s")
-        self.bar.update(self.task, completed=metrics["phase"])
-        self.live.update(Group(sample_table(samples), self.bar))
+        trainer.accelerator.log(metrics, step=phase)
+        self.bar.update(self.task, completed=phase)
 
-    def samples(self, when: str, samples: list[dict]) -> None:
-        """The showcase, into samples.jsonl and the terminal."""
-        self.append("samples.jsonl", *({"phase": when} | sample for sample in samples))
-        console.print(f"\nsamples {when} training")
-        console.print(sample_table(samples[:4]))
-
-
-def sample_table(samples: list[dict]) -> Table:
-    """Reward, log-probability under the reference where known, and text."""
-    figures = [name for name in ("reward", "ref_logprob") if name in samples[0]]
-    table = Table(*figures, "sample", box=None, pad_edge=False)
-    for sample in samples:
-        text = printable((sample["prompt"] + sample["completion"]).replace("\n", "⏎"))
-        table.add_row(*(f"{sample[name]:.3g}" for name in figures), text)
-    return table
+    def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
+        """All of them into samples.jsonl, some on the terminal, each on its line. When: before or after
+        training, or the phase."""
+        if self.is_main:
+            rows = ({"phase": when} | sample for sample in samples)
+            append_jsonl(self.trainer.run_dir / "samples.jsonl", *rows)
+        for sample in samples[:shown]:
+            text = one_line(sample["prompt"] + sample["completion"])
+            console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}", soft_wrap=True)
 
 
-PANELS = {
-    "reward": "mean reward",
-    "kl": "KL to the reference, nats a token",
-    "entropy": "entropy, nats a token",
-    "distinct_2": "distinct bigrams: falls when the mode collapses",
+def one_line(text: str) -> str:
+    """With its line feeds as ⏎, and harmless to the terminal."""
+    return printable(text.replace("\n", "⏎"))
+
+
+def peak_memory_mb(device: str) -> float:
+    """The most memory that was ever in use, in MiB: of the GPU where there is one, else of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # which Windows has not
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+PANELS = {  # what is drawn, over what, under which title
+    "reward": ("reward", "phase", "mean reward"),
+    "gold": ("gold_reward", "phase", "gold reward, never learned from"),
+    "kl": ("kl", "phase", "KL to the reference, nats a token"),
+    "entropy": ("entropy", "phase", "entropy, nats a token"),
+    "distinct_2": ("distinct_2", "phase", "distinct bigrams: falls when the mode collapses"),
+    "frontier": ("reward", "kl", "frontier: mean reward against KL; the dot is the last phase"),
 }
-# Okabe and Ito's colours, which the colour-blind tell apart, each with a style; 5 and 3 repeat after 15 lines
-# only.
-LINES = plt.cycler(
-    color=["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#000000"] * 3, linestyle=["-", "-.", ":"] * 5
-)
-plt.rcParams.update({"font.size": 8, "axes.titlesize": 10, "axes.prop_cycle": LINES, "text.parse_math": False,
-                     "figure.constrained_layout.use": True, "savefig.dpi": 110})  # fmt: skip
+LINE_STYLES = ["-", "--", ":", "-.", (0, (8, 2, 1, 2, 1, 2)), (0, (1, 4))]
+# Colours that the colour-blind tell apart; text is never read as mathematics, since tokens may hold a "$".
+STYLE = [
+    "seaborn-v0_8-colorblind",
+    {
+        "font.size": 8,
+        "axes.grid": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.alpha": 0.3,
+        "legend.handlelength": 4,
+        "legend.markerscale": 0,
+        "legend.frameon": False,
+        "lines.markersize": 4,
+        "text.parse_math": False,
+    },
+]
 
 
-def plot_curves(runs: dict[str, list[dict]], path: Path) -> None:
-    """Reward, KL, entropy and distinct-2 over phases, one line a run; for several runs also reward against
-    KL.
+@contextlib.contextmanager
+def picture(path: Path, **size) -> Iterator[Figure]:
+    """A figure to draw on, then written whole to the path. Outside, matplotlib's settings stay as they
+    were."""
+    with matplotlib.style.context(STYLE):
+        figure = Figure(**size, layout="constrained")
+        yield figure
+        write_whole(path, lambda beside: figure.savefig(beside, format="png", bbox_inches="tight"))
 
-    A gold reward (Gao et al. 2210.10760) is dashed, on its own axis: where the two part, the policy has found
-    what the learned reward gets wrong. Where a history holds key_low and key_high, as `average` makes them,
-    that band is shaded.
+
+def plot_curves(runs: dict[str, list[dict]], looks: dict[str, dict], path: Path, columns: int = 1) -> None:
+    """One line a run, in its look, if it is given one: each metric over phases, and reward against KL. The
+    legend has so many columns.
+
+    Where gold reward and reward part, the policy has found what the learned reward gets wrong (Gao et al.
+    2210.10760). Where a history holds key_low and key_high, as `average` makes them, that band is shaded.
     """
-    rows = [["reward", "kl"], ["entropy", "distinct_2"], *([["frontier"] * 2] if len(runs) > 1 else [])]
-    lines = sum(label.count("\n") + 1 for label in runs) if len(runs) > 1 else 0
-    figure = plt.figure(figsize=(9, 2.75 * len(rows) + 0.2 * lines))
-    axes = figure.subplot_mosaic(rows)
-    for key, title in PANELS.items():
-        draw_lines(axes[key], runs, key)
-        axes[key].set(title=title, xlabel="phase")
-    for axis in axes.values():
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    if any("gold_reward" in history[0] for history in runs.values()):
-        gold = axes["reward"].twinx()
-        draw_lines(gold, runs, "gold_reward", linestyle="--")
-        for axis in (axes["reward"], gold):
-            axis.autoscale(
-                axis="y"
-            )  # each from its lowest to its highest, since the scales have nothing in common
-        gold.spines["top"].set_visible(False)
-        ways = [plt.Line2D([], [], color="#595959", linestyle=style) for style in ("-", "--")]
-        gold.legend(ways, ["trained on, left axis", "gold, right axis"], loc="lower right")
-    if len(runs) > 1:
-        for history in runs.values():
-            kl, reward = [m["kl"] for m in history], [m["reward"] for m in history]
-            axes["frontier"].plot(kl, reward, marker="o", markevery=[-1])
-        title = "frontier: mean reward against KL; the dot is the last phase"
-        axes["frontier"].set(title=title, xlabel=PANELS["kl"])
-        figure.legend(*axes["reward"].get_legend_handles_labels(), loc="outside lower left", frameon=False)
-    save_picture(figure, path)
+    logged = {key for history in runs.values() for key in history[0]}
+    panels = [panel for panel, (key, *_) in PANELS.items() if key in logged]
+    rows = [(panels[i : i + 2] * 2)[:2] for i in range(0, len(panels), 2)]  # the last may have a row alone
+    with picture(path, figsize=(9, 2.75 * len(rows))) as figure:
+        axes = figure.subplot_mosaic(rows)
+        for panel, axis in axes.items():
+            key, over, title = PANELS[panel]
+            for label, history in runs.items():
+                names = (over, key, f"{key}_low", f"{key}_high")
+                x, y, low, high = ([metrics.get(name, math.nan) for metrics in history] for name in names)
+                (line,) = axis.plot(x, y, marker="o", markevery=[-1], **looks.get(label, {}))
+                if over == "phase":
+                    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+            axis.set(title=title, xlabel=over)
+            if axis.dataLim.y0 >= 0:
+                axis.set_ylim(bottom=0)
+        labels = [textwrap.fill(label, 110 // columns) for label in runs]
+        place = {"loc": "upper left", "bbox_to_anchor": (0, 0)}  # below the figure
+        figure.legend(axes["reward"].lines, labels, ncols=columns, **place)
 
 
-def draw_lines(axis, runs: dict[str, list[dict]], key: str, **look) -> None:
-    """One metric of every run, with its band; from 0 unless something is below."""
-    for label, history in runs.items():
-        phases = [m["phase"] for m in history]
-        (line,) = axis.plot(phases, [m.get(key, math.nan) for m in history], label=label, **look)
-        if f"{key}_low" in history[0]:
-            band = ([m[f"{key}_{edge}"] for m in history] for edge in ("low", "high"))
-            axis.fill_between(phases, *band, color=line.get_color(), alpha=0.2, linewidth=0)
-    if axis.dataLim.y0 >= 0:
-        axis.set_ylim(bottom=0)
-
-
-def save_picture(figure: plt.Figure, path: Path) -> None:
-    """Replaced whole, so that a reader never meets half a picture."""
-    write_whole(path, lambda beside: figure.savefig(beside, format="png"))
-    plt.close(figure)
-
-
-# ---- 12 What the user brings -----------------------------------------------------------------------------------------
-# In: settings and the files and names in them. Out: prompts, a model, a reward function, or one line that
-# says why not.
+# ---- 12 What the user brings -------------------------------------------------------------------------------
+# In: settings, files and names. Out: examples, a model, rewards, or one line that says why not.
 
 
 def check_settings(args: RLHFArgs) -> None:
     """Raises SettingError for the first setting that cannot work, whatever the model."""
-    require(args.algo in ALGORITHMS, f"--algo {args.algo}: unknown; expected one of {', '.join(ALGORITHMS)}")
-    counts = "total_phases batch_size gen_len num_minibatches batches_per_learning_phase lora_rank top_k train_layers"
-    for name in (*counts.split(), "kl_horizon", "save_every"):
-        value = getattr(args, name)
-        require(value is None or value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
-    for flag, parts in {
-        "num-minibatches": args.num_minibatches,
-        "group-size": args.samples_per_prompt,
-    }.items():
-        divides = parts >= 1 and args.batch_size % parts == 0
-        require(divides, f"--batch-size {args.batch_size}: must be divisible by --{flag} {parts}")
-    alone = args.samples_per_prompt == 1 and not ALGORITHMS[args.algo].has_critic
-    require(not alone, f"--group-size 1: --algo {args.algo} compares completions of a group; give at least 2")
-    warm = 0 <= args.warmup_steps < args.total_phases
-    require(
-        warm, f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}"
-    )
-    require(args.temperature > 0, f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy")
-    require(args.kl_target is None or args.kl_target > 0, f"--kl-target {args.kl_target}: must be positive")
-    require(0 <= args.seed < 2**31, f"--seed {args.seed}: must be from 0 to 2147483647")
-    amounts = "kl_coef vf_coef clip_coef clip_high base_lr head_lr max_grad_norm final_scale gamma gae_lambda"
-    for name in amounts.split():
-        value = getattr(args, name)
-        message = f"--{name.replace('_', '-')} {value}: must be a number of at least 0"
-        require(value is None or 0 <= value < math.inf, message)
-    count = len(args.reward) or 1
-    weighted = len(args.reward_weights) in (0, count)
-    require(
-        weighted,
-        f"--reward-weights: {len(args.reward_weights)} given for {count} rewards; expected one for each",
-    )
-    installed = args.track is None or importlib.util.find_spec(args.track) is not None
-    require(installed, f"--track {args.track}: is not installed; pip install {args.track}")
-    frozen = args.lora or args.dtype == "float32"
-    require(
-        frozen, f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32"
-    )
-
-
-def read_lines(path: Path) -> list[tuple[str, str]]:
-    """The lines of a user's file that are not blank, each behind the words that say where it stands."""
-    require(path.is_file(), f"{path}: no such file")
-    with explained(f"{path}: is not UTF-8 text"):
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    lines = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
-    require(bool(lines), f"{path}: is empty")
-    return lines
-
-
-def read_texts(where: str, line: str, *keys: str) -> dict:
-    """The JSON object in a line, which must hold a text under each of the keys."""
-    with explained(f"{where}: is not JSON"):
-        row = json.loads(line)
-    for key in keys:
-        value = row.get(key) if isinstance(row, dict) else None
-        found = "none" if value is None else f"a {type(value).__name__}"
-        require(isinstance(value, str), f'{where}: expected a text under "{key}", found {found}')
-    return row
+    for name, hint in get_type_hints(RLHFArgs, include_extras=True).items():
+        value, kinds = getattr(args, name), (hint, *get_args(hint))  # the alternatives of `Count | None`, too
+        for kind, least in ((Count, 1), (Amount, 0)):
+            if kind in kinds and value is not None:
+                message = f"--{name.replace('_', '-')} {value}: must be {kind.__metadata__[0]}"
+                require(least <= value < math.inf, message)
+    batch, group, terms = args.batch_size, args.samples_per_prompt, len(args.reward) or 1
+    divisible = f"--batch-size {batch}: must be divisible by"
+    must_hold = {
+        f"{divisible} --num-minibatches {args.num_minibatches}": batch % args.num_minibatches == 0,
+        f"{divisible} --group-size {group}": batch % group == 0,
+        f"--group-size 1: --algo {args.algo} compares completions of a group; give at least 2": (
+            group > 1 or ALGORITHMS[args.algo].has_critic
+        ),
+        f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}": (
+            0 <= args.warmup_steps < args.total_phases
+        ),
+        f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy": args.temperature > 0,
+        f"--kl-target {args.kl_target}: must be positive": args.kl_target is None or args.kl_target > 0,
+        f"--seed {args.seed}: must be from 0 to 2147483647": 0 <= args.seed < 2**31,
+        f"--reward-weights: {len(args.reward_weights)} given for {terms} rewards; expected one for each": (
+            len(args.reward_weights) in (0, terms)
+        ),
+        f"--track {args.track}: is not installed; pip install {args.track}": (
+            args.track is None or importlib.util.find_spec(args.track) is not None
+        ),
+        f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32": (
+            args.lora or args.dtype == "float32"
+        ),
+    }
+    for message, holds in must_hold.items():
+        require(holds, message)
 
 
 def load_examples(prefix: str, path: Path | None) -> list[dict]:
-    """Reads the prompts, one dict each with "prompt" and the file's other columns; the prefix alone without a
-    file."""
+    """One dict a prompt, with "prompt" and the file's other columns; without a file, the prefix alone."""
     if path is None:
         return [{"prompt": prefix}]
-    is_json, rows = path.suffix in (".jsonl", ".json"), []
-    for where, line in read_lines(path):
-        rows.append(read_texts(where, line, "prompt") if is_json else {"prompt": line})
-        require(rows[-1].keys() == rows[0].keys(), f"{where}: its columns differ from line 1's")
-        clash = min(rows[-1].keys() & {"prompts", "completions"}, default=None)
-        require(clash is None, f"{where}: a column named {clash!r} would hide what a reward is given")
-    return rows
+    if path.suffix in (".jsonl", ".json"):
+        rows = read_jsonl(path, "prompt")
+    else:
+        with explained(f"{path}: is not UTF-8 text"):
+            rows = [(where, {"prompt": line.decode().rstrip("\r\n")}) for where, line in read_lines(path)]
+    for where, row in rows:
+        require(row.keys() == rows[0][1].keys(), f"{where}: its columns differ from the first line's")
+    return [row for _, row in rows]
 
 
-def check_context(bridge: TransformerBridge, rows: list[dict], gen_len: int) -> None:
+def check_context(bridge: TransformerBridge, examples: list[dict], gen_len: int) -> None:
     """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context."""
-    room = bridge.cfg.n_ctx - max(len(token_ids(bridge.tokenizer, row["prompt"])) for row in rows)
-    require(gen_len >= 1, f"--gen-len {gen_len}: must be at least 1")
-    message = f"--gen-len {gen_len}: the context of {bridge.cfg.n_ctx} leaves {room} tokens after the longest prompt"
-    require(gen_len <= room, message)
+    longest = max(len(token_ids(bridge.tokenizer, example["prompt"])) for example in examples)
+    room = f"at most {bridge.cfg.n_ctx - longest}, which the context of {bridge.cfg.n_ctx} leaves"
+    message = f"--gen-len {gen_len}: must be at least 1, and {room} after the longest prompt"
+    require(1 <= gen_len <= bridge.cfg.n_ctx - longest, message)
 
 
 def load_bridge(
     base_model: str, device: str, dtype: str = "float32"
 ) -> tuple[TransformerBridge, dict[str, Tensor]]:
-    """Boots `tiny`, a name that TransformerLens knows, a hub id or a local directory; never runs a model's
-    own code.
+    """Boots `tiny`, a name that TransformerLens knows, a hub id or a local directory.
 
-    Also returns the weights under the names that they have in the model's files: the bridge renames what it
-    wraps.
+    Never runs a model's own code. Also returns the weights under the names that they have in the model's
+    files: the bridge renames what it wraps.
     """
     with explained(f"--base-model {base_model}: cannot be loaded"):
         name = model_name(base_model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype)).to(
-            device
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        model.to(device)
         published = model.state_dict(keep_vars=True)
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=load_tokenizer(name)
@@ -1513,14 +1485,37 @@ def check_cache(bridge: TransformerBridge) -> None:
     """Raises SettingError if the KV cache stays empty, as it does from transformers 5.24 on, which renames
     the argument that TransformerLens 4.3 looks for: completions would ignore their prompts, silently."""
     cache = transformers.DynamicCache(config=bridge.original_model.config)
-    bridge.original_model(
-        torch.zeros(1, 2, dtype=torch.long, device=bridge.cfg.device), past_key_values=cache
-    )
-    versions = " and ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "transformer_lens")
-    )
-    message = f"{versions} leave the KV cache empty; pip install -r requirements.txt brings versions that fit"
-    require(cache.get_seq_length() == 2, message)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=bridge.cfg.device)
+    bridge.original_model(tokens, past_key_values=cache)
+    message = "transformers and transformer_lens, as installed, leave the KV cache empty"
+    advice = "pip install -r requirements.txt brings versions that fit"
+    require(cache.get_seq_length() == 2, f"{message}; {advice}")
+
+
+@torch.no_grad()
+def read_head(bridge: TransformerBridge) -> tuple[float, float | None]:
+    """Scale and soft cap of the output layer, cap tanh(scale unembed(x) / cap), from the model's config.
+
+    A small model's logits do not reach its cap. So the formula is held to the model's own logits of features
+    that are blown up until the largest would be 50. Raises SettingError for any other output layer.
+    """
+    model, config = bridge.original_model, bridge.original_model.config
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    scale = scale or 1 / getattr(config, "logits_scaling", 1.0)  # Granite
+    tokens = torch.arange(8, device=bridge.cfg.device)[None]
+
+    def blow_up(x: Float[Tensor, "1 T D"], hook) -> Float[Tensor, "1 T D"]:
+        return x * 50 / (scale * bridge.unembed(x)).abs().max()
+
+    formula = f"cap tanh(scale unembed(x) / cap) with cap {cap} and scale {scale}"
+    with explained(f"{config.name_or_path}: its logits are not {formula}"):
+        with bridge.hooks(fwd_hooks=[("ln_final.hook_out", blow_up)]):
+            features, logits = model.base_model(tokens).last_hidden_state, model(tokens).logits
+        ours = scale * bridge.unembed(features)
+        ours = ours if cap is None else cap * (ours / cap).tanh()
+        torch.testing.assert_close(ours, logits, atol=0.5, rtol=0)  # at 50, bfloat16 counts in steps of 0.25
+    return scale, cap
 
 
 def model_name(base_model: str) -> str:
@@ -1529,23 +1524,14 @@ def model_name(base_model: str) -> str:
 
 
 def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    readable = bool(
-        tokenizer.encode("This is text.", add_special_tokens=False)
-    )  # without files: an empty vocabulary
-    require(
-        readable and tokenizer.eos_token_id is not None, f"{name}: has no tokenizer with an end-of-text token"
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # without its files, one of no tokens at all
+    is_whole = bool(tokenizer.eos_token and tokenizer.encode("text", add_special_tokens=False))
+    require(is_whole, f"{name}: has no tokenizer with an end-of-text token")
     return tokenizer
 
 
 def first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def read_head(bridge):
-    config = bridge.original_model.config
-    return getattr(config, "logit_scale", 1.0), getattr(config, "final_logit_softcapping", None)
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def block_matrices(block: nn.Module) -> dict[str, nn.Module]:
@@ -1577,64 +1563,64 @@ def term_means(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> dict[str,
 
 def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
     """The terms of the reward, and with weight 0 what is only logged."""
-    specs = args.reward or ("periods",)
-    weights = args.reward_weights or (1.0,) * len(specs)
-    names = [f"reward/{spec}" for spec in specs]
+    weighted = zip(args.reward or ("periods",), args.reward_weights or itertools.repeat(1.0), strict=False)
+    terms = [(f"reward/{spec}", spec, weight) for spec, weight in weighted]
     if args.gold_reward:
-        specs, weights, names = (*specs, args.gold_reward), (*weights, 0.0), [*names, "gold_reward"]
-    functions = [load_reward(spec, args, run_dir, device) for spec in specs]
-    return [Reward(*term) for term in zip(names, functions, weights, strict=True)]
+        terms.append(("gold_reward", args.gold_reward, 0.0))
+    return [Reward(name, load_reward(spec, args, run_dir, device), weight) for name, spec, weight in terms]
 
 
 def load_reward(spec: str, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
     """The reward function that a --reward flag names."""
-    kind, colon, rest = spec.partition(":")
+    spec = {"sentiment": "classifier:lvwerra/distilbert-imdb:POSITIVE"}.get(spec, spec)
+    kind, _, rest = spec.partition(":")
     if spec == "periods":
         return reward_fn_char_count()
     if kind == "char" and rest:
         return reward_fn_char_count(rest)
-    if spec == "sentiment":
-        return classifier_reward("lvwerra/distilbert-imdb", "POSITIVE", device)
     if kind == "classifier" and rest:
-        path, _, label = ("", "", "") if Path(rest).is_dir() else rest.rpartition(":")
-        return classifier_reward(path or rest, label or None, device)
+        has_label = ":" in rest and not Path(rest).is_dir()
+        model, label = rest.rsplit(":", 1) if has_label else (rest, None)
+        return classifier_reward(model, label, device)
     if kind == "preferences" and rest:
         return preferences_reward(Path(rest), args, run_dir, device)
-    path, colon, name = spec.rpartition(":")
-    expected = "`periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, `preferences:FILE` or `FILE.py:FUNCTION`"
-    require(bool(colon) and path.endswith(".py"), f"--reward {spec}: unknown; expected {expected}")
+    path, _, name = spec.rpartition(":")
+    learned = "`sentiment`, `classifier:MODEL[:LABEL]`, `preferences:FILE`"
+    expected = f"`periods`, `char:X`, {learned} or `FILE.py:FUNCTION`"
+    require(path.endswith(".py"), f"--reward {spec}: unknown; expected {expected}")
     require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
-    try:
+    with blamed(f"--reward {spec}: {path}"):
         function = runpy.run_path(path).get(name)
-    except Exception as error:
-        traceback.print_exc()
-        raise SettingError(f"--reward {spec}: {path} raises {type(error).__name__} when loaded") from error
     require(callable(function), f"--reward {spec}: {path} has no function {name}")
     return function
+
+
+@contextlib.contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """For a user's code: what it raises within is shown with its traceback, and becomes a SettingError."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        raise SettingError(f"{what}: raised {type(error).__name__}: {first_line(error)}") from error
 
 
 def load_classifier(name: str, what: str, device: str, **options):
     """A sequence classifier and its tokenizer, padding on the right and cutting on the left."""
     with explained(f"{what}: cannot be loaded as a classifier"):
-        model = (
-            transformers.AutoModelForSequenceClassification.from_pretrained(name, **options)
-            .float()
-            .to(device)
-        )
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, truncation_side="left", padding_side="right"
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
-    return model.eval(), tokenizer
+    return model.float().to(device).eval(), tokenizer
 
 
 def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B labels"]:
     """Logits of the labels; of a text longer than the context, the end is kept."""
-    width, logits = (
-        min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20)),
-        [],
-    )
+    width = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
+    logits = []
     for start in range(0, len(texts), 64):
         batch = [text or tokenizer.pad_token for text in texts[start : start + 64]]
         batch = tokenizer(batch, padding=True, truncation=True, max_length=width, return_tensors="pt")
@@ -1646,21 +1632,20 @@ def classifier_reward(model: str, label: str | None, device: str) -> RewardFn:
     """Score of a sequence classifier for prompt and completion: the label's probability, or, of a reward
     model with one output, that output."""
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
-    labels = {name: number for number, name in classifier.config.id2label.items()}
-    known = label in labels or (label is None and len(labels) == 1)
-    require(
-        known,
-        f"--reward classifier:{model}:{label or ''}: no such label; expected one of {', '.join(labels)}",
-    )
+    labels = [*classifier.config.id2label.values()]
+    if label is None and len(labels) == 1:
+        label = labels[0]
+    message = f"--reward classifier:{model}:{label or ''}: no such label; expected one of {', '.join(labels)}"
+    require(label in labels, message)
+    are_independent = classifier.config.problem_type == "multi_label_classification"
 
     @torch.no_grad()
     def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        logits = classify(classifier, tokenizer, texts)
-        if len(labels) == 1:
-            return logits[:, 0].tolist()
-        are_independent = classifier.config.problem_type == "multi_label_classification"
-        return (logits.sigmoid() if are_independent else logits.softmax(-1))[:, labels[label]].tolist()
+        scores = classify(classifier, tokenizer, texts)
+        if len(labels) > 1:
+            scores = scores.sigmoid() if are_independent else scores.softmax(-1)
+        return scores[:, labels.index(label)].tolist()
 
     return score
 
@@ -1670,33 +1655,25 @@ def call_reward(
 ) -> list[float]:
     """Calls a reward function and checks what it returns.
 
-    None says, as in TRL, that the reward does not apply to a completion, and becomes NaN. Raises
-    SettingError, naming the completion, for a count that is off, a NaN or infinity, or something that is no
-    number; and, with its traceback shown once, for what the function itself raises.
+    None says, as in TRL, that the reward does not apply to a completion, and becomes NaN. Raises SettingError
+    for a count that is off and, naming the completion, for a NaN, infinity or something that is no number;
+    and, with its traceback shown once, for what the function itself raises.
     """
     where = f"reward function {reward.name.removeprefix('reward/')}"
-    try:
+    with blamed(where):
         scores = reward.function(prompts=prompts, completions=completions, **columns)
-    except Exception as error:
-        traceback.print_exc()
-        raise SettingError(f"{where}: raised {type(error).__name__}: {first_line(error)}") from error
     require(hasattr(scores, "__iter__"), f"{where}: returned {scores!r}; expected a list of numbers")
     scores, count = list(scores), len(completions)
     require(len(scores) == count, f"{where}: returned {len(scores)} values for {count} completions")
     for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
-        is_finite = score is None or (
-            hasattr(score, "__float__") and math.isfinite(score)
-        )  # which texts are not
-        require(
-            is_finite,
-            f"{where}: value {i} is {score!r}, not a finite number, for the completion {completion!r}",
-        )
+        is_number = score is None or hasattr(score, "__float__")  # which texts have not
+        message = f"{where}: value {i} is {score!r}, not a finite number, for the completion {completion!r}"
+        require(is_number and math.isfinite(score or 0), message)
     return [math.nan if score is None else float(score) for score in scores]
 
 
 def is_cpu(device: str) -> bool:
-    """Whether the CPU will do the work; accelerate has to be told, or its processes do not find each other
-    there."""
+    """Whether the CPU will do the work; accelerate must be told, or its processes do not find each other."""
     return device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
 
 
@@ -1710,213 +1687,203 @@ def pick_device(device: str, accelerator: Accelerator) -> str:
 
 
 def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
-    """Raises SettingError where processes were launched that did not find each other, or cannot share the
-    work."""
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    message = f"{launched} processes were launched, but {accelerator.num_processes} found each other; check --device"
-    require(launched == accelerator.num_processes, message)
-    parts = accelerator.num_processes * args.num_minibatches
-    message = (
-        f"--batch-size {args.batch_size}: must be divisible by {accelerator.num_processes} processes times"
+    """Raises SettingError where launched processes did not find each other, or cannot share the work."""
+    launched, found = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    require(
+        launched == found, f"{launched} processes were launched, but {found} found each other; check --device"
     )
-    require(args.batch_size % parts == 0, f"{message} --num-minibatches {args.num_minibatches}")
+    parts = f"{found} processes times --num-minibatches {args.num_minibatches}"
+    message = f"--batch-size {args.batch_size}: must be divisible by {parts}"
+    require(args.batch_size % (found * args.num_minibatches) == 0, message)
     precision = accelerator.mixed_precision
     require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
 
 
 def low_memory(args: RLHFArgs) -> RLHFArgs:
-    return args
+    """With --low-gpu-mem: gpt2 for gpt2-medium, and half the batch, kept divisible; says so."""
+    if args.resume or not args.low_gpu_mem:  # a run's saved settings have been through this
+        return args
+    model = "gpt2" if args.base_model == "gpt2-medium" else args.base_model
+    parts = math.lcm(args.num_minibatches, args.group_size or 1)
+    batch_size = parts * max(1, args.batch_size // 2 // parts)
+    console.print(f"--low-gpu-mem: {model}, {batch_size} completions a phase", soft_wrap=True)
+    return dataclasses.replace(args, base_model=model, batch_size=batch_size)
 
 
-def peak_memory_mb(device: str) -> float:
-    import resource
-
-    """Of the GPU where there is one, else of the process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    unit = 1 if platform.system() == "Darwin" else 1024  # ru_maxrss is bytes there, kibibytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-# ---- 13 What outlives the run ----------------------------------------------------------------------------------------
+# ---- 13 What outlives the run ------------------------------------------------------------------------------
 # In: the trainer. Out: its run directory: checkpoints to go on from, and the result as PEFT and transformers
-# load it. Whatever is written is written beside and then renamed, so that a kill at any moment leaves the
-# last whole one.
+# load it. What replaces a file is written whole, then renamed: a kill at any moment leaves one or the other.
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file or directory written in a directory beside its place, and renamed to it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(".unfinished", f"{path.name}.", path.parent) as directory:
+            new, old = Path(directory, path.name), Path(directory, "old")
+            write(new)
+            if new.is_file():
+                with open(new, "rb+") as file:
+                    os.fsync(file.fileno())  # on the disk before the old one goes
+            elif path.is_dir():  # a file replaces a file by the renaming itself, and never a directory
+                path.rename(old)
+            new.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise SettingError(f"{path}: cannot be written ({reason}); what was there is whole") from error
+
+
+def read_lines(path: Path, torn_ok: bool = False) -> list[tuple[str, bytes]]:
+    """The lines of a file that are not blank, each behind the words that say where it stands."""
+    require(torn_ok or path.is_file(), f"{path}: no such file")
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8) if path.exists() else b""
+    require(torn_ok or bool(text.strip()), f"{path}: is empty")
+    lines = enumerate(text.splitlines(keepends=True), start=1)
+    return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+
+
+def read_jsonl(path: Path, *keys: str, torn_ok: bool = False) -> list[tuple[str, dict]]:
+    """The objects of a JSON-lines file, each behind the words that say where it stands and with a text under
+    each key; raises SettingError for anything else.
+
+    With torn_ok, for what `append_jsonl` writes, the file need not exist, and half an object at its end, left
+    by a crash, does not count.
+    """
+    rows = []
+    for where, line in read_lines(path, torn_ok):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if torn_ok and not line.endswith(b"\n"):
+                break
+            raise SettingError(f"{where}: is not JSON: {error}") from error
+        require(isinstance(row, dict), f"{where}: is no JSON object")
+        for key in keys:
+            value = row.get(key)
+            found = "none" if value is None else f"a {type(value).__name__}"
+            require(isinstance(value, str), f'{where}: expected a text under "{key}", found {found}')
+        rows.append((where, row))
+    return rows
+
+
+def append_jsonl(path: Path, *rows: dict) -> None:
+    """Adds a line for each row, and returns when they are on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    """The file holds these rows, or, if this fails, those that it held before."""
+    write_whole(path, lambda new: append_jsonl(new, *rows))
 
 
 def choose_run_dir(args: RLHFArgs) -> Path:
-    """The directory of --resume, of --run-dir, or a new one by date and time; nobody's files are
-    overwritten."""
+    """The directory of --resume, of --run-dir, or a new one by date and time; overwrites nobody's files."""
     if args.resume:
         return args.resume
-    now = datetime.now().strftime("%Y%m%d-%H%M%S.%f")[
-        :-3
-    ]  # to the millisecond: several runs may start together
-    run_dir = args.run_dir or Path("runs") / f"{now}-{args.algo}{'-lora' if args.lora else ''}"
-    message = (
-        f"--run-dir {run_dir}: holds a run already; go on with it by --resume {run_dir}, or give another"
-    )
-    require(not (run_dir / "args.json").exists(), message)
-    is_free = not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir()))
-    require(is_free, f"--run-dir {run_dir}: is not an empty directory; give a new one")
+    now = datetime.now().strftime("%Y%m%d-%H%M%S.%f")[:-3]  # milliseconds: several runs may start together
+    run_dir = args.run_dir or Path("runs", f"{now}-{args.algo}{'-lora' if args.lora else ''}")
+    is_taken = run_dir.exists() and any(path.suffix != ".unfinished" for path in run_dir.iterdir())
+    advice = f"give another, or, if it holds a run already, go on with that by --resume {run_dir}"
+    require(not is_taken, f"--run-dir {run_dir}: is not an empty directory; {advice}")
     return run_dir
 
 
 def read_settings(run_dir: Path) -> dict:
     """What args.json of a run says."""
-    require((run_dir / "args.json").is_file(), f"{run_dir}: is no run directory, it holds no args.json")
-    with explained(f"{run_dir / 'args.json'}: is damaged"):
-        return json.loads((run_dir / "args.json").read_text(encoding="utf-8"))
-
-
-def read_records(path: Path) -> list[dict]:
-    """The lines of a file that RunLog appends to; the last may be torn, and then it does not count."""
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n") if path.is_file() else [""]
-    return [json.loads(line) for line in lines]
+    path = run_dir / "args.json"
+    require(path.is_file(), f"{run_dir}: is no run directory, it holds no args.json")
+    with explained(f"{path}: is damaged"):
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def saved_settings(run_dir: Path) -> RLHFArgs:
-    """The settings of the run in this directory."""
-    record, names = read_settings(run_dir), {field.name for field in dataclasses.fields(RLHFArgs)}
-    settings = {name: tuple(x) if isinstance(x, list) else x for name, x in record.items() if name in names}
-    require("base_model" in settings, f"{run_dir / 'args.json'}: holds no settings")
-    paths = {name: Path(settings[name]) for name in ("prompts", "run_dir", "resume") if settings.get(name)}
-    return RLHFArgs(**settings | paths)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file or directory written beside and renamed to its place."""
-    beside, aside = (path.with_name(f"{path.name}.{os.getpid()}{end}.unfinished") for end in ("", ".old"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        if beside.is_file():  # on the disk before the old one goes
-            with open(beside, "rb+") as file:
-                os.fsync(file.fileno())
-        if (
-            beside.is_dir() and path.is_dir()
-        ):  # a file replaces a file by the renaming itself, and never a directory
-            path.rename(aside)
-        beside.rename(path)
-    except OSError as error:
-        raise SettingError(
-            f"{path}: cannot be written ({error.strerror or error}); what was there is whole"
-        ) from error
-    finally:
-        discard(beside)
-        discard(aside)
-
-
-def discard(path: Path) -> None:
-    """Deletes a file or directory, if it exists."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """The settings of the run in this directory, but for the directory."""
+    record = read_settings(run_dir)
+    require("base_model" in record, f"{run_dir / 'args.json'}: holds no settings")
+    settings = {field.name: record.get(field.name, field.default) for field in dataclasses.fields(RLHFArgs)}
+    settings = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
+    prompts = settings["prompts"] and Path(settings["prompts"])
+    return RLHFArgs(**settings | {"prompts": prompts, "run_dir": None})
 
 
 def open_run_dir(trainer: RLHFTrainer) -> list[dict]:
-    """Writes args.json, or, in a run that goes on, forgets the phases after its checkpoint; returns the
-    others."""
+    """Writes args.json or, in a run that goes on, forgets what came after its checkpoint; returns metrics."""
     run_dir, args = trainer.run_dir, trainer.args
-    for orphan in (
-        *run_dir.glob("*.unfinished"),
-        *run_dir.glob("checkpoint/*.unfinished"),
-    ):  # of a run that was killed
-        discard(orphan)
+    for orphan in run_dir.rglob("*.unfinished"):  # of a run that was killed
+        shutil.rmtree(orphan)
     if not args.resume:
-        versions = {
-            name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")
-        }
+        libraries = ("torch", "transformers", "transformer_lens")
+        versions = {name: importlib.metadata.version(name) for name in libraries}
         versions["python"] = platform.python_version()
-        record = dataclasses.asdict(args) | {
-            "run_dir": run_dir,
-            "running_on": trainer.device,
-            "versions": versions,
-        }
+        record = vars(args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
         text = json.dumps(record, indent=2, default=str) + "\n"
-        write_whole(run_dir / "args.json", lambda path: path.write_text(text, encoding="utf-8"))
-    kept = {}
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        records, done = (
-            read_records(run_dir / name),
-            ["before"] * bool(trainer.phase) + [*range(1, trainer.phase + 1)],
-        )
-        kept[name] = [record for record in records if record["phase"] in done]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept[name])
-        write_whole(run_dir / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
-    return kept["metrics.jsonl"]
+        write_whole(run_dir / "args.json", lambda new: new.write_text(text, encoding="utf-8"))
+    done = {"before", *range(1, trainer.phase + 1)} if trainer.phase else {}
+    for path in (run_dir / "samples.jsonl", run_dir / "metrics.jsonl"):  # the metrics last: they are returned
+        rows = [row for _, row in read_jsonl(path, torn_ok=True) if row["phase"] in done]
+        write_jsonl(path, rows)
+    return rows
 
 
 def fingerprint(trainer: RLHFTrainer) -> str:
-    """Of the model that training starts from, which a checkpoint holds only in part."""
-    weights = trainer.reference.published.values()
-    count, norm = (
-        sum(weight.numel() for weight in weights),
-        sum(weight.float().norm().item() for weight in weights),
-    )
-    return f"{len(weights)} tensors of {count} numbers, norms {norm:.5g}"
+    """Of what a checkpoint must fit: the model that training starts from, and the shapes that it trains."""
+    base = sum(weight.view(torch.uint8).sum().item() for weight in trainer.reference.published.values())
+    shapes = {name: [*weight.shape] for name, weight in trainer.trained.items()}
+    return f"base model of byte sum {base}, trained {shapes}"
 
 
 def save_checkpoint(trainer: RLHFTrainer) -> None:
-    """checkpoint/phase-N.safetensors: trained weights, moments of AdamW, β. All else follows from settings
-    and phase.
+    """checkpoint/phase-N.safetensors: trained weights, moments of AdamW, β.
 
-    The one before is kept, in case that this one is damaged later.
+    All else follows from settings and phase. The one before is kept, in case that this one is damaged later.
     """
     if not trainer.accelerator.is_main_process:
         return
-    directory = trainer.run_dir / "checkpoint"
     finite = all(weight.isfinite().all() for weight in trainer.trained.values())
-    advice = "what was saved before is kept; smaller learning rates may help"
-    require(finite, f"phase {trainer.phase}: the weights are no longer finite; {advice}")
-    tensors = {}
+    message = f"phase {trainer.phase}: the weights are no longer finite, so what was saved before is kept"
+    require(finite, f"{message}; smaller learning rates may help")
+    tensors = dict(trainer.trained)
     for name, weight in trainer.trained.items():
-        moments = trainer.optimizer.state.get(weight, {})
-        tensors |= {name: weight.detach()} | {f"{name}@{key}": value for key, value in moments.items()}
-    state = {
-        "phase": str(trainer.phase),
-        "kl_coef": trainer.kl_coef.hex(),
-        "base_model": fingerprint(trainer),
-    }
-    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, state)
-    write_whole(directory / f"phase-{trainer.phase:05}.safetensors", lambda path: path.write_bytes(data))
-    for old in sorted(directory.glob("phase-*.safetensors"))[:-2]:
-        old.unlink()
+        tensors |= {f"{name}@{key}": moment for key, moment in trainer.optimizer.state[weight].items()}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    state = {"fits": fingerprint(trainer), "phase": str(trainer.phase), "kl_coef": trainer.kl_coef.hex()}
+    data = safetensors.torch.save(tensors, state)
+    directory = trainer.run_dir / "checkpoint"
+    write_whole(directory / f"phase-{trainer.phase:05}.safetensors", lambda new: new.write_bytes(data))
+    for path in sorted(directory.glob("phase-*.safetensors"))[:-2]:
+        path.unlink()
 
 
 def load_checkpoint(trainer: RLHFTrainer) -> None:
     """Goes back to the newest checkpoint that is whole; with none at all, the run begins anew."""
-    directory = trainer.run_dir / "checkpoint"
-    foreign = [path for path in directory.glob("*") if not path.name.startswith("phase-")]
-    refused = "is no checkpoint of this program, and a pickle could run code; move it away"
-    require(not foreign, f"{foreign[0] if foreign else directory}: {refused}")
+    directory, resume = trainer.run_dir / "checkpoint", f"--resume {trainer.run_dir}"
+    for path in directory.glob("*"):
+        refused = f"{path}: is no checkpoint of this program, and a pickle could run code; move it away"
+        require(path.name.startswith("phase-"), refused)
     paths = sorted(directory.glob("phase-*.safetensors"), reverse=True)
-    if not paths:
-        return
     for path in paths:
         try:
             with safetensors.safe_open(path, "pt", device=trainer.device) as file:
-                state, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                state, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
             break
         except (OSError, safetensors.SafetensorError) as error:
             console.print(f"{path}: is damaged ({first_line(error)}); trying the one before", soft_wrap=True)
     else:
-        raise SettingError(
-            f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew in another directory"
-        )
-    require("base_model" in (state or {}), f"{path}: is no checkpoint of this program; move it away")
-    same = state["base_model"] == (here := fingerprint(trainer))
-    require(
-        same, f"--resume {trainer.run_dir}: its base model was another: {state['base_model']}; here {here}"
-    )
-    shapes = {name: tensor.shape for name, tensor in tensors.items() if "@" not in name}
-    same = shapes == {name: weight.shape for name, weight in trainer.trained.items()}
-    require(same, f"{path}: holds other weights than these settings train; was args.json changed?")
-    for name, weight in trainer.trained.items():
-        weight.data.copy_(tensors[name])
-        moments = {
-            key.rpartition("@")[2]: value for key, value in tensors.items() if key.rpartition("@")[0] == name
-        }
-        if moments:
-            trainer.optimizer.state[weight] = moments
+        require(not paths, f"{resume}: no checkpoint is whole; begin anew in another directory")
+        return
+    message = f"{resume}: {path.name} is of another base model or other settings; was one of them changed?"
+    require(state.get("fits") == fingerprint(trainer), message)
+    for key, tensor in tensors.items():
+        name, _, moment = key.partition("@")
+        weight = trainer.trained[name]
+        if moment:
+            trainer.optimizer.state[weight][moment] = tensor
+        else:
+            weight.data.copy_(tensor)
     trainer.phase, trainer.kl_coef = int(state["phase"]), float.fromhex(state["kl_coef"])
 
 
@@ -1930,177 +1897,144 @@ def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
         raise
 
 
-class StopSignals:
-    """While entered, the first Ctrl-C or SIGTERM asks for a stop after the phase; a second one stops at
-    once."""
+class StopSignals(contextlib.ExitStack):
+    """While entered, the first Ctrl-C or SIGTERM asks for a stop after the phase; a second stops at once."""
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.received, self.before = accelerator, 0, {}
+        super().__init__()
+        self.accelerator, self.received = accelerator, 0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
-            self.before = {
-                number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)
-            }
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, number, signal.signal(number, self.note))
+        return self
 
     def note(self, number: int, frame) -> None:
         self.received = number
-        self.__exit__()
+        self.close()  # which puts the handlers of before back
         console.print("stopping after this phase; once more to stop at once")
 
     def is_requested(self) -> bool:
         """Whether any process was asked to."""
-        received = torch.tensor(float(self.received), device=self.accelerator.device)
+        received = torch.tensor(self.received, device=self.accelerator.device)
         self.received = int(self.accelerator.gather(received).max())
         return self.received > 0
 
 
 def start_tracker(trainer: RLHFTrainer) -> None:
     """Opens what --track names, through accelerate."""
-    args = trainer.args
-    if args.track is None:
+    track, directory = trainer.args.track, str(trainer.run_dir)
+    if track is None:
         return
-    trainer.accelerator.project_configuration.set_directories(str(trainer.run_dir))
-    with explained(f"--track {args.track}: cannot be opened"):
-        settings = {name: str(value) for name, value in dataclasses.asdict(args).items()}
-        trainer.accelerator.init_trackers("rlhf", settings, {"wandb": {"dir": str(trainer.run_dir)}})
+    trainer.accelerator.project_configuration.set_directories(directory)
+    with explained(f"--track {track}: cannot be opened"):
+        settings = {name: str(value) for name, value in vars(trainer.args).items()}
+        trainer.accelerator.init_trackers("rlhf", settings, {"wandb": {"dir": directory}})
 
 
 def export(trainer: RLHFTrainer) -> None:
     """Writes model/ and, with LoRA, adapter/."""
     if not trainer.accelerator.is_main_process:
         return
-    policy, source = trainer.policy, trainer.args.base_model
-    write_whole(trainer.run_dir / "model", lambda path: export_model(policy, path))
-    if trainer.args.lora:
-        write_whole(
-            trainer.run_dir / "adapter", lambda path: export_adapter(policy, model_name(source), path)
-        )
+    policy, args = trainer.policy, trainer.args
+    write_whole(trainer.run_dir / "model", lambda new: export_model(policy, new))
+    if args.lora:
+        write_whole(trainer.run_dir / "adapter", lambda new: export_adapter(policy, args, new))
 
 
+def as_rows(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
+    """The layer's weight in the layout of nn.Linear; GPT-2's Conv1D stores it transposed."""
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+
+
+@torch.no_grad()
 def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
     """Which output rows of a fused query-key-value matrix belong to q, k and v; GPT-2 stacks them, NeoX
     alternates by head. Found by having the bridge split a matrix whose every row holds its own number."""
     fused = attn.qkv.original_component
-    is_conv1d, weight = isinstance(fused, Conv1D), fused.weight.data
-    rows = torch.arange(weight.shape[1 if is_conv1d else 0], device=weight.device, dtype=torch.float32)
-    try:
-        fused.weight.data = (
-            rows.expand(len(weight), -1) if is_conv1d else rows[:, None].expand(-1, weight.shape[1])
-        )
-        parts = attn.split_qkv_matrix(attn.original_component)
-    finally:
-        fused.weight.data = weight
-    return {name: part.weight[:, 0].detach().long() for name, part in zip("qkv", parts, strict=True)}
+    weight = fused.weight.data
+    fused.weight.data = torch.ones_like(weight, dtype=torch.float32)
+    as_rows(fused).cumsum_(dim=0)  # 1 in the first row
+    parts = attn.split_qkv_matrix(attn.original_component)
+    fused.weight.data = weight
+    return {name: part.weight[:, 0].long() - 1 for name, part in zip("qkv", parts, strict=True)}
+
+
+def trained_layers(policy: TransformerWithValueHead) -> dict[tuple[str, nn.Module], list[tuple]]:
+    """The matrices of the blocks that are not trained where they are stored, by their names in the model's
+    files: [(rows, layer)], a LoRALinear for all output rows or, of a fused matrix, q, k and v for theirs."""
+    names = {weight: name.removesuffix(".weight") for name, weight in policy.published.items()}
+    table = defaultdict(list)
+    for block in policy.bridge.blocks:
+        rows = fused_rows(block.attn) if hasattr(block.attn, "qkv") else {}
+        for part, component in block_matrices(block).items():
+            layer = component.original_component
+            stored = block.attn.qkv.original_component if part in rows else getattr(layer, "base", layer)
+            if layer is not stored and any(weight.requires_grad for weight in layer.parameters()):
+                all_rows = torch.arange(len(as_rows(stored)))
+                table[names[stored.weight], stored].append((rows.get(part, all_rows), layer))
+    return table
 
 
 @torch.no_grad()
 def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
     """The model's weights as its files name and store them, adapters merged in."""
-    layers = [module for module in policy.bridge.modules() if isinstance(module, LoRALinear)]
-    merged = {
-        id(layer.weight): layer.merged() for layer in layers
-    }  # by the identity of the tensor that it replaces
-    weights = {name: merged.get(id(weight), weight.detach()) for name, weight in policy.published.items()}
-    for block in policy.bridge.blocks:
-        if not hasattr(block.attn, "qkv"):
-            continue
-        fused = block.attn.qkv.original_component
-        weight, bias = (
-            fused.weight.detach().clone(),
-            None if fused.bias is None else fused.bias.detach().clone(),
-        )
-        matrix = weight.t() if isinstance(fused, Conv1D) else weight
-        for part, rows in fused_rows(block.attn).items():
-            ours = getattr(block.attn, part).original_component
-            matrix[rows] = merged.get(id(ours.weight), ours.weight)
-            if bias is not None:
-                bias[rows] = ours.bias
-        new = {id(fused.weight): weight, id(fused.bias): bias}
-        weights |= {name: new[id(old)] for name, old in policy.published.items() if id(old) in new}
+    weights = {name: weight.detach() for name, weight in policy.published.items()}
+    for (name, stored), parts in trained_layers(policy).items():
+        new = copy.deepcopy(stored)
+        for rows, layer in parts:
+            if isinstance(layer, LoRALinear):
+                as_rows(new)[rows] += layer.scale * layer.lora_b @ layer.lora_a
+                continue
+            as_rows(new)[rows] = layer.weight
+            if new.bias is not None:
+                new.bias[rows] = layer.bias
+        weights |= {f"{name}.{key}": value for key, value in new.state_dict().items()}
     return weights
 
 
 def export_model(policy: TransformerWithValueHead, path: Path) -> None:
     """An ordinary Hugging Face directory with tokenizer and generation config."""
-    model = policy.bridge.original_model
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = None  # eager was for the hooks
-    with torch.device("meta"):
-        shell = transformers.AutoModelForCausalLM.from_config(config)
-    shell.generation_config = model.generation_config
-    shell.save_pretrained(path, state_dict=trained_weights(policy))
+    policy.bridge.original_model.save_pretrained(path, state_dict=trained_weights(policy))
     policy.bridge.tokenizer.save_pretrained(path)
 
 
 @torch.no_grad()
-def export_adapter(policy: TransformerWithValueHead, source: str, path: Path) -> None:
-    """A PEFT directory. On a fused matrix the adapters of q, k and v become one, block-diagonal, of rank 3
-    r."""
-    layers = {
-        id(layer.base.weight): layer for layer in policy.bridge.modules() if isinstance(layer, LoRALinear)
-    }
-    named = {
-        name.removesuffix(".weight"): layers.get(id(weight)) for name, weight in policy.published.items()
-    }
-    adapters = {
-        name: (layer.lora_a, layer.lora_b) for name, layer in named.items() if layer
-    }  # by the module's name
-    for block in policy.bridge.blocks:
-        if not hasattr(block.attn, "qkv"):
-            continue
-        fused = block.attn.qkv.original_component.weight
-        name = next(name for name, weight in policy.published.items() if weight is fused).removesuffix(
-            ".weight"
-        )
-        parts = {part: getattr(block.attn, part).original_component for part in "qkv"}
-        parts = {part: layer for part, layer in parts.items() if isinstance(layer, LoRALinear)}
-        if parts:
-            rows = fused_rows(block.attn)
-            lora_a = torch.cat([layer.lora_a for layer in parts.values()])
-            lora_b = lora_a.new_zeros(sum(map(len, rows.values())), len(lora_a))
-            lora_b[torch.cat([rows[part] for part in parts])] = torch.block_diag(
-                *(p.lora_b for p in parts.values())
-            )
-            adapters[name] = lora_a, lora_b
-    layer = next(iter(layers.values()))
-    rank = len(layer.lora_a)
+def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path) -> None:
+    """A PEFT directory. On a fused matrix the adapters of q, k and v become one, block-diagonal."""
+    tensors, ranks = {}, {}
+    for (name, stored), parts in trained_layers(policy).items():
+        rows, layers = zip(*parts, strict=True)
+        ranks[name] = args.lora_rank * len(layers)
+        lora_b = layers[0].lora_b.new_zeros(len(as_rows(stored)), ranks[name])
+        lora_b[torch.cat(rows)] = torch.block_diag(*(layer.lora_b for layer in layers))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.cat([layer.lora_a for layer in layers])
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": source,
-        "inference_mode": True,
-        "bias": "none",
-        "lora_dropout": 0.0,
+        "base_model_name_or_path": model_name(args.base_model),
         "fan_in_fan_out": any(isinstance(module, Conv1D) for module in policy.bridge.modules()),
-        "r": rank,
-        "lora_alpha": layer.scale * rank,
-        "target_modules": list(adapters),
-        "rank_pattern": {name: len(a) for name, (a, _) in adapters.items() if len(a) != rank},
-        "alpha_pattern": {name: layer.scale * len(a) for name, (a, _) in adapters.items() if len(a) != rank},
+        "target_modules": list(ranks),
+        "r": args.lora_rank,
+        "lora_alpha": args.lora_alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": {name: args.lora_alpha / args.lora_rank * rank for name, rank in ranks.items()},
     }
-    tensors = {}
-    for name, (a, b) in adapters.items():
-        prefix = f"base_model.model.{name}"
-        tensors |= {f"{prefix}.lora_A.weight": a.contiguous(), f"{prefix}.lora_B.weight": b.contiguous()}
     path.mkdir()
     safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-# ---- 14 The embedded model -------------------------------------------------------------------------------------------
+# ---- 14 The embedded model ---------------------------------------------------------------------------------
 # In: the English that every Python carries. Out: `tiny`, a GPT-2 of a million parameters, as a Hugging Face
 # directory.
 
 
 def tiny_model() -> Path:
-    """Directory of the embedded model under ~/.cache/rlhf (or RLHF_CACHE); trains it on first use, in a
-    minute."""
-    cache = Path(os.environ.get("RLHF_CACHE") or Path.home() / ".cache" / "rlhf")
+    """Directory of the embedded model in ~/.cache/rlhf (or RLHF_CACHE); trained on first use, in a minute."""
+    cache = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf").expanduser()
     path = cache / "tiny-1"  # the number changes when what follows does
     if not path.exists():
         console.print(f"training the embedded model once, into {path}", soft_wrap=True)
@@ -2117,100 +2051,82 @@ def english_prose() -> list[str]:
     """
     from pydoc_data.topics import topics
 
-    library = Path(sysconfig.get_path("stdlib"))
-    outside = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-        "encodings",
-    }
-    files = [
-        path for path in sorted(library.rglob("*.py")) if not outside & set(path.relative_to(library).parts)
-    ]
-    sources = [path.read_text(encoding="utf-8", errors="ignore") for path in files]
-    texts = [
-        *topics.values(),
-        *(doc for source in sources for doc in re.findall(r'(?sm)^ *r?"""(.*?)"""', source)),
-    ]
-    is_sentence = re.compile(r"[A-Z](?:(?![a-z][A-Z]|\(\)|--)[A-Za-z ,;:'\"()/-]|\.(?=[,)\"]))+\.").fullmatch
+    library, texts = Path(sysconfig.get_path("stdlib")), list(topics.values())
+    outside = set("site-packages dist-packages test tests idlelib lib2to3 pydoc_data encodings".split())
+    for path in sorted(library.rglob("*.py")):
+        if outside.isdisjoint(path.relative_to(library).parts):
+            source = path.read_text(encoding="utf-8", errors="ignore")
+            texts += re.findall(r'(?sm)^ *r?"""(.*?)"""', source)
     quotes = str.maketrans("‘’“”", "''\"\"", "*`")
-    documents, seen = [], set()
-    for text in texts:
-        sentences = []
-        for paragraph in re.split(r"\n\s*\n", textwrap.dedent(text.expandtabs()).translate(quotes)):
+    is_sentence = re.compile(r"[A-Z](?:(?![a-z][A-Z]|\(\)|--)[A-Za-z ,;:'\"()/-]|\.(?=[,)\"]))+\.").fullmatch
+    text_of: dict[str, int] = {}  # for each sentence the number of the text in which it stood first
+    for number, text in enumerate(texts):
+        for paragraph in re.split(r"\n\s*\n", text.translate(quotes)):
             for sentence in re.split(r"(?<=\.) (?=[A-Z])", " ".join(paragraph.split()).removeprefix("- ")):
-                if is_sentence(sentence) and len(sentence.split()) >= 4 and sentence not in seen:
-                    sentences.append(sentence)
-                    seen.add(sentence)
-        documents.append(sentences)
+                if is_sentence(sentence) and len(sentence.split()) >= 4:
+                    text_of.setdefault(sentence, number)
     words = re.compile(r"[a-z]+").findall
-    frequency = Counter(word for sentence in seen for word in words(sentence.lower()))
-    kept = (
-        [s for s in sentences if min(map(frequency.get, words(s.lower()))) >= 10] for sentences in documents
-    )
-    return [" ".join(sentences) for sentences in kept if sentences]
+    frequency = Counter(words(" ".join(text_of).lower()))
+    kept = [sentence for sentence in text_of if min(map(frequency.get, words(sentence.lower()))) >= 10]
+    return [" ".join(sentences) for _, sentences in itertools.groupby(kept, text_of.get)]
 
 
-def train_tiny(path: Path, steps: int = 900, rows: int = 8, width: int = 64) -> None:
+def train_tiny(path: Path, steps: int = 900, width: int = 64) -> None:
     """Trains tokenizer and model from scratch and saves both; the same on every run with the same Python."""
     generator = torch.Generator().manual_seed(0)
     prose = english_prose()
     prose = [prose[i] for i in torch.randperm(len(prose), generator=generator)]
-    # Eight docstrings make a document, since most are one sentence: text should not end after every full
-    # stop.
+    # Eight docstrings make a document, since most are one sentence: not every full stop should end the text.
     documents = [" ".join(prose[i : i + 8]) for i in range(0, len(prose), 8)]
     tokenizer = transformers.GPT2Tokenizer().train_new_from_iterator(documents, 1200, show_progress=False)
-    tokenizer.pad_token = tokenizer.eos_token  # <|endoftext|>, of id 0, begins a document too
-    tokens = torch.tensor([id for ids in tokenizer(documents).input_ids for id in (0, *ids)])
-    held_out, tokens = tokens[: len(tokens) // 20], tokens[len(tokens) // 20 :]
+    tokenizer.pad_token = end = tokenizer.eos_token  # <|endoftext|>, of id 0, begins a document too
+    tokens = tokenizer(end + end.join(documents), return_tensors="pt").input_ids[0]
+    held_out, tokens = tokens.tensor_split([len(tokens) // 20])
+    starts = torch.randint(len(tokens) - width, (steps, 8, 1), generator=generator)
     config = transformers.GPT2Config(
-        vocab_size=len(tokenizer), n_positions=256, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
-        activation_function="gelu_pytorch_tanh",  # gelu_new, fused
-        initializer_range=0.05, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=len(tokenizer), n_positions=256, n_embd=128, n_layer=4, n_head=4,
+        bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        initializer_range=0.05, activation_function="gelu_pytorch_tanh",  # gelu_new, fused
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(0)
         model = transformers.GPT2LMHeadModel(config)
-    starts = (torch.randint(len(tokens) - width, (rows, 1), generator=generator) for _ in range(steps))
-    batches = (tokens[start + torch.arange(width)] for start in starts)
-    losses = (model(batch, labels=batch).loss for batch in batches)
-    fit(model, losses, steps, "tiny", lr=4e-3, betas=(0.9, 0.99), weight_decay=0.1)
+
+    def loss_of(rows: Int[Tensor, "n width"]) -> Float[Tensor, ""]:
+        return model(rows, labels=rows).loss
+
+    fit(model, tokens[starts + torch.arange(width)], loss_of, "tiny", lr=4e-3)
     with torch.no_grad():
-        batch = held_out[: len(held_out) // width * width].view(-1, width)
-        loss = model(batch, labels=batch).loss.item()
+        loss = loss_of(held_out.unfold(0, width, width)).item()
     console.print(f"held-out loss {loss:.2f} nats a token, {model.num_parameters():,} parameters")
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
-def fit(model: nn.Module, losses: Iterator[Tensor], steps: int, title: str, lr: float, **adamw) -> None:
-    """One step of AdamW down each loss; the learning rate rises for a tenth of the steps, then falls to
-    zero."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, **adamw)
-    rises_then_falls = lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))  # noqa: E731
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rises_then_falls)
+def fit(
+    model: nn.Module,
+    batches: Sequence | Tensor,
+    loss_of: Callable[..., Float[Tensor, ""]],
+    title: str,
+    lr: float,
+) -> None:
+    """One step of AdamW for each batch; the learning rate rises for a tenth of them, then falls to zero."""
+    trained, steps = [weight for weight in model.parameters() if weight.requires_grad], len(batches)
+    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.1)
     model.train()
-    with Progress(console=console, transient=True) as bar:
-        for loss in bar.track(
-            losses, total=steps, description=title
-        ):  # each is computed when it is asked for
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
+    for step, batch in enumerate(track(batches, title, console=console, transient=True)):
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
+        loss_of(batch).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
     model.eval()
 
 
-# ---- 15 People to preferences ----------------------------------------------------------------------------------------
-# In: pairs of completions, and one key from a person for each. Out: a preferences file, a JSON line an
-# answer, each on disk before the next pair is shown. Where to go on follows from that file and the list of
-# skips beside it alone.
+# ---- 15 People to preferences ------------------------------------------------------------------------------
+# In: pairs of completions, and a key from a person for each. Out: a preferences file, a JSON line an answer,
+# each on disk before the next pair is shown. An answer holds the number of its pair, so a session goes on
+# from that file alone.
 
 KEYS = "[l] left is better   [r] right is better   [s] skip   [u] undo   [q] quit"
 
@@ -2229,7 +2145,7 @@ def label(
     """Shows two completions side by side; one key says which is better, and the answer is appended to a file.
 
     Args:
-        file: the preferences, JSON lines; an earlier session goes on where it ended
+        file: the preferences, JSON lines; an earlier session goes on behind its last answer
         base_model: `tiny`, a name that TransformerLens knows, a hub id, or a local directory
         prefix: the prompt that every completion continues
         prompts: instead of the prefix, a file, one prompt a line, or JSON lines with "prompt"
@@ -2239,185 +2155,127 @@ def label(
         seed: fixes the sequence of pairs
         device: `auto` takes the first there is of cuda, mps and cpu
     """
-    RLHFArgs(gen_len=gen_len, temperature=temperature, seed=seed)  # the same limits
-    rows = load_examples(prefix, prompts)
+    args = RLHFArgs(gen_len=gen_len, temperature=temperature, seed=seed)  # and their limits
+    examples = load_examples(prefix, prompts)
     policy = TransformerWithValueHead(base_model, device=pick_device(device, Accelerator(cpu=is_cpu(device))))
-    check_context(policy.bridge, rows, gen_len)
-    sampling = {"seed": seed, "gen_len": gen_len, "temperature": temperature}
-    ask(file, pairs, functools.partial(draw_pair, policy, rows, **sampling))
+    check_context(policy.bridge, examples, gen_len)
+    ask(file, pairs, functools.partial(draw_pair, policy, examples, args))
 
 
 def draw_pair(
-    policy: TransformerWithValueHead, rows: list[dict], number: int, answers: list[str], seed: int, **sampling
+    policy: TransformerWithValueHead, examples: list[dict], args: RLHFArgs, number: int, answers: list[dict]
 ) -> tuple[str, str, str]:
-    """Pair `number` of the sequence that the seed fixes: a prompt and two different completions, left and
-    right.
+    """Pair `number` of the sequence that the seed fixes: a prompt and two unequal completions, left, right.
 
-    While they are equal, or among the answers, both are drawn anew: so which stands on the left is a fair
-    coin.
+    While they are equal, or among the answers, both are drawn anew: so which is on the left is a fair coin.
     """
-    prompt, tokenizer, device = (
-        rows[number % len(rows)]["prompt"],
-        policy.bridge.tokenizer,
-        policy.bridge.cfg.device,
-    )
-    generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
+    prompt = examples[number % len(examples)]["prompt"]
+    known = [{answer["chosen"], answer["rejected"]} for answer in answers if answer["prompt"] == prompt]
+    tokenizer, device = policy.bridge.tokenizer, policy.bridge.cfg.device
+    generator = torch.Generator(device).manual_seed(1_000_003 * args.seed + number)
     tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
     for _ in range(20):
-        drawn = get_samples(policy, tokens, mask, generator=generator, **sampling)
+        drawn = get_samples(policy, tokens, mask, args.gen_len, args.temperature, generator=generator)
         left, right = drawn.texts(tokenizer)
-        if left != right and not {preference(prompt, left, right), preference(prompt, right, left)} & {
-            *answers
-        }:
+        if left != right and {left, right} not in known:
             return prompt, left, right
     raise SettingError(f"label: nothing new for {prompt!r} in 20 draws; raise --temperature or --gen-len")
 
 
-def ask(file: Path, pairs: int, draw: Callable[[int, list[str]], tuple[str, str, str]]) -> None:
-    """Shows pairs and stores answers until the file holds `pairs` of them, or a key or the end of input says
-    stop."""
-    skips = file.with_name(file.name + ".skipped")
-    answers = whole_lines(file, "prompt", "chosen", "rejected")
-    skipped = {json.loads(line)["pair"] for line in whole_lines(skips)}
+def ask(file: Path, pairs: int, draw: Callable[[int, list[dict]], tuple[str, str, str]]) -> None:
+    """Shows pairs and stores answers, until the file holds `pairs` of them, or [q] or the end of input comes.
+
+    A skipped pair does not come again; only one skipped behind the last answer does, in the next session.
+    """
+    answers = read_answers(file)
+    numbers = itertools.count(1 + max((answer["pair"] for answer in answers), default=-1))
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(keypresses()) as keys:
         while len(answers) < pairs:
-            number = next_number(len(answers), skipped)
+            number = next(numbers)
             prompt, left, right = draw(number, answers)
             show_pair(prompt, left, right, f"pair {len(answers) + 1} of {pairs}")
             key = next((key for key in keys if key in "lrsuq"), "q")
             if key == "q":
                 break
-            if key == "s":
-                skipped.add(number)
-                append_line(skips, json.dumps({"pair": number}))
-            elif key == "u":
-                rewrite(file, answers := answers[:-1])
-            else:
-                answers.append(
-                    preference(prompt, left, right) if key == "l" else preference(prompt, right, left)
-                )
-                append_line(file, answers[-1])
+            if key == "u":  # the pair of the last answer comes again, then this one
+                numbers = itertools.chain((answer["pair"] for answer in answers[-1:]), [number], numbers)
+                write_jsonl(file, answers := answers[:-1])
+            elif key != "s":
+                chosen, rejected = (left, right) if key == "l" else (right, left)
+                answers.append({"pair": number, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+                append_jsonl(file, answers[-1])
             console.print({"l": "left", "r": "right", "s": "skipped", "u": "undone"}[key])
     console.print(f"{len(answers)} answers in {file}; the same command goes on from here", soft_wrap=True)
 
 
-def next_number(answered: int, skipped: set[int]) -> int:
-    """Every pair before the next one is answered or skipped; an answer undone makes its pair the next one
-    again.
+def read_answers(file: Path) -> list[dict]:
+    """The answers in a file that need not exist; half a line at its end, left by a crash, is taken out of it.
 
-    >>> next_number(3, skipped={1, 4})   # 0, 2 and 3 are answered
-    5
+    A file that holds anything else is refused as it is.
     """
-    unskipped = (number for number in itertools.count() if number not in skipped)
-    return next(itertools.islice(unskipped, answered, None))
-
-
-def preference(prompt: str, chosen: str, rejected: str) -> str:
-    """One line of a preferences file."""
-    return json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False)
+    rows = read_jsonl(file, "prompt", "chosen", "rejected", torn_ok=True)
+    with explained(f'{file}: a "pair" is no number'):  # older files hold none, and then its place does
+        answers = [row | {"pair": int(row.get("pair", i))} for i, (_, row) in enumerate(rows)]
+    unended = file.read_bytes().rpartition(b"\n")[2] if file.exists() else b""
+    if unended:
+        require(unended.startswith(b"{"), f"{file}: its last line is no JSON object")
+        write_jsonl(file, answers)
+        console.print(f"{file}: ended within a line; {len(answers)} whole answers are kept", soft_wrap=True)
+    return answers
 
 
 def show_pair(prompt: str, left: str, right: str, title: str) -> None:
-    """The prompt, two columns that share the terminal's width, and the keys."""
-    table = Table("left", "right", title=f"\n{title}", title_justify="left", expand=True)
+    """Two columns that share the terminal's width, the prompt, and the keys."""
+    table = Table("left", "right", title=title, expand=True)
     for column in table.columns:
         column.ratio, column.overflow = 1, "fold"
-    table.add_row(*(Text(printable(text) or "(nothing)") for text in (left, right)))
-    console.print(table, Text(f"after: {printable(prompt)}"), Text(KEYS), sep="\n")
+    table.add_row(*(printable(text) or "(nothing)" for text in (left, right)))
+    console.print(table, f"after: {printable(prompt)}", KEYS, sep="\n")
 
 
 def printable(text: str) -> str:
-    """Control characters made visible: what a model writes must not steer the terminal.
+    """Makes control characters visible, and those that turn the direction of writing: what a model writes
+    must not steer the terminal.
 
     >>> printable("red" + chr(27) + "[31m")
-    'red␛[31m'
+    'red�[31m'
     """
-    shown = {code: 0x2400 + code for code in range(32) if code != ord("\n")} | {127: "␡"}
-    hidden = dict.fromkeys(
-        [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "�"
-    )  # C1, direction
-    return text.translate(shown | hidden)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "�", text)
 
 
 def keypresses() -> Iterator[str]:
-    import select
-    import termios
-    import tty
-
-    """Characters of standard input as they come: of a terminal without Enter, of a pipe one by one, up to its
-    end."""
+    """Characters of standard input as they come, up to its end; on a terminal, but not on Windows, without
+    Enter."""
     stdin = sys.stdin.fileno()
     with contextlib.ExitStack() as restore:
-        if termios and os.isatty(stdin):
+        if os.name == "posix" and os.isatty(stdin):
+            import termios
+            import tty
+
             restore.callback(termios.tcsetattr, stdin, termios.TCSANOW, termios.tcgetattr(stdin))
             tty.setcbreak(stdin, termios.TCSANOW)  # not the default, which would throw away a key typed early
-        while (key := os.read(stdin, 1).decode("latin-1").lower()) not in ("", "\x04"):
-            if key == "\x1b" and os.isatty(
-                stdin
-            ):  # an arrow or function key: the letters that follow are no answer
-                while select.select([stdin], [], [], 0.02)[0]:
-                    os.read(stdin, 1)
-            yield key
+        while typed := os.read(stdin, 1024).decode("latin-1"):
+            # An arrow or function key is an escape and some letters, which are no answer; Ctrl-D is an end.
+            yield from re.sub(r"\x1b(\[[^@-~]*|O)?.", "", typed).replace("\x04", "q").lower()
 
 
-def whole_lines(path: Path, *keys: str) -> list[str]:
-    """The lines of a JSON-lines file that need not exist, each with texts under these keys; half a line at
-    its end, left by a crash, is moved to PATH.torn. A file that holds anything else is refused as it is."""
-    require(not path.is_dir(), f"{path}: is a directory")
-    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else ""
-    *lines, rest = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        read_texts(f"{path}, line {number}", line, *keys)
-    require(not rest or rest[0] == "{", f"{path}: its last line is no JSON object")
-    if rest:
-        torn = path.with_name(path.name + ".torn")
-        try:
-            read_texts("", rest, *keys)
-            lines.append(rest)  # whole but for its line feed
-        except SettingError:
-            append_line(torn, rest)
-            console.print(
-                f"{path}: half a line at its end, left by a crash, was moved to {torn}", soft_wrap=True
-            )
-        rewrite(path, lines)
-    return lines
-
-
-def append_line(path: Path, line: str) -> None:
-    """Returns when the line is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def rewrite(path: Path, lines: list[str]) -> None:
-    text = "".join(line + "\n" for line in lines).encode("utf-8", errors="surrogateescape")
-    write_whole(path, lambda new: new.write_bytes(text))
-
-
-# ---- 16 Preferences to reward ----------------------------------------------------------------------------------------
-# In: a preferences file. Out: a sequence classifier with one label, as an ordinary Hugging Face directory:
-# the base model's trunk under a scalar head on the last token. People compare well and grade badly, hence the
-# pairs.
+# ---- 16 Preferences to reward ------------------------------------------------------------------------------
+# In: a preferences file. Out: a text classifier with one label, as an ordinary Hugging Face directory: the
+# base model's trunk under a scalar head on the last token. People compare well and grade badly: hence pairs.
 
 
 def load_preferences(path: Path) -> list[tuple[str, str]]:
     """Reads JSON lines of "prompt", "chosen" and "rejected" into texts, better and worse; where both hold the
     prompt already, it is not repeated."""
     pairs = []
-    for where, line in read_lines(path):
-        row = read_texts(where, line, "prompt", "chosen", "rejected")
+    for where, row in read_jsonl(path, "prompt", "chosen", "rejected"):
         prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
         require(chosen != rejected, f'{where}: "chosen" and "rejected" are the same text')
         if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
             chosen, rejected = prompt + chosen, prompt + rejected
         pairs.append((chosen, rejected))
-    require(
-        len(pairs) > 1,
-        f"{path}: holds one preference; expected at least two, to learn from one and test on one",
-    )
+    message = f"{path}: expected at least two preferences, one of them to test on; found {len(pairs)}"
+    require(len(pairs) > 1, message)
     return pairs
 
 
@@ -2430,161 +2288,97 @@ def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"])
     return -nn.functional.logsigmoid(chosen - rejected).mean()
 
 
-def calibration_error(margins: Float[Tensor, "n"], bins: int = 10) -> float:
-    """Σ_b n_b/n |accuracy_b - confidence_b| over bins of the confidence σ(|r_chosen - r_rejected|)
-    (1706.04599, eq. 3).
-
-    >>> round(calibration_error(torch.tensor([0.0, 0.0, 50.0, -50.0])), 3)   # σ says 0.5 and 1; right are 0 and 1/2
-    0.5
-    """
-    confidence, right = margins.abs().sigmoid(), (margins > 0).float()
-    bin_of = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, device=margins.device).scatter_add(0, bin_of, right - confidence)
-    return gaps.abs().sum().item() / len(margins)
-
-
 def preferences_reward(file: Path, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
     """Learns RUN/reward_model from the file and has it judge; a run that goes on has learned it already."""
     specs = [spec for spec in (*args.reward, args.gold_reward or "") if spec.startswith("preferences:")]
     require(len(specs) == 1, "--reward preferences: one a run; give another as classifier:RUN/reward_model")
+    directory = run_dir / "reward_model"
     if args.resume is None and PartialState().is_main_process:
-        train_reward_model(file, args.base_model, run_dir / "reward_model", device, args.seed)
-    return classifier_reward(str(run_dir / "reward_model"), None, device)
+        train_reward_model(file, args.base_model, directory, device, args.seed)
+    return classifier_reward(str(directory), None, device)
 
 
 def train_reward_model(
-    file: Path,
-    base_model: str,
-    directory: Path,
-    device: str = "cpu",
-    seed: int = 0,
-    rank: int = 16,
-    lr: float = 1e-3,
-    dropout: float = 0.3,
-    batch: int = 4,
-    most_epochs: int = 12,
-) -> Path:
-    """Learns a reward from pairs, tests it on the 15 % held out, saves it under `directory`, and returns
-    that.
-
-    Two hundred pairs are few: LoRA on the attention matrices alone, and dropout before them, overfit the
-    least.
-    """
+    file: Path, base_model: str, directory: Path, device: str = "cpu", seed: int = 0
+) -> None:
+    """Learns a reward from pairs, tests it on the 15 % held out, and saves it under `directory`."""
     pairs = load_preferences(file)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, tokenizer = load_classifier(
-            model_name(base_model), f"--base-model {base_model}", device, num_labels=1
-        )
-        nn.init.zeros_(model.score.weight)
-        add_dropout_and_lora(model, rank, dropout)
-        shuffled = [pairs[i] for i in torch.randperm(len(pairs))]
-        held_out, training = shuffled[: (count := math.ceil(0.15 * len(pairs)))], shuffled[count:]
-        epochs = max(1, min(most_epochs, 10_000 // len(training)))
-        orders = (torch.randperm(len(training)).split(batch) for _ in range(epochs))
-        batches = (zip(*(training[i] for i in rows), strict=True) for order in orders for rows in order)
-        rewards = (classify(model, tokenizer, [*chosen, *rejected])[:, 0] for chosen, rejected in batches)
-        losses = (bradley_terry_loss(*both.chunk(2)) for both in rewards)
-        fit(model, losses, epochs * math.ceil(len(training) / batch), "reward model", lr=lr, weight_decay=0.0)
+    torch.manual_seed(seed)
+    model, tokenizer = load_classifier(
+        model_name(base_model), f"--base-model {base_model}", device, num_labels=1
+    )
+    nn.init.zeros_(model.score.weight)
+
+    def rewards(chosen: Sequence[str], rejected: Sequence[str]) -> Float[Tensor, "2 b"]:
+        logits = classify(model, tokenizer, [*chosen, *rejected])
+        return rearrange(logits, "(pair b) 1 -> pair b", pair=2)
+
+    def loss_of(batch: Sequence) -> Float[Tensor, ""]:
+        return bradley_terry_loss(*rewards(*batch))
+
+    count = math.ceil(0.15 * len(pairs))
+    held_out, training = random_split(pairs, [count, len(pairs) - count])
+    epochs = max(1, min(12, 10_000 // len(training)))  # the more pairs, the fewer times each
+    batches = [batch for _ in range(epochs) for batch in DataLoader(training, batch_size=4, shuffle=True)]
+    with dropout_and_lora(model):
+        fit(model, batches, loss_of, "reward model", lr=1e-3)
     with torch.no_grad():
-        merge_dropout_and_lora(model)
-        subtract_mean(model, tokenizer, [text for pair in training for text in pair])
-        chosen, rejected = (
-            classify(model, tokenizer, list(texts))[:, 0] for texts in zip(*held_out, strict=True)
-        )
-    accuracy, calibration = (chosen > rejected).float().mean().item(), calibration_error(chosen - rejected)
-    console.print(f"reward model: {len(training)} pairs learned; of {len(held_out)} held out {accuracy:.0%} right, "
-                  f"calibration error {calibration:.2f}", soft_wrap=True)  # fmt: skip
+        chosen, rejected = rewards(*zip(*held_out, strict=True))
+    right, loss = (chosen > rejected).float().mean(), bradley_terry_loss(chosen, rejected)
+    console.print(f"reward model: {len(training)} pairs learned; of {count} held out {right:.0%} right, "
+                  f"loss {loss:.2f} (0.69 is no opinion)", soft_wrap=True)  # fmt: skip
     write_whole(directory, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
-    return directory
 
 
-def add_dropout_and_lora(model: nn.Module, rank: int, dropout: float) -> None:
-    """Freezes all but the head, and replaces each matrix of the attention by dropout and a LoRALinear."""
-    model.base_model.requires_grad_(False)
-    matrices = [
-        (parent, name)
-        for path, parent in model.base_model.named_modules()
-        for name, child in parent.named_children()
-        if "att" in path.lower() and isinstance(child, nn.Linear | Conv1D)
-    ]
-    for parent, name in matrices:
-        lora = LoRALinear(getattr(parent, name), rank, alpha=2.0 * rank)
-        setattr(parent, name, nn.Sequential(nn.Dropout(dropout), lora))
+@contextlib.contextmanager
+def dropout_and_lora(model: nn.Module, dropout: float = 0.3, rank: int = 16) -> Iterator[None]:
+    """Within, all but the head is frozen, and each matrix of the attention is replaced by dropout and a
+    LoRALinear; afterwards what they have learned is part of the matrix.
 
-
-@torch.no_grad()
-def merge_dropout_and_lora(model: nn.Module) -> None:
-    """Undoes add_dropout_and_lora, with α/r B A added to the weights."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Sequential) and isinstance(child[-1], LoRALinear):
-                child[-1].weight.copy_(child[-1].merged())
-                setattr(parent, name, child[-1].base)
-
-
-@torch.no_grad()
-def subtract_mean(model: nn.Module, tokenizer, texts: list[str]) -> None:
-    """Shifts the reward to mean 0 over the texts.
-
-    The head w has no bias, but the final LayerNorm before it has one, b: w·(b - μ w/|w|²) = w·b - μ. RMSNorm
-    has none: there the mean stays, which only PPO with --no-normalize-reward has to unlearn.
+    Two hundred pairs are few: LoRA on the attention alone, and dropout before it, overfit the least.
     """
-    norms = [m for name, m in model.base_model.named_modules()
-             if isinstance(m, nn.LayerNorm) and m.bias is not None and not re.search(r"\d", name)]  # fmt: skip
-    weight = model.score.weight[0]
-    if norms and weight.norm() > 0:
-        norms[-1].bias -= classify(model, tokenizer, texts).mean() * weight / weight.square().sum()
+    model.base_model.requires_grad_(False)
+    replaced = {
+        path: part
+        for path, part in model.named_modules()
+        if "att" in path.lower() and isinstance(part, nn.Linear | Conv1D)
+    }
+    for path, part in replaced.items():
+        lora = LoRALinear(part, rank, alpha=2.0 * rank)
+        model.set_submodule(path, nn.Sequential(nn.Dropout(dropout), lora))
+    yield
+    for path, part in replaced.items():
+        part.weight.data.copy_(model.get_submodule(path)[-1].merged())
+        model.set_submodule(path, part)
 
 
-# ---- 17 What changed inside ------------------------------------------------------------------------------------------
-# In: a run directory. Out: the trained model beside the one it started from: where they differ, which heads
-# and MLPs carry a token's logit, how far and in how many directions the weights moved. All of it is read off
-# TransformerLens.
+# ---- 17 What changed inside --------------------------------------------------------------------------------
+# In: a run directory. Out: the trained model beside the one it started from. One function a question, which
+# computes, prints a sentence or the table, and draws: where do they differ; when is a token decided; who
+# writes it; what moved; where do they look? All of it is read off TransformerLens.
 
 
-class Texts(NamedTuple):
+@dataclass
+class Texts:
     """What both models read: completions that the trained model drew after one prompt."""
 
     tokens: Int[Tensor, "B T"]
     is_completion: Bool[Tensor, "B T"]  # at columns that predict a completion's token
     where: Bool[Tensor, "B T"]  # those of them that predict the token in question; if it never came, all
-
-
-class Attribution(NamedTuple):
-    """Shares of a token's logit, means over the places; together they are that logit."""
-
-    components: Float[Tensor, "L H+1"]  # heads, then the MLP
-    embedding: float
-    biases: float  # of attention outputs, final norm and unembedding: they belong to no head
-
-    @property
-    def total(self) -> float:
-        return self.components.sum().item() + self.embedding + self.biases
-
-
-class Update(NamedTuple):
-    """A weight update ΔW beside its W."""
-
-    size: float  # ‖ΔW‖ / ‖W‖, Frobenius
-    rank: float  # effective rank: exp of the entropy of the singular values, normalised (Roy & Vetterli 2007)
-
-
-class Inspection(NamedTuple):
-    """What there is to tell; lists are of the base and of the trained model."""
-
     token: str
-    texts: Texts
-    divergence: Float[Tensor, "C"]
-    lenses: list[Float[Tensor, "L+1"]]
-    shares: list[Attribution]
-    drops: dict[tuple[int, int], float]  # of the components whose share grew most
-    updates: dict[tuple[str, int], Update]
-    patterns: list[Float[Tensor, "L B H T T"]]
+    token_id: int
 
-    def name(self, layer: int, part: int) -> str:
-        is_mlp = part == self.shares[0].components.shape[1] - 1
-        return f"layer {layer} MLP" if is_mlp else f"layer {layer} head {part}"
+
+class Reading(NamedTuple):
+    """What one model makes of the texts."""
+
+    name: str  # base or trained
+    bridge: TransformerBridge
+    logits: Float[Tensor, "B T V"]
+    cache: ActivationCache
+
+
+Readings = tuple[Reading, Reading]  # of the base and of the trained model
 
 
 def inspect(
@@ -2598,291 +2392,267 @@ def inspect(
     """Compares a run's model with the one it started from: a table, and RUN/inspect.png.
 
     Args:
-        run: a run directory token: whose logit is taken apart prompt: what the completions continue, on which
-        both models are read; by default the run's own, or its first samples: completions, drawn from the
-        trained model gen_len: tokens in a completion, at most seed: of the completions
+        run: a run directory
+        token: whose logit is taken apart
+        prompt: what the completions continue, on which both models are read; by default the run's first
+        samples: completions, drawn from the trained model
+        gen_len: tokens in a completion, at most
+        seed: of the completions
     """
     settings = saved_settings(run)
     require((run / "model").is_dir(), f"{run}: holds no model; training writes it at the end")
     require(samples >= 1, f"--samples {samples}: must be at least 1")
     base, trained = (TransformerWithValueHead(str(model)) for model in (settings.base_model, run / "model"))
-    tokenizer = trained.bridge.tokenizer
-    id = single_token(tokenizer, token)
-    prompt = load_examples(settings.prefix, settings.prompts)[0]["prompt"] if prompt is None else prompt
+    if prompt is None:
+        prompt = load_examples(settings.prefix, settings.prompts)[0]["prompt"]
     check_context(trained.bridge, [{"prompt": prompt}], gen_len)
-    texts = draw_texts(trained, prompt, id, samples, gen_len, seed)
-    found = look_inside(base.bridge, trained.bridge, texts, token, id)
-    places = f"where it wrote {token!r}" if (texts.where != texts.is_completion).any() else "all"
-    console.print(f"{run / 'model'} against {settings.base_model}: {samples} completions of {prompt!r} by the "
-                  f"trained model, {texts.where.sum()} places ({places})", soft_wrap=True)  # fmt: skip
-    print_inspection(found)
-    words = [
-        "".join(c if c.isprintable() else "·" for c in tokenizer.decode([i]))
-        for i in texts.tokens[0].tolist()
-    ]
-    plot_inspection(found, words, run / "inspect.png")
-    console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
-
-
-def look_inside(
-    base: TransformerBridge, trained: TransformerBridge, texts: Texts, token: str, id: int
-) -> Inspection:
-    """Reads the texts with both models, and takes apart the logit of the token of this id."""
-    bridges = (base, trained)
-    logits, caches = zip(*(read(bridge, texts) for bridge in bridges), strict=True)
-    shares = [
-        attribute(bridge, cache, id, texts.where) for bridge, cache in zip(bridges, caches, strict=True)
-    ]
-    for share, truth in zip(shares, logits, strict=True):
-        is_sum = abs(share.total - truth[texts.where][:, id].mean().item()) < 1e-3 * (1 + abs(share.total))
-        require(is_sum, "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
-    difference = shares[1].components - shares[0].components
-    largest = [
-        divmod(i, difference.shape[1]) for i in difference.flatten().argsort(descending=True)[:6].tolist()
-    ]
-    return Inspection(
-        token,
-        texts,
-        kl_by_position(*logits, texts.is_completion),
-        [logit_lens(cache, id, texts.where) for cache in caches],
-        shares,
-        {part: ablation_drop(trained, texts, id, *part) for part in largest},
-        weight_updates(*bridges),
-        [cache.stack_activation("pattern") for cache in caches],
+    texts = draw_texts(trained, prompt, token, samples, gen_len, seed)
+    console.print(
+        f"{run / 'model'} against {settings.base_model}, on its own {samples} completions of {prompt!r};",
+        f"the logit of {token!r} is read before {texts.where.sum()} of {texts.is_completion.sum()} tokens",
+        soft_wrap=True,
     )
+    readings = read("base", base.bridge, texts), read("trained", trained.bridge, texts)
+    with picture(run / "inspect.png", figsize=(9, 15)) as figure:
+        axes = figure.subplots(4, 2)
+        where_they_differ(axes[0, 0], readings, texts)
+        when_it_is_decided(axes[0, 1], readings, texts)
+        who_writes_it(axes[1], readings, texts)
+        what_moved(axes[2], readings)
+        where_they_look(axes[3], readings, texts)
+    console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
 
 
 def single_token(tokenizer, text: str) -> int:
     ids = tokenizer.encode(text, add_special_tokens=False)
-    parts = ", ".join(repr(tokenizer.decode([i])) for i in ids) or "nothing"
-    require(
-        len(ids) == 1,
-        f"--token {text!r}: is no single token but {len(ids)} ({parts}); a leading space may matter",
-    )
+    parts = ", ".join(repr(tokenizer.decode([one])) for one in ids) or "nothing"
+    message = f"is no single token but {len(ids)} ({parts}); a leading space may matter"
+    require(len(ids) == 1, f"--token {text!r}: {message}")
     return ids[0]
 
 
 def draw_texts(
-    trained: TransformerWithValueHead, prompt: str, id: int, samples: int, gen_len: int, seed: int
+    model: TransformerWithValueHead, prompt: str, token: str, samples: int, gen_len: int, seed: int
 ) -> Texts:
     """Completions of the one prompt, so no row is padded on the left, and the right no causal model sees."""
-    tokens, mask = tokenize(trained.bridge.tokenizer, [prompt] * samples, "cpu")
-    drawn = get_samples(trained, tokens, mask, gen_len, generator=torch.Generator().manual_seed(seed))
-    is_completion, where = torch.zeros_like(drawn.attention_mask), torch.zeros_like(drawn.attention_mask)
-    is_completion[:, drawn.prompt_width - 1 : -1] = drawn.completion != -100
-    where[:, drawn.prompt_width - 1 : -1] = drawn.completion == id
-    return Texts(drawn.tokens, is_completion, where if where.any() else is_completion)
-
-
-def read(bridge: TransformerBridge, texts: Texts) -> tuple[Float[Tensor, "B T V"], ActivationCache]:
-    """Logits, and the activations that the rest of this section looks at."""
-    wanted = (
-        "resid_pre",
-        "resid_post",
-        "_z",
-        "mlp_out",
-        "pattern",
-        "hook_embed",
-        "pos_embed",
-        "final.hook_scale",
-    )
-    with torch.no_grad():
-        return bridge.run_with_cache(texts.tokens, names_filter=lambda name: name.endswith(wanted))
-
-
-def kl_by_position(
-    base: Float[Tensor, "B T V"], trained: Float[Tensor, "B T V"], is_completion: Bool[Tensor, "B T"]
-) -> Float[Tensor, "C"]:
-    """KL(trained ‖ base) over the whole vocabulary at each of the completion's tokens, mean over rows that
-    reach it."""
-    p, q = trained.log_softmax(-1), base.log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1) * is_completion
-    rows = is_completion.sum(dim=0)
-    return (kl.sum(dim=0) / rows)[rows > 0]
-
-
-def logit_lens(cache: ActivationCache, id: int, where: Bool[Tensor, "B T"]) -> Float[Tensor, "L+1"]:
-    """Log-probability of the token if the model stopped after 0, 1, … L blocks (nostalgebraist 2020, logit
-    lens)."""
-    lens = cache.logit_lens(targets=id, positions=None, return_type="log_probs")
-    return lens.values[:, where].mean(dim=(1, 2))
+    tokenizer = model.bridge.tokenizer
+    token_id = single_token(tokenizer, token)
+    tokens, mask = tokenize(tokenizer, [prompt] * samples, "cpu")
+    drawn = get_samples(model, tokens, mask, gen_len, generator=torch.Generator().manual_seed(seed))
+    predicted = nn.functional.pad(drawn.completion, (drawn.prompt_width - 1, 1), value=-100)  # [B, T]
+    where = predicted == token_id
+    is_completion = predicted != -100
+    return Texts(drawn.tokens, is_completion, where if where.any() else is_completion, token, token_id)
 
 
 @torch.no_grad()
-def attribute(
-    bridge: TransformerBridge, cache: ActivationCache, id: int, where: Bool[Tensor, "B T"]
-) -> Attribution:
-    """Direct logit attribution (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits).
+def read(name: str, bridge: TransformerBridge, texts: Texts) -> Reading:
+    """Logits, and the activations that the rest of this section looks at."""
+    wanted = "resid_pre resid_post _z mlp_out pattern hook_embed pos_embed final.hook_scale".split()
+    results = bridge.run_with_cache(texts.tokens, names_filter=lambda hook: hook.endswith(tuple(wanted)))
+    return Reading(name, bridge, *results)
+
+
+def where_they_differ(axis, readings: Readings, texts: Texts) -> Float[Tensor, "C"]:
+    """KL(trained ‖ base) over the whole vocabulary at each of the completion's tokens, mean over rows that
+    reach it."""
+    log_base, log_trained = (one.logits.log_softmax(dim=-1) for one in readings)
+    kl = (log_trained.exp() * (log_trained - log_base)).sum(dim=-1) * texts.is_completion
+    rows = texts.is_completion.sum(dim=0)
+    kl = (kl.sum(dim=0) / rows)[rows > 0]
+    most = kl.argmax().item()
+    peak = f"most at token {most + 1}: {kl[most]:.3g}"
+    console.print(f"KL(trained ‖ base): mean {kl.mean():.3g} nats a token, {peak}", soft_wrap=True)
+    axis.plot(range(1, len(kl) + 1), kl, marker=".")
+    axis.set_ylim(bottom=0)
+    caption(
+        axis, "KL(trained ‖ base) by position", "Token of the completion, from left to right. High: there "
+        "the two models would write different things. Mean over all completions.", "nats",
+    )  # fmt: skip
+    return kl
+
+
+def when_it_is_decided(axis, readings: Readings, texts: Texts) -> list[Float[Tensor, "states"]]:
+    """Logit lens (nostalgebraist 2020): log-probability of the token if the model ended after 0, 1, … L
+    blocks, of both models; means over the places."""
+    lenses = []
+    for one in readings:
+        lens = one.cache.logit_lens(targets=texts.token_id, positions=None, return_type="log_probs")
+        lenses.append(lens.values[:, texts.where].mean(dim=(1, 2)))
+        axis.plot(lenses[-1], marker=".", label=one.name)
+    axis.locator_params("x", integer=True)
+    axis.legend()
+    caption(
+        axis, f"Logit lens: {texts.token!r} after each block", f"Blocks passed. How likely {texts.token!r} "
+        "would be if the model ended there. Where the curves part, training has changed the computation.",
+        "log-probability",
+    )  # fmt: skip
+    return lenses
+
+
+def who_writes_it(axes, readings: Readings, texts: Texts) -> list[str]:
+    """Direct logit attribution, and beside it ablation, since what the model computes later may mend what is
+    missing. Returns the heads and MLPs without which the token's logit is lower, of those that gained
+    most."""
+    bridge, logit = readings[1].bridge, token_logit(readings[1].logits, texts)
+    L, H = bridge.cfg.n_layers, bridge.cfg.n_heads
+    parts = [[*(f"L{layer}H{head}" for head in range(H)), f"{layer}_mlp_out"] for layer in range(L)]
+    before, after = (attribute(one, texts) for one in readings)
+    gain = {part: after[part] - before[part] for part in itertools.chain(*parts)}
+    carriers = []
+    console.print(f"\nwho writes the logit of {texts.token!r}; L1H0 is head 0 of layer 1")
+    console.print(f"{'':12}{'base':>9}{'trained':>9}{'gain':>9}  drop when ablated")
+    for part in sorted(gain, key=gain.get, reverse=True)[:6]:
+        drop = logit - logit_without(part, bridge, texts)
+        console.print(f"{part:12}{before[part]:9.3g}{after[part]:9.3g}{gain[part]:9.3g}{drop:9.3g}")
+        if drop > 0:
+            carriers.append(part)
+    console.print(f"ablated, these lower the logit: {', '.join(carriers) or 'none of them'}\n")
+    shares = torch.tensor([[[one[part] for part in row] for row in parts] for one in (before, after)])
+    limit = shares.abs().quantile(0.9).item() + 1e-6
+    for axis, grid, one in zip(axes, shares, readings, strict=True):
+        columns, total = [*range(H), "MLP"], token_logit(one.logits, texts)
+        heatmap(axis, grid, range(L), columns, "share of the logit", cmap="PuOr", vmin=-limit, vmax=limit)
+        caption(
+            axis, f"Who writes the logit of {texts.token!r}: {one.name}", "Heads by number, then the MLP. "
+            f"Purple pushes the logit up, orange down; with embedding and biases, {total - grid.sum():.1f}, "
+            f"they add up to {total:.1f}. One tenth lies beyond the scale, and has its last colours.",
+            "layer",
+        )  # fmt: skip
+    return carriers
+
+
+def token_logit(logits: Float[Tensor, "B T V"], texts: Texts) -> float:
+    """The token's logit, mean over the places."""
+    return logits[texts.where][:, texts.token_id].mean().item()
+
+
+@torch.no_grad()
+def attribute(reading: Reading, texts: Texts) -> dict[str, float]:
+    """Shares of the token's logit by their writers: heads, MLPs, embeddings, and biases that belong to no
+    head; means over the places (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits).
 
     The residual stream is a sum x = Σ_c x_c, and with the final norm's scale s held fixed the logit is linear
     in it: Σ_c x_c / s · γ w, plus what the model says of x = 0. So the places can be averaged first, with
-    weights 1 / s.
+    weights 1 / s; of s itself that is the harmonic mean, as it should be.
     """
-    norm, w = bridge.ln_final, bridge.unembed.original_component.weight[id]
+    bridge, cache = reading.bridge, reading.cache
+    norm, w = bridge.ln_final, bridge.unembed.original_component.weight[texts.token_id]
     gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
-    weights = 1 / cache["ln_final.hook_scale"][where]  # [n, 1]
-    places = {name: x[where] for name, x in cache.items() if x.shape[:2] == where.shape}
-    mean = {name: torch.tensordot(weights.T / weights.sum(), x, 1) for name, x in places.items()}
-    mean["ln_final.hook_scale"] = 1 / weights.mean(dim=0, keepdim=True)
-    shares = ActivationCache(mean, bridge, has_batch_dim=False).get_full_resid_decomposition(
-        expand_neurons=False, apply_ln=True, project_output_onto=gain * w
-    )[:, 0]
-    L, H = bridge.cfg.n_layers, bridge.cfg.n_heads
-    heads, mlps, embedding = (
-        shares[: L * H].view(L, H),
-        shares[L * H : L * H + L],
-        shares[L * H + L : -1].sum(),
+    weights = 1 / cache["ln_final.hook_scale"][texts.where]  # [n, 1]
+    streams = {name: x[texts.where] for name, x in cache.items() if "pattern" not in name}
+    mean = {name: torch.tensordot(weights.T / weights.sum(), x, 1) for name, x in streams.items()}
+    shares, names = ActivationCache(mean, bridge, has_batch_dim=False).get_full_resid_decomposition(
+        expand_neurons=False, apply_ln=True, project_output_onto=gain * w, return_labels=True
     )
-    constant = bridge.unembed(norm(torch.zeros(1, 1, len(w))))[0, 0, id]
-    return Attribution(
-        torch.cat([heads, mlps[:, None]], dim=1), embedding.item(), (shares[-1] + constant).item()
-    )
+    shares = dict(zip(names, shares[:, 0].tolist(), strict=True))
+    shares["bias"] += bridge.unembed(norm(torch.zeros(1, 1, len(w))))[0, 0, texts.token_id].item()
+    logit = token_logit(reading.logits, texts)
+    is_sum = abs(sum(shares.values()) - logit) < 1e-3 * (1 + abs(logit))
+    require(is_sum, "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
+    return shares
 
 
 @torch.no_grad()
-def ablation_drop(bridge: TransformerBridge, texts: Texts, id: int, layer: int, part: int) -> float:
-    """By how much the token's logit really falls when a head, or the MLP behind the last one, writes
-    zeros."""
-    is_mlp = part == bridge.cfg.n_heads
+def logit_without(part: str, bridge: TransformerBridge, texts: Texts) -> float:
+    """The token's logit where a head (L1H0) or an MLP (1_mlp_out) writes zeros."""
+    layer, *head = map(int, re.findall(r"\d+", part))
 
     def zero(x, hook):
-        return x * 0 if is_mlp else x.index_fill(2, torch.tensor(part), 0.0)
+        return x.index_fill(2, torch.tensor(head), 0.0) if head else torch.zeros_like(x)
 
-    name = f"blocks.{layer}.mlp.hook_out" if is_mlp else f"blocks.{layer}.attn.o.hook_in"
-    with_it, without = bridge(texts.tokens), bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)])
-    return (with_it - without)[texts.where][:, id].mean().item()
-
-
-@torch.no_grad()
-def weight_updates(base: TransformerBridge, trained: TransformerBridge) -> dict[tuple[str, int], Update]:
-    """Of every matrix, by name and layer; an unembedding tied to the embedding is none of its own."""
-    last = base.cfg.n_layers - 1
-    pairs = {("embed", 0): (base.embed, trained.embed), ("unembed", last): (base.unembed, trained.unembed)}
-    for i, blocks in enumerate(zip(base.blocks, trained.blocks, strict=True)):
-        before, after = map(block_matrices, blocks)
-        pairs |= {(name, i): (before[name], after[name]) for name in before}
-    weights = {key: [part.original_component.weight for part in pair] for key, pair in pairs.items()}
-    if base.unembed.original_component.weight is base.embed.original_component.weight:
-        del weights["unembed", last]
-    return {key: weight_update(*pair) for key, pair in weights.items()}
+    name = f"blocks.{layer}.attn.o.hook_in" if head else f"blocks.{layer}.mlp.hook_out"
+    return token_logit(bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)]), texts)
 
 
-def weight_update(before: Float[Tensor, "m n"], after: Float[Tensor, "m n"]) -> Update:
-    """
+def what_moved(axes, readings: Readings) -> dict[tuple[str, int], tuple[float, float]]:
+    """Size and effective rank of the update of every matrix, by name and layer."""
+    before, after = (named_matrices(one.bridge) for one in readings)
+    updates = {key: weight_update(before[key], after[key]) for key in before}
+    largest = sorted(updates, key=updates.get, reverse=True)[:3]
+    moved = (f"{name} of layer {layer} by {updates[name, layer][0]:.1%}" for name, layer in largest)
+    console.print(f"of the matrices these moved most: {', '.join(moved)}", soft_wrap=True)
+    names = list(dict.fromkeys(name for name, _ in updates))
+    layers = range(readings[0].bridge.cfg.n_layers)
+    nothing = (math.nan, math.nan)
+    size, rank = torch.tensor(
+        [[updates.get((name, layer), nothing) for layer in layers] for name in names]
+    ).unbind(dim=-1)
+    heatmap(axes[0], size, names, layers, "‖ΔW‖ / ‖W‖", vmin=0)
+    caption(
+        axes[0], "How far each matrix moved", "Layer. Size of the update, as a share of the matrix that it "
+        "changes. White: there is no such matrix.",
+    )  # fmt: skip
+    heatmap(axes[1], rank, names, layers, "effective rank", vmin=0)
+    caption(
+        axes[1], "In how many directions", "Layer. 1: the whole update is one direction in, one out. LoRA "
+        "cannot exceed its rank; full training can.",
+    )  # fmt: skip
+    return updates
+
+
+def named_matrices(bridge: TransformerBridge) -> dict[tuple[str, int], Float[Tensor, "_ _"]]:
+    """Every matrix by name and layer; an unembedding tied to the embedding is none of its own."""
+    parts = {("embed", 0): bridge.embed}
+    for layer, block in enumerate(bridge.blocks):
+        parts |= {(name, layer): part for name, part in block_matrices(block).items()}
+    if bridge.unembed.original_component.weight is not bridge.embed.original_component.weight:
+        parts["unembed", layer] = bridge.unembed
+    return {key: part.original_component.weight.detach() for key, part in parts.items()}
+
+
+def weight_update(before: Float[Tensor, "m n"], after: Float[Tensor, "m n"]) -> tuple[float, float]:
+    """‖ΔW‖ / ‖W‖ (Frobenius), and the effective rank of ΔW: exp of the entropy of its singular values, their
+    sum taken as 1 (Roy & Vetterli 2007).
+
     >>> [round(x, 2) for x in weight_update(torch.ones(3, 3), torch.ones(3, 3) + 0.5 * torch.eye(3))]
     [0.29, 3.0]
     """
     difference = (after - before).float()
     if not difference.any():
-        return Update(0.0, 0.0)
+        return 0.0, 0.0
     shares = torch.linalg.svdvals(difference)
     entropy = torch.special.entr(shares / shares.sum()).sum()
-    return Update((difference.norm() / before.float().norm()).item(), entropy.exp().item())
+    return (difference.norm() / before.float().norm()).item(), entropy.exp().item()
 
 
-def print_inspection(found: Inspection) -> None:
-    """Three tables and the sentence that they are for."""
-
-    def show(title: str, *columns: str, rows: list[tuple]) -> None:
-        table = Table("", *columns, box=None, pad_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, *figures in rows:
-            table.add_row(name, *(f"{figure:.3g}" for figure in figures))
-        console.print(f"\n{title}", table, sep="\n")
-
-    (base, trained), token = found.shares, repr(found.token)
-    worst = found.divergence.argmax().item()
-    console.print(f"KL(trained ‖ base): mean {found.divergence.mean():.3g} nats a token, most at token {worst + 1}: "
-                  f"{found.divergence[worst]:.3g}", soft_wrap=True)  # fmt: skip
-    lenses = enumerate(zip(*(lens.tolist() for lens in found.lenses), strict=True))
-    rows = [(f"after block {i - 1}" if i else "embedding", *pair) for i, pair in lenses]
-    show(f"log-probability of {token} if the model ended there (logit lens)", "base", "trained", rows=rows)
-    rows = [
-        (found.name(*part), *(share.components[part].item() for share in found.shares))
-        for part in found.drops
-    ]
-    rows += [("embedding", base.embedding, trained.embedding), ("biases", base.biases, trained.biases)]
-    others = [share.total - sum(row[i] for row in rows) for i, share in enumerate(found.shares, start=1)]
-    rows += [("all other heads and MLPs", *others), (f"logit of {token}", base.total, trained.total)]
-    rows = [
-        (*row, row[2] - row[1], *drop) for row, *drop in itertools.zip_longest(rows, found.drops.values())
-    ]
-    rows = [(name, *(figure for figure in figures if figure is not None)) for name, *figures in rows]
-    columns = ("base", "trained", "change", "drop when ablated")
-    show(f"who writes the logit of {token} (direct logit attribution)", *columns, rows=rows)
-    carriers = ", ".join(found.name(*part) for part, drop in found.drops.items() if drop > 0)
-    console.print(f"\nablated, these lower the logit of {token}: {carriers or 'none of them'}")
-    largest = sorted(found.updates.items(), key=lambda item: -item[1].size)[:8]
-    rows = [
-        (name if "embed" in name else f"layer {layer} {name}", *update) for (name, layer), update in largest
-    ]
-    show("largest weight updates", "‖ΔW‖ / ‖W‖", "effective rank", rows=rows)
-
-
-def plot_inspection(found: Inspection, words: list[str], path: Path) -> None:
-    """Eight panels, each with a caption that says how to read it; `words` are the first text's tokens."""
-    figure, axes = plt.subplots(4, 2, figsize=(9, 15))
-
-    def finish(axis, title: str, caption: str, ylabel: str = "") -> None:
-        axis.set(title=title, ylabel=ylabel)
-        axis.set_xlabel(textwrap.fill(caption, 56), loc="left")
-
-    def heatmap(
-        axis, values: Tensor, rows: list[str], columns: list[str], label: str, ticks=None, **colors
-    ) -> None:
-        image = axis.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colors)
-        for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
-            step = math.ceil(len(names) / 40)
-            set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5)
-        figure.colorbar(image, ax=axis, shrink=0.8, ticks=ticks, format="%.3g", label=label)
-
-    L, H = found.patterns[0].shape[0], found.patterns[0].shape[2]
-    layers, token, names = list(map(str, range(L))), repr(found.token), ("base", "trained")
-    axes[0, 0].plot(range(1, len(found.divergence) + 1), found.divergence.numpy(), marker=".")
-    axes[0, 0].set_ylim(bottom=0)
-    finish(axes[0, 0], "KL(trained ‖ base) by position", "Token of the completion, from left to right. High: there the "
-           "two models would write different things. Mean over all completions.", "nats")  # fmt: skip
-    for lens, name in zip(found.lenses, names, strict=True):
-        axes[0, 1].plot(lens.numpy(), marker=".", label=name)
-    axes[0, 1].set_xticks(range(0, L + 1, math.ceil(L / 12)))
-    axes[0, 1].legend()
-    finish(axes[0, 1], f"Logit lens: {token} after each block", f"Blocks passed. How likely {token} would be if "
-           "the model ended there. Where the curves part, training has changed the computation.",
-           "log-probability")  # fmt: skip
-    limit = max(share.components.abs().max().item() for share in found.shares) + 1e-6
-    ticks = [sign * limit / fraction for sign in (-1, 1) for fraction in (1, 3, 10)] + [0]
-    signed = {"ticks": ticks, "cmap": "PuOr", "norm": SymLogNorm(limit / 20, vmin=-limit, vmax=limit)}
-    for axis, share, name in zip(axes[1], found.shares, names, strict=True):
-        heatmap(axis, share.components, layers, [*map(str, range(H)), "MLP"], "share of the logit", **signed)
-        finish(axis, f"Who writes the logit of {token}: {name}", "Heads by number, then the MLP. Purple pushes the "
-               f"logit up, orange down; with embedding {share.embedding:.1f} and biases {share.biases:.1f} they add up "
-               f"to {share.total:.1f}. Both panels have one, logarithmic, scale.", "layer")  # fmt: skip
-    kinds = list(dict.fromkeys(name for name, _ in found.updates))
-    for axis, field, label in zip(axes[2], (0, 1), ("‖ΔW‖ / ‖W‖", "effective rank"), strict=True):
-        grid = torch.full((len(kinds), L), math.nan)
-        for (name, layer), update in found.updates.items():
-            grid[kinds.index(name), layer] = update[field]
-        heatmap(axis, grid, kinds, layers, label, vmin=0)
-    finish(axes[2, 0], "How far each matrix moved", "Layer. Size of the update, as a share of the matrix that it "
-           "changes. White: there is no such matrix.")  # fmt: skip
-    finish(axes[2, 1], "In how many directions", "Layer. 1: the whole update is one direction in, one out. LoRA cannot "
-           "exceed its rank; full training can.")  # fmt: skip
-    valid = found.texts.is_completion[None, :, None, :]  # rows of attention that belong to a completion
-    moved = ((found.patterns[1] - found.patterns[0]).abs().sum(-1) / 2 * valid).sum(dim=(1, 3)) / valid.sum()
-    layer, head = divmod(moved.argmax().item(), H)
-    words = words[: int(found.texts.is_completion[0].nonzero().max()) + 1]
-    for axis, pattern, name in zip(axes[3], found.patterns, names, strict=True):
-        pattern = pattern[layer, 0, head, : len(words), : len(words)]
+def where_they_look(axes, readings: Readings, texts: Texts) -> None:
+    """The first text's attention in the head whose attention has moved most, in all texts."""
+    before, after = (one.cache.stack_activation("pattern") for one in readings)  # [L, B, H, T, T]
+    moved = (after - before).abs().sum(dim=-1) / 2  # of each token's attention this share
+    moved = rearrange(moved, "L B H T -> L H B T")[:, :, texts.is_completion].mean(dim=-1)
+    layer, head = divmod(moved.argmax().item(), moved.shape[1])
+    T = texts.is_completion[0].nonzero().max().item() + 1
+    tokenizer = readings[0].bridge.tokenizer
+    words = [one_line(tokenizer.decode([token])) for token in texts.tokens[0, :T].tolist()]
+    for axis, one in zip(axes, readings, strict=True):
+        pattern = one.cache["pattern", layer][0, head, :T, :T]
         heatmap(axis, pattern, words, words, "attention", cmap="Blues", vmin=0, vmax=1)
         axis.tick_params(axis="x", labelrotation=90)
-        finish(axis, f"Attention of layer {layer} head {head}: {name}", "Each row is a token and says where it looks; "
-               f"rows add up to 1. Of all heads this one moved most: {moved.max():.0%} of its attention, on "
-               "average.")  # fmt: skip
-    save_picture(figure, path)
+        caption(
+            axis, f"Attention of layer {layer} head {head}: {one.name}", "Each row is a token and says where "
+            "it looks; rows add up to 1. Of all heads this one moved most: "
+            f"{moved.max():.0%} of its attention, on average.",
+        )  # fmt: skip
 
 
-# ---- 18 Comparing runs -----------------------------------------------------------------------------------------------
+def caption(axis, title: str, text: str, ylabel: str = "") -> None:
+    """A panel's title, and below it how to read it."""
+    axis.set(title=title, ylabel=ylabel)
+    axis.set_xlabel(textwrap.fill(text, 56), loc="left")
+
+
+def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, label: str, **look) -> None:
+    """Rows and columns have names; of many, every second or third is shown."""
+    image = axis.imshow(values.numpy(), aspect="auto", **look)
+    axis.grid(False)
+    for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
+        step = math.ceil(len(names) / 40)
+        set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5)
+    axis.figure.colorbar(image, ax=axis, shrink=0.8, format="%.3g", label=label)
+
+
+# ---- 18 Comparing runs -------------------------------------------------------------------------------------
 # In: run directories. Out: one picture of their curves. Runs that differ in nothing but the seed become one
 # line, their mean, in a band from the lowest to the highest.
 
@@ -2899,49 +2669,48 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     settings, histories = zip(*map(read_run, runs), strict=True)
     names = [field.name for field in dataclasses.fields(RLHFArgs) if field.name not in ("run_dir", "seed")]
     differing = [name for name in names if len({str(record.get(name)) for record in settings}) > 1]
-    groups: dict[str, list[list[dict]]] = {}
+    groups: dict[tuple[str, ...], list[list[dict]]] = {}
     for record, history in zip(settings, histories, strict=True):
-        label = ", ".join(f"{name} {record.get(name)}" for name in differing) or (
-            "all runs" if len(runs) > 1 else runs[0].name
-        )
-        groups.setdefault(label, []).append(history)
-    curves = {}
-    for label, group in groups.items():
-        label += f" (mean of {len(group)}, band from lowest to highest)" if len(group) > 1 else ""
-        curves[textwrap.fill(label, 110)] = average(group)
-    plot_curves(curves, output)
+        values = tuple(f"{name} {record.get(name)}" for name in differing)
+        groups.setdefault(values, []).append(history)
+    colors, styles, curves, looks = {}, {}, {}, {}
+    for values, group in groups.items():
+        seeds = f" (mean and range of {len(group)})" if len(group) > 1 else ""
+        label = (", ".join(values) or "all runs") + seeds
+        # Colour tells the first setting that differs, line style the others.
+        color = colors.setdefault(values[:1], len(colors))
+        style = styles.setdefault(values[1:], len(styles)) + color // 6
+        curves[label] = average(group)
+        looks[label] = {"color": f"C{color}", "linestyle": LINE_STYLES[style % 6]}
+    plot_curves(curves, looks, output, columns=len(colors) if len(styles) > 1 else 1)
     console.print(f"wrote {output}", soft_wrap=True)
 
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
     """A run's settings and its metrics, one dict a phase."""
-    settings, history = read_settings(run), read_records(run / "metrics.jsonl")
-    require(bool(history), f"{run}: holds no metrics.jsonl with at least one phase")
-    return settings, history
+    settings, rows = read_settings(run), read_jsonl(run / "metrics.jsonl", torn_ok=True)
+    require(bool(rows), f"{run}: holds no metrics.jsonl with at least one phase")
+    return settings, [metrics for _, metrics in rows]
 
 
 def average(histories: list[list[dict]]) -> list[dict]:
-    """Phase by phase, as far as all go: each key's mean and, of several, key_low and key_high.
+    """Phase by phase, as far as all go: each key's mean, and its range as key_low and key_high.
 
     >>> average([[{"kl": 1.0}], [{"kl": 2.0}, {"kl": 5.0}]])
     [{'kl': 1.5, 'kl_low': 1.0, 'kl_high': 2.0}]
     """
-    if len(histories) == 1:
-        return histories[0]
-    merged = []
-    for phases in zip(*histories, strict=False):
-        values = {key: [m[key] for m in phases] for key in phases[0] if all(key in m for m in phases)}
-        merged.append({})
-        for key, numbers in values.items():
-            merged[-1] |= {
-                key: sum(numbers) / len(numbers),
-                f"{key}_low": min(numbers),
-                f"{key}_high": max(numbers),
-            }
-    return merged
+    statistics = {"": np.mean, "_low": min, "_high": max}
+    return [
+        {
+            f"{key}{name}": float(of([metrics[key] for metrics in phases]))
+            for key in set.intersection(*map(set, phases))
+            for name, of in statistics.items()
+        }
+        for phases in zip(*histories, strict=False)
+    ]
 
 
-# ---- 19 Command line -------------------------------------------------------------------------------------------------
+# ---- 19 Command line ---------------------------------------------------------------------------------------
 
 
 def parse(target: Callable, argv: list[str], **options):
@@ -2951,32 +2720,26 @@ def parse(target: Callable, argv: list[str], **options):
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(target, args=argv, config=(tyro.conf.PositionalRequiredArgs,), **options)
     except SystemExit as stop:
-        if stop.code:
-            lines = [line.strip("│ \n") for line in complaint.getvalue().splitlines()[1:]]
-            sentence = " ".join(
-                lines[: next((i for i, line in enumerate(lines) if set(line) <= {"─"}), None)]
-            )
-            sentence = sentence.removeprefix("Error parsing RLHFArgs: ")
-            raise SettingError(f"{sentence} (python rlhf.py --help lists all settings)") from None
-        raise
+        if not stop.code:
+            raise
+        _title, sentence, *_advice = re.split("[─-]{4,}", complaint.getvalue())  # at the horizontal rules
+        words = re.sub("[│╮]", " ", sentence).split()
+        raise SettingError(f"{' '.join(words)} (python rlhf.py --help lists all settings)") from None
 
 
 def parse_settings(argv: list[str]) -> RLHFArgs:
-    """The settings of the command line; with --resume those of the run, which the command line must not
-    contradict."""
-    runs = [value for flag, value in itertools.pairwise([*argv, ""]) if flag == "--resume"]
-    runs += [flag.partition("=")[2] for flag in argv if flag.startswith("--resume=")]
-    if not runs:
+    """The settings of the command line; with --resume those of the run, which it must not contradict."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", type=Path, nargs="?")
+    found, others = finder.parse_known_args(argv)
+    if found.resume is None:
         return parse(RLHFArgs, argv)
-    saved = dataclasses.replace(saved_settings(Path(runs[-1])), run_dir=None, resume=Path(runs[-1]))
-    args = parse(
-        RLHFArgs, argv, default=dataclasses.replace(saved, reward=())
-    )  # to which those given are appended
-    given = {flag.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for flag in argv}
-    for name in given & {field.name for field in dataclasses.fields(RLHFArgs)}:
-        ours, theirs, flag = getattr(args, name), getattr(saved, name), name.replace("_", "-")
-        message = f"--resume {args.resume}: was begun with --{flag} {theirs}, not {ours}; leave --{flag} out"
-        require(ours == theirs, message)
+    saved = dataclasses.replace(saved_settings(found.resume), resume=found.resume)
+    default = dataclasses.replace(saved, reward=(), reward_weights=())  # --reward adds to the default
+    for name, ours in vars(parse(RLHFArgs, others, default=default)).items():
+        theirs, flag = getattr(saved, name), name.replace("_", "-")
+        message = f"--resume {saved.resume}: was begun with --{flag} {theirs}, not {ours}; leave --{flag} out"
+        require(ours in (theirs, ()), message)
     return saved
 
 
@@ -2986,9 +2749,8 @@ def train(args: RLHFArgs) -> int:
     trainer.train()
     if trainer.phase == args.total_phases:
         return 0
-    console.print(
-        f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}"
-    )
+    advice = f"go on with: python rlhf.py --resume {trainer.run_dir}"
+    console.print(f"stopped after phase {trainer.phase}; {advice}", soft_wrap=True)
     return 128 + trainer.stop.received
 
 
