@@ -1,27 +1,30 @@
-"""Two operations where reinforcement learning of a language model spends its memory: from hidden state to token
-log-probability, and the LoRA matmul. Each stands below a reference in plain torch, which is its meaning and its test.
+"""Two operations where reinforcement learning of a language model spends its memory: from hidden state to
+token log-probability, and the LoRA matmul. Each stands below a reference in plain torch, which is its meaning
+and its test.
 
-    token_logprobs         log p(token) and H(p), from logits x that are read once
-    linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, x = h Uᵀ + b never held as a whole
+    token_logprobs         log p(token) and H(p), from logits that are read once
+    linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, logits h Uᵀ + b never held as a whole
     lora_linear            x Wᵀ + b + s (x Aᵀ) Bᵀ, x read once
 
-    N tokens (all leading axes, flattened)     x, y   logits of policy and reference, divided by the temperature T
-    V vocabulary                               p, q   their softmax; lse(x) = log Σ exp x, so log p = x - lse(x)
-    D width of the hidden states               H, KL  -Σ p log p and Σ p log(p/q), sums over the vocabulary
-    K, M, R inputs, outputs, rank of LoRA      g_l, g_H, g_KL  incoming gradients of log p(token), H, KL
+    N tokens (all leading axes, flattened)  x, y   logits of policy and reference, over the temperature τ
+    n tokens of one chunk, the slice `part` p, q   their softmax; lse(x) = log Σ exp x, so log p = x - lse(x)
+    V vocabulary                            H, KL  -Σ p log p and Σ p log(p/q), sums over the vocabulary
+    D, D_ref  width of the hidden states    g_l, g_H, g_KL  incoming gradients of log p(token), H, KL
+    d_in, d_out, rank  of LoRA's matrices   dx, dhidden, …  gradients to x, to hidden, …
 
-               8,192 tokens, V = 50,257, D = 1,024, bf16:     forward              backward           beside the inputs
-    token_logprobs         bound by bandwidth                 reads 0.8 GB         moves 1.6 GB       0.8 GB, the result
-    linear_token_logprobs  bound by matmul                    0.84 TFLOP           1.7 TFLOP          8 MB, one chunk
+    8,192 tokens, V = 50,257, D = 1,024, bf16:   forward         backward        beside the inputs
+    token_logprobs         bound by bandwidth    reads 0.8 GB    moves 1.6 GB    0.8 GB, the result
+    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       13 MB, one chunk
 
-Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. A chunk of rows bounds all of them here.
-CUDA tensors take the Triton kernels, all others the torch path, which is as correct and as frugal (`path_taken`).
+Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. A chunk of rows bounds all of
+them here. CUDA tensors take the Triton kernels, all others the torch path, which is as correct and as frugal
+(`path_taken`).
 Left out: a gradient to W (LoRA freezes it) and to the reference, float8, second derivatives.
 """
 
 import contextlib
 import functools
-import itertools
+import inspect
 import os
 import statistics
 import subprocess
@@ -29,9 +32,10 @@ import sys
 import time
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 try:
     import triton
@@ -42,10 +46,8 @@ except ImportError:  # macOS and Windows have no Triton
 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
-CHUNK_NUMBERS = {
-    "torch": 128 * 50257,
-    "triton": 80 * 50257,
-}  # N·V numbers of one chunk: 26 MB, and 8 MB in bf16
+CHUNK_NUMBERS = 128 * 50257  # logits in memory at a time: 26 MB in float32, 13 MB in bf16
+BLOCK_NUMBERS = 4 * 50257  # of these, what the torch path takes at a time, so that it stays in a cache
 
 
 # Choosing a path
@@ -65,7 +67,7 @@ def path_taken(tensor: Tensor) -> str:
 
 @contextlib.contextmanager
 def interpreted():
-    """Sends CPU tensors to the Triton kernels too. TRITON_INTERPRET=1 must be set before this file is imported."""
+    """Sends CPU tensors to the Triton kernels too. Set TRITON_INTERPRET=1 before this file is imported."""
     global _interpreted
     if triton is None or os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("interpreted: needs Triton, and TRITON_INTERPRET=1 before kernels.py is imported")
@@ -77,8 +79,9 @@ def interpreted():
 
 
 def kernel(function):
-    """`triton.jit` where there is Triton; elsewhere the source stands as documentation."""
-    return triton.jit(function) if triton else function
+    """`triton.jit` where there is Triton; elsewhere the source stands as documentation. Triton compiles the
+    function itself, not what a type checker's import hook has wrapped around it."""
+    return triton.jit(inspect.unwrap(function)) if triton else function
 
 
 # What comes in: dtypes, and errors that name the argument, what it was and what was expected
@@ -87,24 +90,33 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def _check(argument: str, tensor: Tensor | None, shape: tuple, device: torch.device, dtypes: tuple) -> None:
-    if tensor is None:  # an optional argument
-        return
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{argument}: dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if tensor.device != device:
-        raise ValueError(f"{argument}: on {tensor.device}, expected {device}")
-    if tensor.shape != shape:
-        raise ValueError(f"{argument}: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+def _check(**arguments: tuple) -> None:
+    """Each argument is its tensor (or None), axes as in the signatures, and dtypes. A letter has one size."""
+    device = next(iter(arguments.values()))[0].device
+    sizes = {}
+    for name, (tensor, axes, dtypes) in arguments.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name}: dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: on {tensor.device}, expected {device}")
+        letters, shape = axes.split(), tuple(tensor.shape)
+        if letters[0] == "...":  # any number of axes, before the others
+            leading = max(0, len(shape) - len(letters) + 1)
+            shape = shape[:leading], *shape[leading:]
+        known = dict(sizes)
+        fits = [sizes.setdefault(letter, size) == size for letter, size in zip(letters, shape, strict=False)]
+        if len(letters) != len(shape) or not all(fits):
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected [{axes}] where {known}")
 
 
-def _check_tokens(tokens: Tensor, shape: tuple, V: int, temperature: float, device: torch.device) -> None:
-    """An id outside of the vocabulary is an error on CPU; on CUDA, where looking would stall, its log p is NaN."""
-    _check("tokens", tokens, shape, device, INTEGERS)
+def _check_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> None:
+    """An id outside of the vocabulary is an error on CPU; on CUDA, where looking stalls, log p is NaN."""
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature}, expected a positive number")
     if tokens.device.type == "cpu":
-        wrong = tokens[((tokens < 0) & (tokens != IGNORE)) | (tokens >= V)]
+        wrong = tokens[(tokens != IGNORE) & ((tokens < 0) | (tokens >= V))]
         if wrong.numel():
             raise ValueError(f"tokens: id {wrong[0].item()}, expected 0 to {V - 1}, or {IGNORE} where masked")
 
@@ -117,51 +129,79 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if one is None else one.to(torch.get_autocast_dtype(device)) for one in tensors]
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)  # float64 stays, for gradcheck
+def _outside_autocast(backward):
+    """A backward pass computes in the dtypes of its forward pass, even when called under torch.autocast."""
+
+    @staticmethod
+    @once_differentiable
+    def run(ctx, *g):
+        with torch.autocast(g[0].device.type, enabled=False):
+            return backward(ctx, *g)
+
+    return run
 
 
 # Token log-probability: the references
 
 
-def token_logprobs_reference(
-    logits: Float[Tensor, "... V"], tokens: Int[Tensor, "..."], temperature: float = 1.0
-) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """log p(token) and the entropy of p = softmax(logits / temperature), in float32 at least; 0 where masked.
+def _tempered(logits: Float[Tensor, "... V"], temperature: float) -> Float[Tensor, "... V"]:
+    """logits / τ, in float32 at least; float64 stays, for gradcheck."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
 
-    >>> [f"{x.item():.4f}" for x in token_logprobs_reference(torch.zeros(4), torch.tensor(2))]  # -log 4, log 4
-    ['-1.3863', '1.3863']
+
+def _mean(log_p: Float[Tensor, "... V"], values: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
+    """Σ p·values, where 0·∞ is 0: an impossible token has no weight."""
+    p = log_p.exp()
+    return (p * values.masked_fill(p == 0, 0)).sum(-1)
+
+
+def _outputs(
+    log_p: Float[Tensor, "... V"], log_q: Float[Tensor, "... V"] | None, tokens: Integer[Tensor, "..."]
+) -> Float[Tensor, "3 ..."]:
+    """log p(token), H = -Σ p log p, KL = Σ p (log p - log q), or 0 without a reference; 0 where masked."""
+    tokens = tokens.long()
+    logprobs = log_p.gather(-1, tokens.clamp(min=0)[..., None]).squeeze(-1)
+    entropy = -_mean(log_p, log_p)
+    kl = torch.zeros_like(entropy) if log_q is None else _mean(log_p, log_p - log_q)
+    return torch.stack([logprobs, entropy, kl]).masked_fill(tokens == IGNORE, 0)
+
+
+def token_logprobs_reference(
+    logits: Float[Tensor, "... V"], tokens: Integer[Tensor, "..."], temperature: float = 1.0
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """log p(token) and the entropy of p = softmax(logits / τ), in float32 at least; 0 where masked.
+
+    >>> [round(x.item(), 4) for x in token_logprobs_reference(torch.zeros(4), torch.tensor(2))]  # ∓log 4
+    [-1.3863, 1.3863]
     """
-    log_p = (logits.to(_statistics_dtype(logits.dtype)) / temperature).log_softmax(-1)
-    p, kept = log_p.exp(), tokens != IGNORE
-    logprobs = log_p.gather(-1, tokens.clamp(min=0).long()[..., None]).squeeze(-1)
-    entropy = -(p * log_p.masked_fill(p == 0, 0)).sum(-1)  # p log p → 0
-    return logprobs.masked_fill(~kept, 0), entropy.masked_fill(~kept, 0)
+    logprobs, entropy, _ = _outputs(_tempered(logits, temperature).log_softmax(-1), None, tokens)
+    return logprobs, entropy
 
 
 def linear_token_logprobs_reference(
     hidden: Float[Tensor, "... D"],
     unembed: Float[Tensor, "V D"],
-    tokens: Int[Tensor, "..."],
+    tokens: Integer[Tensor, "..."],
     bias: Float[Tensor, "V"] | None = None,
     temperature: float = 1.0,
     ref_hidden: Float[Tensor, "... D_ref"] | None = None,
     ref_unembed: Float[Tensor, "V D_ref"] | None = None,
     ref_bias: Float[Tensor, "V"] | None = None,
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."], Float[Tensor, "..."] | None]:
-    """`token_logprobs` of hidden Uᵀ + b and, with `ref_hidden`, the exact KL to the reference (no gradient into it)."""
-    logits = torch.nn.functional.linear(hidden, unembed, bias)
-    logprobs, entropy = token_logprobs_reference(logits, tokens, temperature)
+    """`token_logprobs` of hidden Uᵀ + b and, with `ref_hidden`, the exact KL = Σ p (log p - log q) to the
+    reference (no gradient into it), whose head is `ref_unembed` and `ref_bias` or else the policy's own.
+
+    >>> h, U = torch.tensor([0.0]), torch.tensor([[0.0], [1.0]])
+    >>> linear_token_logprobs_reference(h, U, torch.tensor(1), ref_hidden=h + 1)[2]  # p = 1/2, q₁ = 0.731
+    tensor(0.1201)
+    """
+    log_p = _tempered(linear(hidden, unembed, bias), temperature).log_softmax(-1)
     if ref_hidden is None:
+        logprobs, entropy, _ = _outputs(log_p, None, tokens)
         return logprobs, entropy, None
     head = (unembed, bias) if ref_unembed is None else (ref_unembed, ref_bias)
-    with torch.no_grad():
-        ref_logits = torch.nn.functional.linear(ref_hidden, *head)
-        log_q = (ref_logits.to(logprobs.dtype) / temperature).log_softmax(-1)
-    log_p = (logits.to(logprobs.dtype) / temperature).log_softmax(-1)
-    p = log_p.exp()
-    kl = (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1)
-    return logprobs, entropy, kl.masked_fill(tokens == IGNORE, 0)
+    log_q = _tempered(linear(ref_hidden, *head), temperature).log_softmax(-1).detach()
+    return tuple(_outputs(log_p, log_q, tokens))
 
 
 # Token log-probability: the kernels, one row of logits a program
@@ -169,13 +209,13 @@ def linear_token_logprobs_reference(
 
 @kernel
 def token_logprobs_forward_kernel(
-    x_ptr,  # [N, V] policy logits, contiguous like all here
-    y_ptr,  # [N, V] reference logits; read only with HAS_REF
+    x_ptr,  # [N, V] policy logits, not yet divided by τ, contiguous like all here
+    y_ptr,  # [N, V] reference logits, likewise; read only with HAS_REF
     tokens_ptr,  # [N]
-    rows_ptr,  # [7, N] float32 out: log p(token), H, KL, max x, log Σ exp(x - max x), and these two of y
+    rows_ptr,  # [7, N] float32 out: log p(token), H, KL, max x, log Σ exp(x - max x), and the last two of y
     N,
     V,
-    inv_temperature,
+    inv_temperature,  # 1/τ
     HAS_REF: constexpr,
     BLOCK_V: constexpr,
 ):
@@ -197,14 +237,11 @@ def token_logprobs_forward_kernel(
     for start in range(0, V, BLOCK_V):
         cols = start + lanes
         # other=-inf: a lane past the end is an impossible token
-        x = (
-            tl.load(x_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
-            * inv_temperature
-        )
+        x = tl.load(x_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+        x = x * inv_temperature
         m_new = tl.maximum(m, tl.max(x))
-        delta = tl.where(
-            m == -float("inf"), 0.0, m_new - m
-        )  # nothing to rescale before the first finite logit
+        # nothing to rescale before the first finite logit
+        delta = tl.where(m == -float("inf"), 0.0, m_new - m)
         x = x - tl.where(m_new == -float("inf"), 0.0, m_new)
         shrink, e = tl.exp(-delta), tl.exp(x)
         if HAS_REF:
@@ -214,9 +251,8 @@ def token_logprobs_forward_kernel(
             delta_q = tl.where(m_q == -float("inf"), 0.0, m_q_new - m_q)
             y = y - tl.where(m_q_new == -float("inf"), 0.0, m_q_new)
             s_q = s_q * tl.exp(-delta_q) + tl.exp(y)
-            u = (u - (delta - delta_q) * s) * shrink + tl.where(
-                e > 0, e * (x - y), 0.0
-            )  # p = 0: 0, even at q = 0
+            # p = 0 adds 0, even at q = 0
+            u = (u - (delta - delta_q) * s) * shrink + tl.where(e > 0, e * (x - y), 0.0)
             m_q = m_q_new
         t = (t - delta * s) * shrink + tl.where(e > 0, e * x, 0.0)
         s = s * shrink + e
@@ -241,19 +277,19 @@ def token_logprobs_forward_kernel(
 
 @kernel
 def token_logprobs_backward_kernel(
-    x_ptr,  # [N, V] policy logits, contiguous like all here
-    y_ptr,  # [N, V] reference logits; read only with HAS_REF
+    x_ptr,  # [N, V] policy logits, not yet divided by τ, contiguous like all here
+    y_ptr,  # [N, V] reference logits, likewise; read only with HAS_REF
     tokens_ptr,  # [N]
     rows_ptr,  # [7, N] float32, written by the forward kernel
     coefficients_ptr,  # [4, N] float32: g_l, a, g_H, g_KL
-    dx_ptr,  # [N, V] out; may be x itself
+    out_ptr,  # [N, V] out: dx / τ; may be the policy logits themselves
     N,
     V,
-    inv_temperature,
+    inv_temperature,  # 1/τ
     HAS_REF: constexpr,
     BLOCK_V: constexpr,
 ):
-    """Computes dx = (g_l onehot(token) + p (a - g_H log p + g_KL log(p/q))) / T, see `_coefficients`.
+    """Computes dx / τ, dx = g_l onehot(token) + p (a - g_H log p + g_KL log(p/q)), see `_coefficients`.
     Program: one row, BLOCK_V logits a step. Bytes: 2 V·itemsize (3 with HAS_REF). Bound by bandwidth.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -272,111 +308,90 @@ def token_logprobs_backward_kernel(
             m_q, log_s_q = tl.load(rows_ptr + 5 * N + row), tl.load(rows_ptr + 6 * N + row)
             slope = slope + g_KL * (log_p - (y * inv_temperature - m_q - log_s_q))
         dx = tl.where(p > 0, p * slope, 0.0) + tl.where(cols == token, g_l, 0.0)  # p log p → 0
-        tl.store(dx_ptr + row * V + cols, (dx * inv_temperature).to(dx_ptr.dtype.element_ty), mask=cols < V)
+        tl.store(out_ptr + row * V + cols, (dx * inv_temperature).to(out_ptr.dtype.element_ty), mask=cols < V)
 
 
 def _launch(V: int) -> dict:
-    """The block and warps of the row kernels: 8 logits a thread are one 16-byte load of bf16, and spill no register."""
+    """Block and warps of the row kernels: 8 logits a thread, one 16-byte load of bf16, spill nothing."""
     block = min(2048, max(16, 1 << (V - 1).bit_length()))
     return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
 
 
-def _rows_triton(logits: list[Tensor], tokens: Int[Tensor, "n"], temperature: float) -> Float[Tensor, "7 n"]:
-    """The forward kernel on the logits [x] or [x, y]."""
-    N, V = logits[0].shape
-    rows = torch.zeros(7, N, device=tokens.device)
-    inputs = logits[0], logits[-1], tokens, rows
-    token_logprobs_forward_kernel[(N,)](
-        *inputs, N, V, 1 / temperature, HAS_REF=len(logits) == 2, **_launch(V)
-    )
+# Token log-probability: either path, forward and backward
+
+
+def _slices(N: int, step: int) -> list[slice]:
+    """Rows 0 to N, at most `step` (and at least one) at a time."""
+    step = max(1, step)
+    return [slice(start, start + step) for start in range(0, N, step)]
+
+
+def _log_softmax(logits: Float[Tensor, "n V"], temperature: float) -> Float[Tensor, "n V"]:
+    """A digit more exact than torch's, which at V = 262,144 adds up too many numbers one after another."""
+    x = _tempered(logits, temperature)
+    x -= x.amax(-1, keepdim=True)
+    x -= x.exp().sum(-1, keepdim=True).log()
+    return x
+
+
+def _statistics(
+    logits: Float[Tensor, "N V"],
+    ref_logits: Float[Tensor, "N V"] | None,
+    tokens: Integer[Tensor, "N"],
+    temperature: float,
+) -> Float[Tensor, "7 N"]:
+    """log p(token), H, KL, and the four rows from which the backward kernel makes p and q again."""
+    N, V = logits.shape
+    rows = logits.new_zeros(7, N, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if path_taken(logits) == "triton":
+        inputs = logits, logits if ref_logits is None else ref_logits, tokens, rows, N, V, 1 / temperature
+        token_logprobs_forward_kernel[(N,)](*inputs, HAS_REF=ref_logits is not None, **_launch(V))
+        return rows
+    for part in _slices(N, BLOCK_NUMBERS // V):
+        log_q = None if ref_logits is None else _log_softmax(ref_logits[part], temperature)
+        rows[:3, part] = _outputs(_log_softmax(logits[part], temperature), log_q, tokens[part])
     return rows
 
 
-def _dlogits_triton(
-    logits: list[Tensor], tokens, rows, coefficients, temperature: float, out: Tensor
-) -> Tensor:
-    """The backward kernel on the logits [x] or [x, y]."""
-    N, V = out.shape
-    inputs = logits[0], logits[-1], tokens, rows.contiguous(), coefficients.contiguous(), out
-    token_logprobs_backward_kernel[(N,)](
-        *inputs, N, V, 1 / temperature, HAS_REF=len(logits) == 2, **_launch(V)
-    )
-    return out
-
-
-# Token log-probability: the same rows in torch, in place
-
-
-def _rows_torch(
-    planes: Float[Tensor, "k n V"], tokens: Int[Tensor, "n"], temperature: float
-) -> Float[Tensor, "7 n"]:
-    """The rows of the forward kernel, from planes (anything, x) or (anything, x, y), which become
-    (p, p (log p + H), p (log(p/q) - KL)): the slopes of which dx consists, see `_coefficients`."""
-    p, x, *y = planes
-    rows = planes.new_zeros(7, len(tokens))
-    for logits, row in [*((one, 5) for one in y), (x, 3)]:  # x last, because its exponentials stay
-        if temperature != 1:
-            logits.div_(temperature)
-        torch.amax(logits, -1, out=rows[row])
-        logits.sub_(rows[row, :, None])
-        torch.log(torch.exp(logits, out=p).sum(-1), out=rows[row + 1])
-    log_s, log_s_q = rows[4], rows[6]
-    p.mul_(torch.exp(-log_s)[:, None])
-    rows[0] = x.gather(1, tokens.clamp(min=0)[:, None]).squeeze(1) - log_s
-    if y:
-        rows[2] = _center(torch.sub(x, y[0], out=y[0]), p) - log_s + log_s_q
-    rows[1] = log_s - _center(x, p)
-    rows[:3].masked_fill_(tokens == IGNORE, 0)
-    return rows
-
-
-def _center(logs: Float[Tensor, "n V"], p: Float[Tensor, "n V"]) -> Float[Tensor, "n"]:
-    """The mean Σ p·logs; leaves p (logs - mean) in `logs`. 0 · (-inf) shows as NaN in the sums and counts as 0."""
-    mean = logs.mul_(p).sum(-1)
-    if mean.isnan().any():
-        mean = logs.masked_fill_(p == 0, 0).sum(-1)
-    logs.addcmul_(p, mean[:, None], value=-1)
-    return mean
-
-
-def _coefficients(g: tuple, rows: Float[Tensor, "7 N"], tokens: Int[Tensor, "N"]) -> Float[Tensor, "4 N"]:
-    """g_l, a, g_H, g_KL with which dx = (g_l onehot(token) + p (a - g_H log p + g_KL log(p/q))) / T, because
+def _coefficients(g: tuple, rows: Float[Tensor, "7 N"], tokens: Integer[Tensor, "N"]) -> Float[Tensor, "4 N"]:
+    """g_l, a, g_H, g_KL with which dx = g_l onehot(token) + p (a - g_H log p + g_KL log(p/q)), because
 
     ∂ log p(token)/∂x = onehot(token) - p,   ∂H/∂x = -p (log p + H),   ∂KL/∂x = p (log(p/q) - KL)
-    so a = -g_l - g_H H - g_KL KL. A masked token has all four 0; an output that nobody used (None) counts as 0.
+    so a = -g_l - g_H H - g_KL KL. A masked token has all four 0.
     """
-    g_l, g_H, g_KL = (torch.zeros_like(rows[0]) if one is None else one.to(rows.dtype) for one in g)
+    g_l, g_H, g_KL = g
     a = -g_l - g_H * rows[1] - g_KL * rows[2]
-    return torch.stack([g_l, a, g_H, g_KL]).masked_fill_(tokens == IGNORE, 0)
+    return torch.stack([g_l, a, g_H, g_KL]).masked_fill(tokens == IGNORE, 0)
 
 
-def _combine(planes: Float[Tensor, "k n M"], coefficients, temperature: float, out: Tensor) -> Tensor:
-    """dx without its one-hot term, from the planes of `_rows_torch`; from these times U, as it is linear, dx U."""
-    g_l, _, g_H, g_KL = coefficients.unsqueeze(-1) / temperature
-    torch.mul(planes[0], -g_l, out=out)
-    for plane, weight in zip(planes[1:], (-g_H, g_KL), strict=False):
-        out.addcmul_(plane, weight)
-    return out
-
-
-def _dlogits_torch(planes, tokens, coefficients, temperature: float) -> Float[Tensor, "n V"]:
-    """The backward kernel's dx, written over p."""
-    dx = _combine(planes, coefficients, temperature, out=planes[0])
-    return dx.scatter_add_(1, tokens.clamp(min=0)[:, None], coefficients[0, :, None] / temperature)
-
-
-def _chunks(N: int, V: int, count: int, like: Tensor) -> list[tuple[slice, Tensor]]:
-    """Rows 0 to N in equal parts of at most CHUNK_NUMBERS logits, each with its planes of [n, V]: views of one buffer.
-    `count` distributions need the planes x (and y), and on the torch path one of p before them, in float32 at least."""
-    path = path_taken(like)
-    planes, dtype = (count, like.dtype) if path == "triton" else (count + 1, _statistics_dtype(like.dtype))
-    parts = -(-N // max(1, CHUNK_NUMBERS[path] // V))
-    edges = [N * i // parts for i in range(parts + 1)] if N else []
-    buffer = like.new_empty(planes * (-(-N // max(1, parts))) * V, dtype=dtype)
-    return [
-        (slice(start, stop), buffer[: planes * (stop - start) * V].view(planes, stop - start, V))
-        for start, stop in itertools.pairwise(edges)
-    ]
+def _write_gradient(
+    out: Float[Tensor, "N V"],
+    logits: Float[Tensor, "N V"],
+    ref_logits: Float[Tensor, "N V"] | None,
+    tokens: Integer[Tensor, "N"],
+    rows: Float[Tensor, "7 N"],
+    coefficients: Float[Tensor, "4 N"],
+    temperature: float,
+) -> None:
+    """Writes the gradient to the logits, dx / τ with the dx of `_coefficients`; `out` may be the logits."""
+    N, V = logits.shape
+    if path_taken(logits) == "triton":
+        inputs = logits, logits if ref_logits is None else ref_logits, tokens, rows.contiguous()
+        config = {"HAS_REF": ref_logits is not None, **_launch(V)}
+        token_logprobs_backward_kernel[(N,)](
+            *inputs, coefficients.contiguous(), out, N, V, 1 / temperature, **config
+        )
+        return
+    for part in _slices(N, BLOCK_NUMBERS // V):
+        g_l, a, g_H, g_KL = coefficients[:, part, None]
+        log_p = _log_softmax(logits[part], temperature)
+        p = log_p.exp()
+        slope = a - g_H * log_p
+        if ref_logits is not None:
+            slope += g_KL * (log_p - _log_softmax(ref_logits[part], temperature))
+        dx = slope.mul_(p).masked_fill_(p == 0, 0)  # p log p → 0
+        dx.scatter_add_(1, tokens[part, None].clamp(min=0), g_l)
+        out[part] = dx.div_(temperature)
 
 
 # Token log-probability from logits
@@ -386,155 +401,114 @@ class _TokenLogprobs(torch.autograd.Function):
     """Saves logits and tokens, in memory anyway, and the row statistics; the softmax is rebuilt from them."""
 
     @staticmethod
-    def forward(ctx, logits: Float[Tensor, "N V"], tokens: Int[Tensor, "N"], temperature: float):
-        ctx.set_materialize_grads(False)
-        if path_taken(logits) == "triton":
-            rows = _rows_triton([logits], tokens, temperature)
-        else:
-            rows = logits.new_empty(7, len(tokens), dtype=_statistics_dtype(logits.dtype))
-            for part, planes in _chunks(*logits.shape, 1, logits):
-                planes[1] = logits[part]
-                rows[:, part] = _rows_torch(planes, tokens[part], temperature)
+    def forward(ctx, logits: Float[Tensor, "N V"], tokens: Integer[Tensor, "N"], temperature: float):
+        rows = _statistics(logits, None, tokens, temperature)
         ctx.temperature = temperature
         ctx.save_for_backward(logits, tokens, rows)
-        return rows[0].clone(), rows[1].clone()
+        return tuple(row.clone() for row in rows[:3])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *g):
+    @_outside_autocast
+    def backward(ctx, *g: Float[Tensor, "N"]):
         logits, tokens, rows = ctx.saved_tensors
-        coefficients = _coefficients((*g, None), rows, tokens)  # there is no KL
         dlogits = torch.empty_like(logits)
-        if path_taken(logits) == "triton":
-            return (
-                _dlogits_triton([logits], tokens, rows, coefficients, ctx.temperature, out=dlogits),
-                None,
-                None,
-            )
-        for part, planes in _chunks(*logits.shape, 1, logits):
-            planes[1] = logits[part]
-            _rows_torch(planes, tokens[part], ctx.temperature)
-            dlogits[part] = _dlogits_torch(planes, tokens[part], coefficients[:, part], ctx.temperature)
+        coefficients = _coefficients(g, rows, tokens)
+        _write_gradient(dlogits, logits, None, tokens, rows, coefficients, ctx.temperature)
         return dlogits, None, None
 
 
 def token_logprobs(
-    logits: Float[Tensor, "... V"], tokens: Int[Tensor, "..."], temperature: float = 1.0
+    logits: Float[Tensor, "... V"], tokens: Integer[Tensor, "..."], temperature: float = 1.0
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """`token_logprobs_reference`, each logit read once and nothing of N·V numbers kept but the gradient itself.
+    """`token_logprobs_reference`, each logit read once and nothing of N·V numbers kept but the gradient.
 
     >>> token_logprobs(torch.zeros(2, 4), torch.tensor([2, -100]))[1]
     tensor([1.3863, 0.0000])
     """
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: shape {tuple(logits.shape)}, expected [..., V]")
-    V = logits.shape[-1]
-    _check("logits", logits, logits.shape, logits.device, FLOATS)
-    _check_tokens(tokens, logits.shape[:-1], V, temperature, logits.device)
+    _check(logits=(logits, "... V", FLOATS), tokens=(tokens, "...", INTEGERS))
+    V, flat_tokens = logits.shape[-1], tokens.reshape(-1).long()
+    _check_tokens(flat_tokens, V, temperature)
     flat = logits.reshape(-1, V).contiguous()
-    logprobs, entropy = _TokenLogprobs.apply(flat, tokens.reshape(-1).long(), temperature)
+    logprobs, entropy, _ = _TokenLogprobs.apply(flat, flat_tokens, temperature)
     return logprobs.view(tokens.shape), entropy.view(tokens.shape)
 
 
 # Token log-probability from hidden states
 
 
-def _chunk_rows(
-    planes: Tensor, part: slice, heads: list, tokens: Int[Tensor, "N"], temperature: float
-) -> Tensor:
-    """Rows of a part of the tokens, whose planes are written. A head is (hidden, unembed, bias): policy, reference."""
-    logits = planes[-len(heads) :]
-    for x, (hidden, unembed, bias) in zip(logits, heads, strict=True):
-        if x.dtype != hidden.dtype:
-            x.copy_(torch.nn.functional.linear(hidden[part], unembed, bias))
-        elif bias is None:
-            torch.mm(hidden[part], unembed.t(), out=x)
-        else:
-            torch.addmm(bias, hidden[part], unembed.t(), out=x)
-    if path_taken(heads[0][0]) == "triton":
-        return _rows_triton(list(logits), tokens[part], temperature)
-    return _rows_torch(planes, tokens[part], temperature)
+def _chunk_of_logits(
+    part: slice,
+    hidden: Float[Tensor, "N D"] | None,
+    unembed: Float[Tensor, "V D"] | None,
+    bias: Float[Tensor, "V"] | None,
+) -> Float[Tensor, "n V"] | None:
+    if hidden is None:
+        return None
+    if path_taken(hidden) == "triton":
+        return linear(hidden[part], unembed, bias)
+    transposed = hidden[part].t()  # MKL takes a fifth longer for h Uᵀ than for U hᵀ
+    logits = unembed @ transposed if bias is None else torch.addmm(bias[:, None], unembed, transposed)
+    return logits.t().contiguous()
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
-    """Chunks of tokens: a matmul by the vendor's library, then the row operations above on a chunk that fits a cache.
+    """Chunks of tokens: a matmul by the vendor's library, then the row operations above on what it made.
+    Backward makes each chunk of logits again, writes their gradient over it, and multiplies that by U.
 
-    Why not one kernel over vocabulary tiles (CCE, arXiv 2411.09009)? dh = dx U would need D accumulators a row, or
-    atomics, and a KL two tiles of logits at once; chunks let both operations share their row kernels. The price on a
-    GPU: U is read once a chunk, so small chunks are bound by bandwidth; a larger CHUNK_NUMBERS trades memory for time.
-
-    Backward recomputes the logits, chunk by chunk; only the last chunk is still there from the forward pass. But where
-    h alone wants a gradient (LoRA), the torch path multiplies its planes by U in the forward pass, see `_combine`:
-    as many matmuls in all, and no second softmax.
+    Why not one kernel over vocabulary tiles (CCE, arXiv 2411.09009)? dh = dx U would need D accumulators a
+    row, or atomics, and a KL two tiles of logits at once; chunks let both operations share their row kernels.
+    The price on a GPU: U is read once a chunk, so small chunks are bound by bandwidth; a larger CHUNK_NUMBERS
+    trades memory for time.
     """
 
     @staticmethod
-    def forward(ctx, hidden, unembed, bias, tokens, temperature, reference, differentiable):
-        ctx.set_materialize_grads(False)
-        heads = [(hidden, unembed, bias), *([reference] if reference else [])]
-        parts = _chunks(len(hidden), len(unembed), len(heads), hidden)
-        rows = hidden.new_empty(7, len(hidden), dtype=_statistics_dtype(hidden.dtype))
-        only_hidden = ctx.needs_input_grad[:3] == (True, False, False)
-        early = None
-        if differentiable and only_hidden and len(parts) > 1 and path_taken(hidden) == "torch":
-            early = rows.new_empty(len(heads) + 1, *hidden.shape)
-        for part, planes in parts:
-            rows[:, part] = _chunk_rows(planes, part, heads, tokens, temperature)
-            if early is not None:
-                products = torch.mm(planes.flatten(0, 1).to(hidden.dtype), unembed)
-                early[:, part] = products.view(*planes.shape[:2], -1)
-        ctx.temperature, ctx.parts = temperature, parts if differentiable and early is None else None
-        ctx.save_for_backward(hidden, unembed, bias, tokens, rows, early, *(reference or ()))
-        return rows[0].clone(), rows[1].clone(), rows[2].clone() if reference else None
+    def forward(
+        ctx,
+        hidden: Float[Tensor, "N D"],
+        unembed: Float[Tensor, "V D"],
+        bias: Float[Tensor, "V"] | None,
+        tokens: Integer[Tensor, "N"],
+        temperature: float,
+        reference: tuple,  # hidden [N, D_ref], unembed [V, D_ref], bias [V] or None; three None: no KL
+    ):
+        (N, _), V = hidden.shape, len(unembed)
+        rows = hidden.new_empty(7, N, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for part in _slices(N, CHUNK_NUMBERS // V):
+            chunks = _chunk_of_logits(part, hidden, unembed, bias), _chunk_of_logits(part, *reference)
+            rows[:, part] = _statistics(*chunks, tokens[part], temperature)
+            del chunks  # before the next ones are made
+        ctx.temperature = temperature
+        ctx.save_for_backward(hidden, unembed, bias, tokens, rows, *reference)
+        return tuple(row.clone() for row in rows[:3])
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *g):
-        hidden, unembed, bias, tokens, rows, early, *reference = ctx.saved_tensors
+    @_outside_autocast
+    def backward(ctx, *g: Float[Tensor, "N"]):
+        hidden, unembed, bias, tokens, rows, *reference = ctx.saved_tensors
         coefficients = _coefficients(g, rows, tokens)
-        if early is not None:
-            dhidden = _combine(early, coefficients, ctx.temperature, out=torch.empty_like(early[0]))
-            dhidden.addcmul_(
-                unembed[tokens.clamp(min=0)], coefficients[0, :, None], value=1 / ctx.temperature
-            )
-            return dhidden.to(hidden.dtype), *[None] * 6
-        heads = [(hidden, unembed, bias), *([reference] if reference else [])]
-        parts, still_there, ctx.parts = (
-            ctx.parts,
-            ctx.parts is not None,
-            None,
-        )  # dx is written over the last chunk
         wants_hidden, wants_unembed, wants_bias = ctx.needs_input_grad[:3]
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dunembed = torch.zeros_like(unembed, dtype=rows.dtype) if wants_unembed else None
         dbias = torch.zeros_like(bias, dtype=rows.dtype) if wants_bias else None
-        for part, planes in reversed(parts or _chunks(len(hidden), len(unembed), len(heads), hidden)):
-            if not still_there:
-                _chunk_rows(planes, part, heads, tokens, ctx.temperature)
-            still_there = False
-            if path_taken(hidden) == "triton":
-                ours = tokens[part], rows[:, part], coefficients[:, part], ctx.temperature
-                dx = _dlogits_triton(list(planes), *ours, out=planes[0])
-            else:
-                dx = _dlogits_torch(planes, tokens[part], coefficients[:, part], ctx.temperature).to(
-                    hidden.dtype
-                )
+        for part in _slices(len(hidden), CHUNK_NUMBERS // len(unembed)):
+            logits = _chunk_of_logits(part, hidden, unembed, bias)
+            inputs = logits, _chunk_of_logits(part, *reference), tokens[part], rows[:, part]
+            _write_gradient(logits, *inputs, coefficients[:, part], ctx.temperature)
+            dlogits = logits  # the same memory
+            del logits, inputs
             if wants_hidden:
-                torch.mm(dx, unembed, out=dhidden[part])
-            if wants_unembed and dx.dtype == dunembed.dtype:
-                dunembed.addmm_(dx.t(), hidden[part])
-            elif wants_unembed:
-                dunembed += dx.t() @ hidden[part]
+                dhidden[part] = dlogits @ unembed
+            if wants_unembed:
+                dunembed += dlogits.t() @ hidden[part]
             if wants_bias:
-                dbias += dx.sum(0, dtype=dbias.dtype)
-        dunembed, dbias = (None if d is None else d.to(hidden.dtype) for d in (dunembed, dbias))
-        return dhidden, dunembed, dbias, None, None, None, None
+                dbias += dlogits.sum(0, dtype=dbias.dtype)
+            del dlogits  # before the next one is made
+        dunembed, dbias = (None if one is None else one.to(hidden.dtype) for one in (dunembed, dbias))
+        return dhidden, dunembed, dbias, None, None, None
 
 
 def linear_token_logprobs(
     hidden: Float[Tensor, "... D"],
     unembed: Float[Tensor, "V D"],
-    tokens: Int[Tensor, "..."],
+    tokens: Integer[Tensor, "..."],
     bias: Float[Tensor, "V"] | None = None,
     temperature: float = 1.0,
     ref_hidden: Float[Tensor, "... D_ref"] | None = None,
@@ -550,138 +524,159 @@ def linear_token_logprobs(
     hidden, unembed, bias, ref_hidden, ref_unembed, ref_bias = _autocast(
         hidden, unembed, bias, ref_hidden, ref_unembed, ref_bias
     )
-    if hidden.dim() == 0 or unembed.dim() != 2:
-        raise ValueError(f"unembed: shape {tuple(unembed.shape)}, expected [V, D], and hidden [..., D]")
-    (V, D), device = unembed.shape, hidden.device
-    _check("hidden", hidden, (*hidden.shape[:-1], D), device, FLOATS)
-    _check("unembed", unembed, (V, D), device, (hidden.dtype,))
-    _check("bias", bias, (V,), device, (hidden.dtype,))
-    _check_tokens(tokens, hidden.shape[:-1], V, temperature, device)
     if ref_hidden is None and ref_unembed is not None:
         raise ValueError("ref_hidden: None, expected hidden states beside ref_unembed")
     if ref_unembed is None and ref_bias is not None:
         raise ValueError("ref_unembed: None, expected a matrix beside ref_bias")
-    reference = None
-    if ref_hidden is not None:
-        ref_unembed, ref_bias = (unembed, bias) if ref_unembed is None else (ref_unembed, ref_bias)
-        D_ref = ref_hidden.shape[-1]
-        _check("ref_hidden", ref_hidden, (*tokens.shape, D_ref), device, (hidden.dtype,))
-        _check("ref_unembed", ref_unembed, (V, D_ref), device, (hidden.dtype,))
-        _check("ref_bias", ref_bias, (V,), device, (hidden.dtype,))
-        reference = ref_hidden.detach().reshape(-1, D_ref), ref_unembed, ref_bias
-    inputs = hidden.reshape(-1, D), unembed, bias
-    differentiable = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in inputs)
-    outputs = _LinearTokenLogprobs.apply(
-        *inputs, tokens.reshape(-1).long(), temperature, reference, differentiable
+    if ref_hidden is not None and ref_unembed is None:
+        ref_unembed, ref_bias = unembed, bias
+    same = (hidden.dtype,)
+    _check(
+        hidden=(hidden, "... D", FLOATS),
+        unembed=(unembed, "V D", same),
+        tokens=(tokens, "...", INTEGERS),
+        bias=(bias, "V", same),
+        ref_hidden=(ref_hidden, "... D_ref", same),
+        ref_unembed=(ref_unembed, "V D_ref", same),
+        ref_bias=(ref_bias, "V", same),
     )
-    return tuple(None if output is None else output.view(tokens.shape) for output in outputs)
+    flat_tokens = tokens.reshape(-1).long()
+    _check_tokens(flat_tokens, len(unembed), temperature)
+    ref_flat = None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1])
+    flat, reference = hidden.reshape(-1, hidden.shape[-1]), (ref_flat, ref_unembed, ref_bias)
+    outputs = _LinearTokenLogprobs.apply(flat, unembed, bias, flat_tokens, temperature, reference)
+    logprobs, entropy, kl = (one.view(tokens.shape) for one in outputs)
+    return logprobs, entropy, None if ref_hidden is None else kl
 
 
 # LoRA matmul
 
 
 def lora_linear_reference(
-    x: Float[Tensor, "... K"],
-    weight: Float[Tensor, "M K"],
-    bias: Float[Tensor, "M"] | None,
-    lora_a: Float[Tensor, "R K"],
-    lora_b: Float[Tensor, "M R"],
+    x: Float[Tensor, "... d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, "d_out"] | None,
+    lora_a: Float[Tensor, "rank d_in"],
+    lora_b: Float[Tensor, "d_out rank"],
     scale: float,
-) -> Float[Tensor, "... M"]:
-    """x Wᵀ + b + s (x Aᵀ) Bᵀ in the dtype of x, to which A and B are cast; W and b are frozen."""
+) -> Float[Tensor, "... d_out"]:
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ in the dtype of x, to which A and B are cast; W and b are frozen.
+
+    >>> one = torch.ones(1, 1)
+    >>> lora_linear_reference(one, one, None, 2 * one, 3 * one, 0.5)  # 1 + 0.5 · 2 · 3
+    tensor([[4.]])
+    """
     low_rank = (x @ lora_a.to(x.dtype).T) @ lora_b.to(x.dtype).T
-    return torch.nn.functional.linear(x, weight, bias) + scale * low_rank
+    return linear(x, weight, bias) + scale * low_rank
 
 
 @kernel
 def lora_linear_kernel(
-    x_ptr,  # [N, K] contiguous
-    w_ptr,  # [M, K], any strides: nn.Linear's, or the transposed view of Conv1D's
-    bias_ptr,  # [M]; read only with HAS_BIAS
-    a_ptr,  # [R, K] contiguous
-    b_ptr,  # [M, R] contiguous
-    out_ptr,  # [N, M] out
-    xa_ptr,  # [N, R] out: x Aᵀ for the backward pass
+    x_ptr,  # [N, d_in] contiguous
+    w_ptr,  # [d_out, d_in], any strides: nn.Linear's, or the transposed view of Conv1D's
+    bias_ptr,  # [d_out]; read only with HAS_BIAS
+    a_ptr,  # [rank, d_in] contiguous
+    b_ptr,  # [d_out, rank] contiguous
+    out_ptr,  # [N, d_out] out
+    xa_ptr,  # [N, rank] out: x Aᵀ for the backward pass
     N,
-    M,
-    K,
-    stride_wm,
-    stride_wk,
+    d_in,
+    d_out,
+    stride_w_out,
+    stride_w_in,
     scale,
     HAS_BIAS: constexpr,
-    R: constexpr,
-    BLOCK_R: constexpr,
+    RANK: constexpr,
+    BLOCK_RANK: constexpr,
     BLOCK_N: constexpr,
-    BLOCK_M: constexpr,
-    BLOCK_K: constexpr,
+    BLOCK_OUT: constexpr,
+    BLOCK_IN: constexpr,
     PRECISION: constexpr,
 ):
-    """Computes x Wᵀ + b + s (x Aᵀ) Bᵀ for one tile [BLOCK_N, BLOCK_M] of the output.
-    Program: the tile, tiles in groups of 8 rows so that neighbours share W in L2. FLOPs: 2 N K M + 2 N R (K + M).
-    Bytes: x, W, out once if L2 is kind. Bound by matmul. Saves a round trip of x Aᵀ and of the output;
-    the price is that every column of tiles computes x Aᵀ anew, 2 N K BLOCK_R · M / BLOCK_M instead of 2 N K R.
+    """Computes x Wᵀ + b + s (x Aᵀ) Bᵀ for one tile [BLOCK_N, BLOCK_OUT] of the output.
+    Program: the tile, tiles in groups of 8 rows so that neighbours share W in L2.
+    FLOPs: 2 N d_in d_out + 2 N rank (d_in + d_out). Bytes: x, W, out once if L2 is kind. Bound by matmul.
+    Saves a round trip of x Aᵀ and of the output; the price is that every column of tiles computes x Aᵀ anew,
+    2 N d_in BLOCK_RANK · d_out / BLOCK_OUT instead of 2 N d_in rank.
     """
-    tiles_n, tiles_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
+    tiles_n, tiles_out = tl.cdiv(N, BLOCK_N), tl.cdiv(d_out, BLOCK_OUT)
     pid = tl.program_id(0)
-    first = pid // (8 * tiles_m) * 8
+    first = pid // (8 * tiles_out) * 8
     height = min(tiles_n - first, 8)
-    pid_n, pid_m = first + pid % (8 * tiles_m) % height, pid % (8 * tiles_m) // height
+    pid_n, pid_out = first + pid % (8 * tiles_out) % height, pid % (8 * tiles_out) // height
     rows = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    cols = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    ranks, inner = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    out = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    xa = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + inner
+    cols = (pid_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
+    ranks, inner = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_IN)
+    out = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
+    xa = tl.zeros((BLOCK_N, BLOCK_RANK), tl.float32)
+    for start in range(0, d_in, BLOCK_IN):
+        i = start + inner
         # other=0: what lies past an edge adds nothing to a sum
-        x = tl.load(x_ptr + rows[:, None] * K + k, mask=(rows[:, None] < N) & (k < K), other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * d_in + i, mask=(rows[:, None] < N) & (i < d_in), other=0.0)
+        i = i[:, None]
         w = tl.load(
-            w_ptr + k[:, None] * stride_wk + cols * stride_wm, mask=(k[:, None] < K) & (cols < M), other=0.0
+            w_ptr + i * stride_w_in + cols * stride_w_out, mask=(i < d_in) & (cols < d_out), other=0.0
         )
-        a = tl.load(a_ptr + ranks * K + k[:, None], mask=(ranks < R) & (k[:, None] < K), other=0.0)
+        a = tl.load(a_ptr + ranks * d_in + i, mask=(ranks < RANK) & (i < d_in), other=0.0)
         out = tl.dot(x, w, out, input_precision=PRECISION)
         xa = tl.dot(x, a, xa, input_precision=PRECISION)
-    b = tl.load(b_ptr + cols * R + ranks[:, None], mask=(ranks[:, None] < R) & (cols < M), other=0.0)
+    b = tl.load(
+        b_ptr + cols * RANK + ranks[:, None], mask=(ranks[:, None] < RANK) & (cols < d_out), other=0.0
+    )
     out += scale * tl.dot(xa.to(b.dtype), b, input_precision=PRECISION)
     if HAS_BIAS:
-        out += tl.load(bias_ptr + cols, mask=cols < M, other=0.0).to(tl.float32)
-    in_tile = (rows[:, None] < N) & (cols < M)
-    tl.store(out_ptr + rows[:, None] * M + cols, out.to(out_ptr.dtype.element_ty), mask=in_tile)
-    if pid_m == 0:
-        in_rank = (rows[:, None] < N) & (ranks < R)
-        tl.store(xa_ptr + rows[:, None] * R + ranks, xa.to(xa_ptr.dtype.element_ty), mask=in_rank)
+        out += tl.load(bias_ptr + cols, mask=cols < d_out, other=0.0).to(tl.float32)
+    in_tile = (rows[:, None] < N) & (cols < d_out)
+    tl.store(out_ptr + rows[:, None] * d_out + cols, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+    if pid_out == 0:
+        in_rank = (rows[:, None] < N) & (ranks < RANK)
+        tl.store(xa_ptr + rows[:, None] * RANK + ranks, xa.to(xa_ptr.dtype.element_ty), mask=in_rank)
 
 
-def _lora_launch(dtype: torch.dtype, R: int) -> dict:
-    """Tensor cores want large tiles and three stages of loads in flight; exact float32 has no tensor cores to feed.
+def _lora_launch(dtype: torch.dtype, rank: int) -> dict:
+    """Tensor cores want large tiles and three stages of loads in flight; exact float32 has none to feed.
     A large rank takes registers, so its tiles are shallower: no configuration spills on sm_80 or sm_90.
     """
-    half, small = dtype != torch.float32, R <= 16
-    tile = {"BLOCK_N": 128, "BLOCK_M": 128} if half else {"BLOCK_N": 64, "BLOCK_M": 64}
-    depth = (64 if half else 32) if small else (32 if half else 16)
-    stages = {"num_warps": 8, "num_stages": 3 if half else 2}
-    return {"R": R, "BLOCK_R": max(16, 1 << (R - 1).bit_length()), **tile, "BLOCK_K": depth, **stages}
+    half = dtype != torch.float32
+    tile, depth, stages = (128, 64, 3) if half else (64, 32, 2)
+    return {
+        "RANK": rank,
+        "BLOCK_RANK": max(16, 1 << (rank - 1).bit_length()),
+        "BLOCK_N": tile,
+        "BLOCK_OUT": tile,
+        "BLOCK_IN": depth if rank <= 16 else depth // 2,
+        "num_warps": 8,
+        "num_stages": stages,
+    }
 
 
 def _lora_triton(
-    x, weight, bias, lora_a, lora_b, scale: float
-) -> tuple[Float[Tensor, "N M"], Float[Tensor, "N R"]]:
-    (N, K), M, R = x.shape, len(weight), len(lora_a)
-    out, xa = x.new_empty(N, M), x.new_empty(N, R)
-    config = _lora_launch(x.dtype, R)
-    grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(M, config["BLOCK_M"]),)
+    x: Float[Tensor, "N d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, "d_out"] | None,
+    lora_a: Float[Tensor, "rank d_in"],
+    lora_b: Float[Tensor, "d_out rank"],
+    scale: float,
+) -> tuple[Float[Tensor, "N d_out"], Float[Tensor, "N rank"]]:
+    """The kernel's two results: the output, and x Aᵀ."""
+    (N, d_in), d_out, rank = x.shape, len(weight), len(lora_a)
+    out, xa = x.new_empty(N, d_out), x.new_empty(N, rank)
+    config = _lora_launch(x.dtype, rank)
+    grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(d_out, config["BLOCK_OUT"]),)
     exact = torch.get_float32_matmul_precision() == "highest"  # as torch's own matmul decides
     lora_linear_kernel[grid](
-        *(
-            x.contiguous(),
-            weight,
-            x if bias is None else bias,
-            lora_a.contiguous(),
-            lora_b.contiguous(),
-            out,
-            xa,
-        ),
-        *(N, M, K, *weight.stride(), scale),
+        x.contiguous(),
+        weight,
+        x if bias is None else bias,
+        lora_a.contiguous(),
+        lora_b.contiguous(),
+        out,
+        xa,
+        N,
+        d_in,
+        d_out,
+        *weight.stride(),
+        scale,
         HAS_BIAS=bias is not None,
         PRECISION="ieee" if exact else "tf32",
         **config,
@@ -690,48 +685,41 @@ def _lora_triton(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Saves x, in memory anyway, and x Aᵀ. Backward is plain matmuls: with g = dy B of rank R,
+    """Saves x, in memory anyway, and x Aᵀ. Backward is plain matmuls: with g = s dy B, of width rank,
 
-    dx = dy W + s g A,   dA = s gᵀ x,   dB = s dyᵀ (x Aᵀ); the second of each pair is too small for a fusion to pay.
+    dx = dy W + g A,   dA = gᵀ x,   dB = s dyᵀ (x Aᵀ): what has the rank in it is too small to fuse.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        if path_taken(x) == "triton" and len(a) <= MAX_RANK:
-            out, xa = _lora_triton(x, weight, bias, a, b, scale)
+        if path_taken(x) == "triton" and len(lora_a) <= MAX_RANK:
+            out, xa = _lora_triton(x, weight, bias, lora_a, lora_b, scale)
         else:
-            xa = x @ a.t()
-            out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-            out.addmm_(xa, b.t(), alpha=scale)
-        ctx.scale, ctx.dtypes = scale, (lora_a.dtype, lora_b.dtype)
-        ctx.save_for_backward(x, weight, a, b, xa)
+            xa = x @ lora_a.t()
+            out = linear(x, weight, bias).addmm_(xa, lora_b.t(), alpha=scale)
+        ctx.scale = scale
+        ctx.save_for_backward(x, weight, lora_a, lora_b, xa)
         return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, a, b, xa = ctx.saved_tensors
+    @_outside_autocast
+    def backward(ctx, dy: Float[Tensor, "N d_out"]):
+        x, weight, lora_a, lora_b, xa = ctx.saved_tensors
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
-        dx = da = db = None
-        g = (dy @ b).mul_(ctx.scale) if wants_x or wants_a else None
-        if wants_x:
-            dx = (dy @ weight).addmm_(g, a)
-        if wants_a:
-            da = (g.t() @ x).to(ctx.dtypes[0])
-        if wants_b:
-            db = (dy.t() @ xa).mul_(ctx.scale).to(ctx.dtypes[1])
+        g = ctx.scale * (dy @ lora_b)
+        dx = (dy @ weight).addmm_(g, lora_a) if wants_x else None
+        da = g.t() @ x if wants_a else None
+        db = ctx.scale * (dy.t() @ xa) if wants_b else None
         return dx, None, None, da, db, None
 
 
 def lora_linear(
-    x: Float[Tensor, "... K"],
-    weight: Float[Tensor, "M K"],
-    bias: Float[Tensor, "M"] | None,
-    lora_a: Float[Tensor, "R K"],
-    lora_b: Float[Tensor, "M R"],
+    x: Float[Tensor, "... d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, "d_out"] | None,
+    lora_a: Float[Tensor, "rank d_in"],
+    lora_b: Float[Tensor, "d_out rank"],
     scale: float,
-) -> Float[Tensor, "... M"]:
+) -> Float[Tensor, "... d_out"]:
     """`lora_linear_reference` with x read once; a rank above MAX_RANK takes the torch path.
 
     >>> one = torch.ones(1, 1)
@@ -739,113 +727,97 @@ def lora_linear(
     tensor([[4.]])
     """
     x, weight, bias = _autocast(x, weight, bias)
-    if x.dim() == 0 or weight.dim() != 2 or lora_a.dim() != 2:
-        shapes = [tuple(one.shape) for one in (x, weight, lora_a)]
-        raise ValueError(f"x, weight, lora_a: shapes {shapes}, expected [..., K], [M, K], [R, K]")
-    (M, K), R, device = weight.shape, len(lora_a), x.device
-    _check("x", x, (*x.shape[:-1], K), device, FLOATS)
-    _check("weight", weight, (M, K), device, (x.dtype,))
-    _check("bias", bias, (M,), device, (x.dtype,))
-    _check("lora_a", lora_a, (R, K), device, FLOATS)
-    _check("lora_b", lora_b, (M, R), device, FLOATS)
+    _check(
+        x=(x, "... d_in", FLOATS),
+        weight=(weight, "d_out d_in", (x.dtype,)),
+        bias=(bias, "d_out", (x.dtype,)),
+        lora_a=(lora_a, "rank d_in", FLOATS),
+        lora_b=(lora_b, "d_out rank", FLOATS),
+    )
     for name, one in (("weight", weight), ("bias", bias)):
         if one is not None and one.requires_grad:
             raise ValueError(f"{name}: requires a gradient, expected to be frozen")
-    return _LoraLinear.apply(x.reshape(-1, K), weight, bias, lora_a, lora_b, scale).view(*x.shape[:-1], M)
+    d_out, d_in = weight.shape
+    matrices = weight, bias, lora_a.to(x.dtype), lora_b.to(x.dtype)
+    return _LoraLinear.apply(x.reshape(-1, d_in), *matrices, scale).view(*x.shape[:-1], d_out)
 
 
 # python kernels.py: the report
 
 
-def _seconds(*functions) -> list[float]:
-    """Median of three laps of each; the functions alternate, so that a slow minute of the machine hits all."""
-    laps = []
-    for function in functions * 4:  # the first lap warms up
+def _timed(function, inputs: dict, trained: list[str]) -> tuple[list[Tensor], float]:
+    """Outputs or, where inputs are trained, the gradients of their sum; and the median seconds of three runs
+    after a first, which warms up."""
+    inputs = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in trained}}
+    seconds = []
+    for _ in range(4):
         start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        laps.append(time.perf_counter() - start)
-    return [statistics.median(laps[len(functions) + i :: len(functions)]) for i in range(len(functions))]
+        outputs = function(**inputs)
+        results = [one for one in (outputs if isinstance(outputs, tuple) else [outputs]) if one is not None]
+        if trained:
+            loss = sum(one.sum() for one in results)
+            results = list(torch.autograd.grad(loss, [inputs[name] for name in trained]))
+        results[0].flatten()[0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return results, statistics.median(seconds[1:])
 
 
-def _run(function, inputs: list[Tensor], backward: bool) -> list[Tensor]:
-    """The outputs; with `backward`, the gradients of their sum."""
-    if not backward:
-        with torch.no_grad():
-            return list(function(*inputs))
-    leaves = [one.detach().requires_grad_() for one in inputs]
-    return list(torch.autograd.grad(sum(one.float().sum() for one in function(*leaves)), leaves))
-
-
-def _error(results: list[Tensor], truth: list[Tensor]) -> str:
+def _error(results: list[Tensor], truth: list[Tensor]) -> float:
     """The largest error of all, each relative to the largest number of its tensor."""
-    return f"{max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truth, strict=True)):.0e}"
+    return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(results, truth, strict=True))
 
 
-def report_speed(console, device: str, dtype: torch.dtype) -> None:
-    """Each operation beside its reference, and as a share of what a large copy and a large matmul reach here."""
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    N, V, D, L, side = (8192, 50257, 1024, 4096, 8192) if device == "cuda" else (256, 50257, 768, 1024, 2048)
-    tokens, unembed, weight = torch.randint(V, (N,), device=device), draw(V, D) / D**0.5, draw(L, L) / L**0.5
-    square, source, target = draw(side, side), *torch.empty(2, 4 * side**2, device=device)
-    copy, matmul = _seconds(lambda: target.copy_(source), lambda: square @ square)
-    ceiling = {"GB/s": 2 * 4 * len(source) / 1e9 / copy, "TFLOP/s": 2 * side**3 / 1e12 / matmul}
-    numbers, head, layer = (
-        dtype.itemsize * N * V / 1e9,
-        2 * N * V * D / 1e12,
-        2 * L**3 / 1e12,
-    )  # GB, TFLOP, TFLOP
-    operations = [  # name, what to call, inputs, unit, work of the forward pass and of both
-        ("token_logprobs", lambda f, x: f(x, tokens), [draw(N, V)], "GB/s", (numbers, 3 * numbers)),
-        (
-            *("linear_token_logprobs", lambda f, h: f(h, unembed.to(h.dtype), tokens)[:2]),
-            *([draw(N, D)], "TFLOP/s", (head, 2 * head)),
-        ),
-        (
-            *("lora_linear", lambda f, x, a, b: [f(x, weight.to(x.dtype), None, a, b, 2.0)]),
-            *([draw(L, L), draw(16, L) / L**0.5, draw(L, 16)], "TFLOP/s", (layer, 2 * layer)),
-        ),
+def report_speed(device: str, dtype: torch.dtype) -> None:
+    """Prints error against float64, time and rate of each operation, each beside those of its reference."""
+    draw = functools.partial(torch.randn, device=device, dtype=dtype)
+    N, V, D, L = (8192, 50257, 1024, 4096) if device == "cuda" else (256, 50257, 768, 1024)
+    tokens, logits = torch.randint(V, (N,), device=device), draw(N, V)
+    head = {"hidden": draw(N, D), "unembed": draw(V, D) / D**0.5, "tokens": tokens}
+    layer = {"x": draw(L, L), "weight": draw(L, L) / L**0.5, "bias": None, "scale": 2.0}
+    adapter = {"lora_a": draw(16, L) / L**0.5, "lora_b": draw(L, 16)}
+    gigabytes, head_work, layer_work = logits.nbytes / 1e9, 2e-12 * N * V * D, 2e-12 * L**3
+    cases = [  # operation, its inputs, the trained ones, work and its unit
+        ("token_logprobs", {"logits": logits, "tokens": tokens}, [], gigabytes, "GB/s"),
+        ("token_logprobs", {"logits": logits, "tokens": tokens}, ["logits"], 3 * gigabytes, "GB/s"),
+        ("linear_token_logprobs", head, [], head_work, "TFLOP/s"),
+        ("linear_token_logprobs", head, ["hidden"], 2 * head_work, "TFLOP/s"),
+        ("lora_linear", {**layer, **adapter}, [], layer_work, "TFLOP/s"),
+        ("lora_linear", {**layer, **adapter}, ["x", *adapter], 2 * layer_work, "TFLOP/s"),
     ]
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"{name}, {str(dtype)[6:]}: copies {ceiling['GB/s']:.0f} GB/s, multiplies {ceiling['TFLOP/s']:.2f} TFLOP/s"
-    columns = "operation", "pass", "error", "torch's", "ms", "torch's", "rate", "torch's", "of ceiling"
-    table = rich.table.Table(*columns, title=title, padding=0)
-    for (operation, call, inputs, unit, works), backward in itertools.product(operations, (False, True)):
-        ours, plain = (
-            functools.partial(call, globals()[operation + suffix]) for suffix in ("", "_reference")
-        )
-        truth = _run(plain, [one.double() for one in inputs], backward)
-        errors = [_error(_run(f, inputs, backward), truth) for f in (ours, plain)]
-        del truth
-        times = _seconds(*(functools.partial(_run, f, inputs, backward) for f in (ours, plain)))
-        rates = [works[backward] / one for one in times]
-        speeds = f"{rates[0]:.3g} {unit}", f"{rates[1]:.3g}", f"{rates[0] / ceiling[unit]:.0%}"
-        milliseconds = (f"{1e3 * one:.1f}" for one in times)
-        table.add_row(operation, "and backward" if backward else "forward", *errors, *milliseconds, *speeds)
-    console.print(table)
+    print(f"\n{device}, {dtype}; in brackets plain torch")
+    for name, inputs, trained, work, unit in cases:
+        ours, plain = globals()[name], globals()[name + "_reference"]
+        exact = {
+            k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for k, x in inputs.items()
+        }
+        truth, _ = _timed(plain, exact, trained)
+        cells = []
+        for function in (ours, plain):
+            results, seconds = _timed(function, inputs, trained)
+            cells.append((_error(results, truth), 1e3 * seconds, work / seconds))
+        error, ms, rate = (f"{a:8.2g} ({b:.2g})" for a, b in zip(*cells, strict=True))
+        print(f"{name:22} {'and backward' if trained else 'forward':12} error {error} ms {ms} {unit} {rate}")
 
 
 def measure_memory(which: str) -> tuple[float, float]:
-    """MB above the inputs and seconds of forward and backward, 4,096 tokens x 768, V = 50,257; in its own process."""
+    """MB above the inputs and seconds, forward and backward, 4,096 x 768, V = 50,257; in its own process."""
+    import resource  # POSIX alone has it
+
     cuda = torch.cuda.is_available()
     with torch.device("cuda" if cuda else "cpu"):
         hidden, unembed, tokens = (
             torch.randn(4096, 768),
-            torch.randn(50257, 768).div_(28),
+            torch.randn(50257, 768),
             torch.randint(50257, (4096,)),
         )
-    ref_hidden = hidden + 0.1 if which == "kl" else None
-    function = linear_token_logprobs_reference if which == "plain" else linear_token_logprobs
+    unembed.div_(28)
+    ref_hidden = hidden + 0.1 if which == "with exact KL" else None
+    function = linear_token_logprobs_reference if which == "plain torch" else linear_token_logprobs
     (unembed[:64] @ unembed[:64].T).sum().item()  # the library's own buffers
 
     def peak() -> int:
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        unit = 1 if sys.platform == "darwin" else 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return torch.cuda.max_memory_allocated() if cuda else resident
 
     before, start = peak(), time.perf_counter()
@@ -855,39 +827,21 @@ def measure_memory(which: str) -> tuple[float, float]:
     return (peak() - before) / 1e6, time.perf_counter() - start
 
 
-def report_memory(console) -> None:
-    """Prints peak memory and time of plain torch and linear_token_logprobs, each measured in a process of its own."""
-    title = "4,096 x 768, V = 50,257, float32, forward and backward"
-    table = rich.table.Table("", "peak MB", "seconds", "memory", "time", title=title)
-    measured = {}
-    for which, name in {
-        "plain": "plain torch",
-        "own": "linear_token_logprobs",
-        "kl": "  with exact KL",
-    }.items():
-        run = subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True)
-        measured[which] = [float(number) for number in run.stdout.split()]
-        ratios = (
-            f"{one / plain:.2f}x" for one, plain in zip(measured[which], measured["plain"], strict=True)
-        )
-        table.add_row(name, *(f"{one:.1f}" for one in measured[which]), *ratios)
-    console.print(table)
-    console.print(
-        f"exact KL takes {measured['kl'][1] / measured['own'][1]:.2f} times as long as log p and H alone"
-    )
+def report_memory() -> None:
+    """Prints peak memory and time of plain torch and of ours, each measured in a process of its own."""
+    print("linear_token_logprobs, 4,096 x 768, V = 50,257, float32, forward and backward")
+    for which in ("plain torch", "linear_token_logprobs", "with exact KL"):
+        command = [sys.executable, __file__, which]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        megabytes, seconds = map(float, run.stdout.split())
+        print(f"{which:22} {megabytes:6.0f} MB {seconds:6.1f} s")
 
 
 if __name__ == "__main__":
-    import resource  # POSIX alone has it
-
-    import rich.console
-    import rich.table
-
     torch.manual_seed(0)
     if len(sys.argv) > 1:
         print(*measure_memory(sys.argv[1]))
     else:
-        console = rich.console.Console(width=100)
-        report_memory(console)  # first: a child process starts from its parent's peak
+        report_memory()  # first: a child process starts from its parent's peak
         on_gpu = torch.cuda.is_available()
-        report_speed(console, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)
+        report_speed("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)

@@ -78,7 +78,7 @@ from kernels import linear_token_logprobs, lora_linear
 # comment the flag's help. Bounds stand in the types, and `check_settings` in section 12 enforces them.
 
 Count = Annotated[int, "at least 1"]
-Amount = Annotated[float, "a finite number of at least 0"]
+Amount = Annotated[float, "a number of at least 0"]
 
 
 @dataclass(frozen=True)
@@ -1127,10 +1127,11 @@ def distinct_2(completions: list[list[int]]) -> float:
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
-# ==== The workshop: a first reader may stop here ======================================================================
+# ==== The workshop: a first reader may stop here ============================================================
 # Files, errors, terminal, pictures and commands: what it takes to make of the lesson a program that others
 # can use.
 
+import argparse
 import codecs
 import copy
 import dataclasses

@@ -6,6 +6,7 @@ No network and no GPU: the models are small random ones of real architectures, m
 import contextlib
 import dataclasses
 import doctest
+import functools
 import io
 import itertools
 import json
@@ -27,11 +28,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jaxtyping
 import numpy
+import psutil
 import pytest
 import safetensors.torch
 import tokenizers
 import torch
 import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,8 +49,8 @@ with jaxtyping.install_import_hook(["kernels", "rlhf"], "beartype.beartype"):
 
 from kernels import linear_token_logprobs, lora_linear, token_logprobs
 from rlhf import (
-    PolicyOutput,
     LoRALinear,
+    PolicyOutput,
     ReplayMemory,
     RLHFArgs,
     RLHFTrainer,
@@ -208,8 +212,13 @@ def test_weights_that_are_no_longer_finite_are_not_saved(gpt2, tmp_path, capsys)
 def test_a_run_directory_is_never_overwritten(gpt2, tmp_path, capsys):
     (tmp_path / "args.json").write_text("precious")
     assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path)]) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "holds a run already, go on with that by --resume" in capsys.readouterr().err
     assert (tmp_path / "args.json").read_text() == "precious"
+    (tmp_path / "killed" / "args.json.x.unfinished").mkdir(
+        parents=True
+    )  # what kill -9 leaves is in nobody's way
+    args = RLHFArgs(run_dir=tmp_path / "killed")
+    assert rlhf.choose_run_dir(args) == tmp_path / "killed"
 
 
 def test_malformed_prompts_name_their_line(tmp_path):
@@ -223,6 +232,76 @@ def test_malformed_prompts_name_their_line(tmp_path):
         path.write_text('{"prompt": "fine"}\n' + bad)
         with pytest.raises(SettingError, match=expected):
             rlhf.load_examples("", path)
+
+
+@pytest.mark.parametrize(
+    "name", ["total_phases", "top_k", "group_size", "save_every", "kl_coef", "clip_high", "gamma"]
+)
+def test_bounds_stand_beside_the_fields(name):
+    bound = {int: "at least 1", float: "a number of at least 0"}
+    kind = float if name in ("kl_coef", "clip_high", "gamma") else int
+    flag = name.replace("_", "-")
+    for value in (-1.0,) if kind is float else (0, -1):
+        with pytest.raises(SettingError, match=f"--{flag} {value}: must be {bound[kind]}"):
+            RLHFArgs(**{name: value})
+    if kind is float:
+        for value in (math.nan, math.inf):
+            with pytest.raises(SettingError, match=f"--{flag} {value}: must be"):
+                RLHFArgs(**{name: value})
+
+
+def test_json_lines(tmp_path):
+    path, rows = tmp_path / "new" / "rows.jsonl", [{"prompt": "ünï"}, {"prompt": "漢字"}, {"prompt": ""}]
+    rlhf.append_jsonl(path, *rows[:2])
+    rlhf.append_jsonl(path, rows[2])
+    assert path.read_text(encoding="utf-8").splitlines() == [
+        '{"prompt": "ünï"}',
+        '{"prompt": "漢字"}',
+        '{"prompt": ""}',
+    ]
+    assert rlhf.read_jsonl(path, "prompt") == [(f"{path}, line {i}", row) for i, row in enumerate(rows, 1)]
+    rlhf.write_jsonl(path, rows[1:])
+    assert [row for _, row in rlhf.read_jsonl(path)] == rows[1:]
+    path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a"}\r\n\r\n{"prompt": "b"}')  # as Windows leaves it
+    assert rlhf.read_jsonl(path, "prompt", torn_ok=True) == rlhf.read_jsonl(path, "prompt")
+    assert rlhf.read_jsonl(path) == [
+        (f"{path}, line 1", {"prompt": "a"}),
+        (f"{path}, line 3", {"prompt": "b"}),
+    ]
+    for missing in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(SettingError, match="no such file"):
+            rlhf.read_jsonl(missing)
+    assert rlhf.read_jsonl(tmp_path / "nowhere", torn_ok=True) == []
+
+
+def test_of_a_torn_file_the_whole_lines_count(tmp_path):
+    path, line = tmp_path / "rows.jsonl", '{"prompt": "漢字 🎉"}'.encode()
+    for length in range(len(line)):  # even within a character
+        path.write_bytes(line + b"\n" + line[:length])
+        assert [row["prompt"] for _, row in rlhf.read_jsonl(path, "prompt", torn_ok=True)] == ["漢字 🎉"]
+        if length:
+            with pytest.raises(SettingError, match="line 2: is not JSON"):
+                rlhf.read_jsonl(path, "prompt")
+    path.write_bytes(line[:5] + b"\n" + line)  # no crash leaves this
+    with pytest.raises(SettingError, match="line 1: is not JSON"):
+        rlhf.read_jsonl(path, torn_ok=True)
+
+
+def test_it_starts_without_what_windows_lacks(tmp_path):
+    """And in any directory, without a home, in any terminal."""
+    program = """
+import os, runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import rlhf  # and the libraries, which know how to do without these
+sys.modules |= dict.fromkeys(("resource", "termios", "tty", "select", "fcntl"))
+del os.sysconf
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    environment = os.environ | {"HOME": "/nowhere", "TERM": "dumb", "COLUMNS": "100"}
+    command = [sys.executable, "-c", program, rlhf.__file__]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0 and "--low-gpu-mem" in run.stdout, run.stderr
 
 
 # ---- Tokens, model, padding ------------------------------------------------------------------------------------------
@@ -874,7 +953,7 @@ def test_minibatch_means_are_weighted_by_tokens():
     assert metrics["clip_fraction"] == pytest.approx(((ratio > 1.2) | (ratio < 0.8)).float().mean().item())
 
 
-# ---- The embedded model ----------------------------------------------------------------------------------------------
+# ---- The embedded model ------------------------------------------------------------------------------------
 
 
 def test_english_prose_is_sentences_without_code():
@@ -899,8 +978,7 @@ def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
-    train_tiny = rlhf.train_tiny
-    monkeypatch.setattr(rlhf, "train_tiny", lambda path: train_tiny(path, steps=5))
+    monkeypatch.setattr(rlhf, "train_tiny", functools.partial(rlhf.train_tiny, steps=5))
     path = rlhf.tiny_model()
     monkeypatch.setattr(rlhf, "train_tiny", die)
     assert rlhf.tiny_model() == path  # found, not trained again
@@ -966,6 +1044,11 @@ def test_export_loads_in_transformers_and_as_peft(family, lora, tmp_path):
     with torch.no_grad():
         trained = trainer.policy.bridge.original_model(tokens).logits
     assert (trained - logits_of(base)).abs().max() > 0.1
+    assert "eager" not in (tmp_path / "run" / "model" / "config.json").read_text()
+    stored = safetensors.torch.load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert (
+        stored.keys() == safetensors.torch.load_file(Path(base, "model.safetensors")).keys()
+    )  # tied ones once
     torch.testing.assert_close(logits_of(tmp_path / "run" / "model"), trained, atol=1e-4, rtol=0)
     if lora:
         torch.testing.assert_close(logits_of(base, tmp_path / "run" / "adapter"), trained, atol=1e-4, rtol=0)
@@ -1112,10 +1195,56 @@ def test_resume_refuses_what_it_should(gpt2, tmp_path, capsys):
     resumed(expected="no checkpoint is whole")
     assert metrics_of(run) == whole
     shutil.rmtree(run / "checkpoint")
-    resumed("--total-phases", "3", expected="samples before", status=0)  # the same settings may be repeated
+    resumed("--total-phases", "3", expected="sample before", status=0)  # the same settings may be repeated
     save_model(tmp_path / "base", transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2))
-    resumed(expected="its base model was another")
+    resumed(expected="phase-00003.safetensors is of another base model or other settings")
     assert rlhf.main(["--resume", str(tmp_path)]) == 2
+
+
+def test_resume_with_several_rewards_and_their_weights(gpt2, tmp_path, capsys):
+    flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 2 --warmup-steps 1 --lora".split()
+    rewards = ["--reward", "char:e", "--reward", "char:s", "--reward-weights", "1", "0.5"]
+    run = str(tmp_path / "run")
+    assert rlhf.main([*flags, *rewards, "--base-model", gpt2, "--run-dir", run]) == 0
+    for repeated in ([], ["--batch-size", "4"], [*flags, *rewards], rewards[:4]):
+        assert rlhf.parse_settings([*repeated, f"--resume={run}"]) == rlhf.parse_settings(["--resume", run])
+    saved = rlhf.parse_settings(["--resume", run])
+    assert saved.reward == ("char:e", "char:s") and saved.reward_weights == (1.0, 0.5)
+    assert saved.resume == tmp_path / "run" and saved.run_dir is None
+    assert rlhf.main(["--resume", run]) == 0
+    for flag, contradicting in [
+        ("reward", rewards[:2]),
+        ("lora", ["--no-lora"]),
+        ("total-phases", ["--total-phases", "50"]),  # the default, but not what was given
+        ("run-dir", ["--run-dir", run]),
+    ]:
+        capsys.readouterr()
+        assert rlhf.main(["--resume", run, *contradicting]) == 2
+        complaint = capsys.readouterr().err
+        assert complaint.count("\n") == 1 and f"leave --{flag} out" in complaint
+    assert rlhf.main(["--resume"]) == 2 and rlhf.main(["--resume", "--lora"]) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"lora_rank": 2}, {"lora_targets": ["q"]}, {"base_model": "other"}],
+    ids=lambda x: next(iter(x)),
+)
+def test_a_checkpoint_of_other_settings_is_refused(gpt2, tmp_path, capsys, change):
+    flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 2 --warmup-steps 1 --lora".split()
+    assert rlhf.main([*flags, "--base-model", gpt2, "--run-dir", str(tmp_path)]) == 0
+    if "base_model" in change:  # of the same shape
+        shutil.copytree(gpt2, tmp_path / "other")
+        model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
+        model.transformer.h[0].mlp.c_fc.weight.data[0, 0] += 1
+        model.save_pretrained(tmp_path / "other")
+        change = {"base_model": str(tmp_path / "other")}
+    record = json.loads((tmp_path / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps(record | change))
+    capsys.readouterr()
+    assert rlhf.main(["--resume", str(tmp_path)]) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and "is of another base model or other settings" in complaint
 
 
 def test_what_replaces_a_file_is_on_the_disk_before(tmp_path, monkeypatch):
@@ -1125,11 +1254,9 @@ def test_what_replaces_a_file_is_on_the_disk_before(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os, "fsync", lambda number: synced.append((os.readlink(f"/proc/self/fd/{number}"), path.read_text()))
     )
-    rlhf.write_whole(path, lambda beside: beside.write_text("new"))
+    rlhf.write_whole(path, lambda new: new.write_text("new"))
     assert (
-        path.read_text() == "new"
-        and [old for _, old in synced] == ["old"]
-        and synced[0][0].endswith(".unfinished")
+        path.read_text() == "new" and [old for _, old in synced] == ["old"] and ".unfinished/" in synced[0][0]
     )
 
 
@@ -1256,7 +1383,7 @@ def test_a_whole_run_on_two_processes_and_one_that_dies(gpt2, tmp_path):
     run = launch(2, rlhf.__file__, *flags, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
     assert [line["phase"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
-    assert run.stdout.count("samples after training") == 1  # one process talks
+    assert run.stdout.count("sample after ") == 4  # one process talks
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     (tmp_path / "reward.py").write_text(
         "import os, signal\n\ndef f(prompts, completions, **columns):\n"
@@ -1357,17 +1484,19 @@ def test_kl_coefficient_follows_its_target():
     assert rlhf.adapt_kl_coef(0.3, 9.9, RLHFArgs()) == 0.3
 
 
-def test_low_gpu_mem_takes_the_smaller_model_and_half_the_batch(monkeypatch, capsys):
+def test_low_gpu_mem_takes_the_smaller_model_and_half_the_batch(capsys):
     medium = RLHFArgs(base_model="gpt2-medium", lora=True)
-    monkeypatch.setattr(rlhf, "machine_memory", lambda: 2 * 2**30)
-    small = rlhf.relieve_memory(medium, "cpu")
-    assert (small.base_model, small.batch_size) == ("gpt2", 32) and "saving memory" in capsys.readouterr().out
-    monkeypatch.setattr(rlhf, "machine_memory", lambda: 64 * 2**30)
-    assert rlhf.relieve_memory(medium, "cpu") == medium
-    asked = rlhf.relieve_memory(dataclasses.replace(medium, low_gpu_mem=True, num_minibatches=64), "cpu")
-    assert (asked.base_model, asked.batch_size) == ("gpt2", 64)  # 32 would not divide
+    assert rlhf.low_memory(medium) == medium and not capsys.readouterr().out  # nothing happens unasked
+    asked = dataclasses.replace(medium, low_gpu_mem=True)
+    small = rlhf.low_memory(asked)
+    assert (small.base_model, small.batch_size) == ("gpt2", 32)
+    assert capsys.readouterr().out == "--low-gpu-mem: gpt2, 32 completions a phase\n"
+    for parts, batch_size in [(dict(num_minibatches=64), 64), (dict(batch_size=48, group_size=16), 16)]:
+        assert (
+            rlhf.low_memory(dataclasses.replace(asked, **parts)).batch_size == batch_size
+        )  # still divisible
     resumed = dataclasses.replace(small, resume=Path("run"))
-    assert rlhf.relieve_memory(resumed, "cpu") == resumed  # and not halved again
+    assert rlhf.low_memory(resumed) == resumed  # and not halved again
 
 
 def test_prompts_of_any_length_and_alphabet(gpt2, tmp_path):
@@ -1391,6 +1520,42 @@ def test_model_directories_that_cannot_be_loaded(gpt2, tmp_path):
             path.write_bytes(path.read_bytes()[:2000]) if path.suffix == ".safetensors" else path.unlink()
         with pytest.raises(SettingError, match=match):
             TransformerWithValueHead(str(broken))
+
+
+HEADS = {
+    "gemma2": (
+        lambda: transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=30.0),
+        (1.0, 30.0),
+    ),
+    "cohere": (lambda: transformers.CohereConfig(**SHAPE, pad_token_id=0, logit_scale=0.125), (0.125, None)),
+    "granite": (lambda: transformers.GraniteConfig(**SHAPE, logits_scaling=4.0), (0.25, None)),
+}
+
+
+@pytest.mark.parametrize("family", [*HEADS, "gpt2", "neox", "llama", "qwen2"])
+def test_the_output_layer_is_read_from_the_config_and_held_to_the_models_own(family, tmp_path):
+    config, expected = HEADS.get(family) or (FAMILIES[family], (1.0, None))
+    for dtype in ("float32", "bfloat16"):
+        bridge, _ = rlhf.load_bridge(save_model(tmp_path / dtype, config()), "cpu", dtype)
+        assert bridge(torch.arange(8)[None]).abs().max() < 10  # where a cap of 30 hardly shows
+        assert rlhf.read_head(bridge) == expected
+        assert not bridge.ln_final.hook_out.fwd_hooks
+
+
+@pytest.mark.parametrize("cap, scale", [(30.0, 1.0), (200.0, 1.0), (None, 0.9)])
+def test_an_output_layer_that_the_config_hides_is_refused(gpt2, tmp_path, monkeypatch, capsys, cap, scale):
+    forward = transformers.GPT2LMHeadModel.forward
+
+    def doctored(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = scale * output.logits if cap is None else cap * (output.logits / cap).tanh()
+        return output
+
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", doctored)
+    with pytest.raises(SettingError, match="its logits are not .* with cap None and scale 1.0"):
+        rlhf.read_head(rlhf.load_bridge(gpt2, "cpu")[0])
+    assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, capsys):
@@ -1585,7 +1750,7 @@ def test_linear_token_logprobs_is_as_exact_as_plain_torch(path, case, trained, m
             pytest.skip("Triton's interpreter holds bfloat16 as integers")
         leading = tuple(min(size, 9) for size in leading)
     if path != "torch":
-        monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, 4 * V + 1))
+        monkeypatch.setattr(kernels, "CHUNK_NUMBERS", 4 * V + 1)
     inputs = linear_inputs(leading, D, V, dtype, *rest, device=device_of(path))
     wanted = (
         ["hidden"] if trained == "hidden" else ["hidden", "unembed"] + ["bias"] * (inputs["bias"] is not None)
@@ -1652,7 +1817,7 @@ def test_values_written_out_by_hand():
 
 @pytest.mark.parametrize("chunk", [1 << 20, 14])
 def test_gradients_against_finite_differences(chunk, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, chunk))
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", chunk)
     torch.manual_seed(0)
     tokens = torch.tensor([[0, 6, -100], [3, -100, 2]])
 
@@ -1681,7 +1846,7 @@ def test_gradients_against_finite_differences(chunk, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [1 << 20, 20])
 def test_each_output_has_its_own_gradient_and_unused_ones_cost_nothing(chunk, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, chunk))
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", chunk)
     inputs = linear_inputs((6,), 4, 9, torch.float64, 1.3, True, "shared", "plain")
     for trained, output in itertools.product((["hidden"], ["hidden", "unembed", "bias"]), range(3)):
         results = []
@@ -1728,16 +1893,15 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("reference", [None, "shared", "own"])
 def test_no_logits_of_all_tokens_exist_in_either_direction(wanted, reference, monkeypatch):
     N, D, V = 64, 6, 500
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, 4 * V))
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", 4 * V)
     inputs = linear_inputs((N,), D, V, torch.float32, 0.7, True, reference, "plain")
     with Recorder() as plain:
         values_and_gradients(kernels.linear_token_logprobs_reference, inputs, wanted)
     with Recorder() as ours:
         values_and_gradients(linear_token_logprobs, inputs, wanted)
     assert plain.largest >= 4 * N * V  # the recorder sees what it is there to see
-    assert ours.largest <= max(
-        3 * 4 * 4 * V, 8 * V * (D + 3)
-    )  # three chunks of 4 rows; one float64 copy of a weight
+    # a chunk of 4 rows, or one float64 copy of a weight
+    assert ours.largest <= max(4 * 4 * V, 8 * V * (D + 3))
 
 
 def test_what_asks_for_no_gradient_costs_none():
@@ -1783,7 +1947,7 @@ def test_chunk_boundaries_do_not_show(path, monkeypatch):
         for rows in (
             (100, 3, 9.9) if slow else (100, 1, 3, 5, 9.9)
         ):  # one chunk, one row, the last chunk shorter, all equal, one row left over
-            monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, int(rows * V)))
+            monkeypatch.setattr(kernels, "CHUNK_NUMBERS", int(rows * V))
             for wanted in (["hidden"], ["hidden", "unembed", "bias"]):
                 with on_path(path):
                     result = values_and_gradients(linear_token_logprobs, inputs, wanted)
@@ -1799,7 +1963,7 @@ def test_chunk_boundaries_do_not_show(path, monkeypatch):
 @pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("chunk", [1 << 20, 20])
 def test_masked_tokens_give_zero_and_no_gradient(path, chunk, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, chunk))
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", chunk)
     for tokens in (torch.tensor([1, -100, 8, -100]), torch.full((4,), -100)):
         inputs = linear_inputs((4,), 5, 9, torch.float32, 1.0, True, "shared", "plain", device_of(path))
         inputs["tokens"], masked = (
@@ -1951,7 +2115,8 @@ def error_cases():
 
 
 @pytest.mark.parametrize(("message", "kind", "function", "inputs", "change"), list(error_cases()))
-def test_errors_name_the_argument(message, kind, function, inputs, change):
+def test_errors_name_the_argument(message, kind, function, inputs, change, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user, who has no import hook
     function(**inputs)  # without the change it runs
     name = message.split(":")[0]
     if "shape" in message and name in (
@@ -1977,7 +2142,7 @@ def test_errors_name_the_argument(message, kind, function, inputs, change):
 
 @pytest.mark.parametrize("chunk", [1 << 20, 20])
 def test_under_autocast_matmuls_are_in_bfloat16_and_gradients_in_float32(chunk, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", dict.fromkeys(kernels.CHUNK_NUMBERS, chunk))
+    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", chunk)
     inputs = linear_inputs((6,), 8, 9, torch.float32, 1.0, True, "shared", "plain")
     with torch.autocast("cpu", torch.bfloat16):
         mixed = values_and_gradients(linear_token_logprobs, inputs, ["hidden", "unembed"])
@@ -2001,6 +2166,36 @@ def test_under_autocast_matmuls_are_in_bfloat16_and_gradients_in_float32(chunk, 
     torch.testing.assert_close(out.float(), true_lora_linear(**lora), rtol=0.05, atol=0.1)
 
 
+@pytest.mark.parametrize("forward_inside", [True, False])
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_backward_inside_of_autocast_gives_the_gradients_of_backward_outside(path, forward_inside):
+    if path == "triton" and not CUDA and forward_inside:
+        pytest.skip("Triton's interpreter holds bfloat16 as integers")
+    device = device_of(path)
+    linear = linear_inputs((6,), 8, 9, torch.float32, 0.9, True, "shared", "plain", device)
+    logits = {"logits": draw(6, 9, device=device), "tokens": linear["tokens"]}
+    lora = {"x": draw(6, 8, device=device), "weight": draw(9, 8, device=device), "bias": None, "scale": 0.5}
+    lora |= {"lora_a": draw(2, 8, device=device), "lora_b": draw(9, 2, device=device)}
+    for function, inputs, wanted in (
+        (linear_token_logprobs, linear, ["hidden", "unembed", "bias"]),
+        (token_logprobs, logits, ["logits"]),
+        (lora_linear, lora, ["x", "lora_a", "lora_b"]),
+    ):
+        leaves = [inputs[name].requires_grad_() for name in wanted]
+        with on_path(path):
+            with torch.autocast(device, torch.bfloat16, enabled=forward_inside):
+                outputs = function(**inputs)
+            loss = sum(
+                one.float().square().sum() for one in (outputs if isinstance(outputs, tuple) else [outputs])
+            )
+            outside = torch.autograd.grad(loss, leaves, retain_graph=True)
+            with torch.autocast(device, torch.bfloat16):
+                inside = torch.autograd.grad(loss, leaves)
+        for one, other in zip(outside, inside, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+            assert one.abs().max() > 0
+
+
 # -- ahead of time, for GPUs that are not here
 
 COMPILE = """
@@ -2013,7 +2208,7 @@ names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 row_kernels = [kernels.token_logprobs_forward_kernel, kernels.token_logprobs_backward_kernel]
 cases = [(kernel, dtype, {"HAS_REF": ref, **kernels._launch(50257)})
          for kernel, dtype, ref in itertools.product(row_kernels, names, (False, True))]
-for dtype, R, stride in itertools.product(names, (16, 32), ("stride_wk", "stride_wm")):  # 1: nn.Linear's, Conv1D's
+for dtype, R, stride in itertools.product(names, (16, 32), ("stride_w_in", "stride_w_out")):  # 1: nn.Linear's, Conv1D's
     config = {"HAS_BIAS": True, "PRECISION": "ieee", stride: 1, **kernels._lora_launch(dtype, R)}
     cases.append((kernels.lora_linear_kernel, dtype, config))
 special = {"rows_ptr": "*fp32", "coefficients_ptr": "*fp32", "tokens_ptr": "*i64"}
@@ -2070,7 +2265,7 @@ def test_kernels_compile_for_gpus_without_spills(capability, compilations):
     assert int(out) == 24
 
 
-# ---- Labelling -------------------------------------------------------------------------------------------------------
+# ---- Labelling ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -2086,28 +2281,33 @@ def type_keys(monkeypatch):
     return type_them
 
 
-def numbered_pair(number: int, answers: list[str]) -> tuple[str, str, str]:
+def numbered_pair(number: int, answers: list[dict]) -> tuple[str, str, str]:
     return "prompt", f"left {number}", f"right {number}"
+
+
+def answer(pair: int, chosen: str, rejected: str, prompt: str = "prompt") -> dict:
+    return {"pair": pair, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def chosen(file: Path) -> list[str]:
     return [json.loads(line)["chosen"] for line in file.read_text().splitlines()]
 
 
-def test_each_key_does_what_it_says(tmp_path, type_keys, capsys):
+def test_each_key_does_what_it_says(tmp_path, type_keys, monkeypatch, capsys):
+    monkeypatch.setattr(rlhf.console, "width", 80)
     file = tmp_path / "new" / "p.jsonl"
     type_keys(
         "l\n\nxr s u\nr l q l"
     )  # newlines, spaces and unknown keys are passed over; after q nothing is read
     rlhf.ask(file, 100, numbered_pair)
     # 0 left, 1 right, 2 skipped, 1 taken back, 1 right, 3 left
-    assert chosen(file) == ["left 0", "right 1", "left 3"]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert rows[0] == {"prompt": "prompt", "chosen": "left 0", "rejected": "right 0"}
-    assert rows[1] == {"prompt": "prompt", "chosen": "right 1", "rejected": "left 1"}
-    type_keys(
-        "ulr"
-    )  # a new session: the last answer can still be taken back, the skipped pair does not return
+    assert rows == [
+        answer(0, "left 0", "right 0"),
+        answer(1, "right 1", "left 1"),
+        answer(3, "left 3", "right 3"),
+    ]
+    type_keys("ulr")  # a new session: the last answer can still be taken back
     rlhf.ask(file, 4, numbered_pair)
     assert chosen(file) == ["left 0", "right 1", "left 3", "right 4"]
     type_keys("l")
@@ -2115,6 +2315,15 @@ def test_each_key_does_what_it_says(tmp_path, type_keys, capsys):
     assert len(chosen(file)) == 4
     output = capsys.readouterr().out
     assert rlhf.KEYS in output and max(map(len, output.replace(str(file), "").splitlines())) <= 80
+
+
+def test_a_skipped_pair_does_not_come_again(tmp_path, type_keys):
+    type_keys("lslsuulrs")  # 1 and 3 skipped at 4; 2 and 0 taken back; then 0, 2, and 4 skipped
+    rlhf.ask(tmp_path / "p.jsonl", 9, numbered_pair)
+    assert chosen(tmp_path / "p.jsonl") == ["left 0", "right 2"]
+    type_keys("l")  # in the next session only what was skipped behind the last answer
+    rlhf.ask(tmp_path / "p.jsonl", 9, numbered_pair)
+    assert chosen(tmp_path / "p.jsonl") == ["left 0", "right 2", "left 3"]
 
 
 def test_undo_of_nothing_is_harmless_and_of_the_only_answer_empties_the_file(tmp_path, type_keys):
@@ -2127,27 +2336,49 @@ def test_undo_of_nothing_is_harmless_and_of_the_only_answer_empties_the_file(tmp
 
 
 def test_no_pair_is_shown_twice_even_under_another_number(gpt2):  # noqa: F811
-    policy, rows = rlhf.TransformerWithValueHead(gpt2), [{"prompt": "This is"}]
-    prompt, left, right = rlhf.draw_pair(policy, rows, 0, [], seed=0, gen_len=1, temperature=0.5)
-    for answer in (rlhf.preference(prompt, left, right), rlhf.preference(prompt, right, left)):
-        _, *other = rlhf.draw_pair(policy, rows, 0, [answer], seed=0, gen_len=1, temperature=0.5)
+    policy, examples = rlhf.TransformerWithValueHead(gpt2), [{"prompt": "This is"}]
+    args = RLHFArgs(gen_len=1, temperature=0.5)
+    prompt, left, right = rlhf.draw_pair(policy, examples, args, 0, [])
+    for answered in (answer(7, left, right, prompt), answer(7, right, left, prompt)):
+        _, *other = rlhf.draw_pair(policy, examples, args, 0, [answered])
         assert set(other) != {left, right}
     with pytest.raises(SettingError, match="nothing new for 'This is'"):
-        rlhf.draw_pair(policy, rows, 0, [], seed=0, gen_len=1, temperature=1e-4)
+        rlhf.draw_pair(policy, examples, RLHFArgs(gen_len=1, temperature=1e-4), 0, [])
 
 
-def test_half_a_line_is_set_aside_and_a_whole_one_kept(tmp_path, type_keys, capsys):
-    file, line = tmp_path / "p.jsonl", rlhf.preference("prompt", "ünï", "x")
-    file.write_bytes((line + "\n").encode() + line.encode()[:24])  # ends within a character
+def test_half_a_line_is_left_out_and_a_whole_one_kept(tmp_path, type_keys, capsys):
+    file, line = tmp_path / "p.jsonl", json.dumps(answer(0, "ünï", "x"), ensure_ascii=False)
+    file.write_bytes((line + "\n").encode() + line.encode()[:34])  # ends within a character
     type_keys("l")
     rlhf.ask(file, 2, numbered_pair)
     assert chosen(file) == ["ünï", "left 1"]
-    assert (tmp_path / "p.jsonl.torn").read_bytes() == line.encode()[:24] + b"\n"
-    assert capsys.readouterr().out.count("was moved to") == 1
+    assert capsys.readouterr().out.count("ended within a line; 1 whole answers") == 1
     file.write_text(line)  # as other programs leave it: whole, without a line feed
     type_keys("l")
     rlhf.ask(file, 2, numbered_pair)
     assert chosen(file) == ["ünï", "left 1"]
+
+
+def test_older_files_go_on(tmp_path, type_keys):
+    """Their answers do not hold the numbers of their pairs."""
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "prompt", "chosen": "x", "rejected": "y"}\n' * 2)
+    type_keys("ll")
+    rlhf.ask(file, 4, numbered_pair)
+    assert chosen(file) == ["x", "x", "left 2", "left 3"]
+
+
+@pytest.mark.parametrize(
+    "end", ["a text of one's own", "\n[1]\n", '\n{"prompt": "p", "chosen": "c"}\n', "\n{\n"]
+)
+def test_a_file_that_holds_anything_else_is_refused_untouched(tmp_path, type_keys, end):
+    file = tmp_path / "p.jsonl"
+    for text in (json.dumps(answer(0, "x", "y")) + "\n" + end, json.dumps(answer("seven", "x", "y")) + "\n"):
+        file.write_text(text)
+        type_keys("l")
+        with pytest.raises(SettingError, match="p.jsonl"):
+            rlhf.ask(file, 9, numbered_pair)
+        assert file.read_text() == text
 
 
 def label_in_a_child(file: Path, keys: str) -> tuple[int, int]:
@@ -2168,8 +2399,7 @@ def label_in_a_child(file: Path, keys: str) -> tuple[int, int]:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_answers_survive_kill_9_none_lost_none_twice(tmp_path):
-    file, rng, killed = tmp_path / "p.jsonl", random.Random(0), 0
-    answered_before = 0
+    file, rng, killed, before = tmp_path / "p.jsonl", random.Random(0), 0, []
     for _ in range(40):
         keys = "".join(rng.choices("lrsu", weights=(5, 5, 2, 2), k=60))
         child, said = label_in_a_child(file, keys)
@@ -2179,45 +2409,37 @@ def test_answers_survive_kill_9_none_lost_none_twice(tmp_path):
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         with os.fdopen(said, "rb") as rest:
             said_lines = (first + rest.read()).decode(errors="replace").splitlines()
-        acknowledged = sum((line in ("left", "right")) - (line == "undone") for line in said_lines)
-        whole = [line for line in file.read_text().split("\n")[:-1]] if file.exists() else []
-        # One key can be on the disk and not yet acknowledged. Undone with nothing left to undo cannot occur so late.
-        assert abs(len(whole) - answered_before - acknowledged) <= 1 or answered_before < 40
-        numbers = [int(json.loads(line)["chosen"].split()[1]) for line in whole]
-        skips = tmp_path / "p.jsonl.skipped"
-        lines = skips.read_text().split("\n")[:-1] if skips.exists() else []
-        skipped = {json.loads(line)["pair"] for line in lines}
-        assert len(lines) == len(skipped)
-        expected = [n for n in range(max(numbers, default=-1) + 1) if n not in skipped]
-        assert numbers == expected  # no hole, no repetition, in order
-        answered_before = len(whole)
-    assert killed >= 20 and answered_before > 40
+        undone = said_lines.count("undone")
+        answered = said_lines.count("left") + said_lines.count("right")
+        after = file.read_text().split("\n")[:-1] if file.exists() else []
+        if len(before) > undone:  # so that there always was one to take back
+            # One key can be on the disk and not yet acknowledged.
+            assert abs(len(after) - len(before) - answered + undone) <= 1
+            kept = len(before) - undone - 1
+            assert after[:kept] == before[:kept]
+        rows = [json.loads(line) for line in after]
+        numbers = [row["pair"] for row in rows]
+        assert numbers == sorted(set(numbers))  # no repetition, in order
+        for row in rows:
+            assert {row["chosen"], row["rejected"]} == {f"left {row['pair']}", f"right {row['pair']}"}
+        before = after
+    assert killed >= 20 and len(before) > 40
 
 
 def test_the_command_goes_on_where_it_ended(gpt2, tmp_path, type_keys, capsys):  # noqa: F811
     def session(file: str, keys: str, *flags: str) -> list[str]:
         type_keys(keys)
-        argv = [
-            "label",
-            str(tmp_path / file),
-            "--base-model",
-            gpt2,
-            "--gen-len",
-            "6",
-            "--device",
-            "cpu",
-            *flags,
-        ]
-        assert rlhf.main(argv) == 0
+        settings = ["--base-model", gpt2, "--gen-len", "6", "--device", "cpu", *flags]
+        assert rlhf.main(["label", str(tmp_path / file), *settings]) == 0
         return (tmp_path / file).read_text().splitlines()
 
     at_once = session("once", "lrslrr")
-    session("parts", "lrs")
-    in_parts = session("parts", "lrr")
+    session("parts", "lr")
+    in_parts = session("parts", "slrr")
     assert at_once == in_parts and len(set(at_once)) == 5
     for row in map(json.loads, at_once):
-        assert row.keys() == {"prompt", "chosen", "rejected"} and row["chosen"] != row["rejected"]
-        assert row["prompt"] == "This is"
+        assert row == answer(row["pair"], row["chosen"], row["rejected"], "This is")
+        assert row["chosen"] != row["rejected"]
     assert len(session("limited", "l" * 9, "--pairs", "3")) == 3
     assert session("seeded", "lrslrr", "--seed", "1") != at_once
     assert "3 answers in" in capsys.readouterr().out
@@ -2225,11 +2447,8 @@ def test_the_command_goes_on_where_it_ended(gpt2, tmp_path, type_keys, capsys): 
 
 def test_left_and_right_are_a_fair_coin(gpt2):  # noqa: F811
     """Of two one-token completions, each order comes as often."""
-    policy = rlhf.TransformerWithValueHead(gpt2)
-    pairs = [
-        rlhf.draw_pair(policy, [{"prompt": "This is"}], n, [], seed=0, gen_len=1, temperature=0.3)[1:]
-        for n in range(300)
-    ]
+    policy, args = rlhf.TransformerWithValueHead(gpt2), RLHFArgs(gen_len=1, temperature=0.3)
+    pairs = [rlhf.draw_pair(policy, [{"prompt": "This is"}], args, n, [])[1:] for n in range(300)]
     likeliest = max({left for left, _ in pairs}, key=[text for pair in pairs for text in pair].count)
     sides = [left == likeliest for left, right in pairs if likeliest in (left, right)]
     assert abs(sum(sides) - len(sides) / 2) < 2 * math.sqrt(len(sides)) and len(sides) > 50
@@ -2241,14 +2460,18 @@ def test_a_terminal_needs_no_enter_and_is_left_as_it_was(monkeypatch):
     monkeypatch.setattr(sys, "stdin", os.fdopen(slave))
     before = termios.tcgetattr(slave)
     keys = rlhf.keypresses()
-    os.write(master, b"L")
+    os.write(master, b"L")  # typed early
     assert next(keys) == "l"
     assert not termios.tcgetattr(slave)[3] & termios.ICANON
+    os.write(master, b"\x1b[A\x1bOR\x1b[15;2~\x1b[1;5Ss")  # arrows and function keys, then a key
+    assert next(keys) == "s"
+    os.write(master, b"\x04")
+    assert next(keys) == "q"
     keys.close()
     assert termios.tcgetattr(slave) == before
 
 
-# ---- Learned rewards -------------------------------------------------------------------------------------------------
+# ---- Learned rewards ---------------------------------------------------------------------------------------
 
 
 def write_preferences(path: Path, rows: list) -> Path:
@@ -2273,13 +2496,13 @@ def test_preferences_with_and_without_the_prompt_in_them(tmp_path):
 @pytest.mark.parametrize(
     "rows, expected",
     [
-        ([], "is empty"),
-        ([FINE], "holds one preference"),
+        ([], "is empty|found 0"),
+        ([FINE], "found 1"),
         ([FINE, FINE | {"rejected": " is"}], "line 2: .* are the same text"),
         ([FINE, {"prompt": "a", "chosen": "b"}], 'line 2: expected a text under "rejected", found none'),
         ([{"chosen": "a", "rejected": "b"}], 'line 1: expected a text under "prompt", found none'),
         ([FINE, "", "{"], "line 3: is not JSON"),
-        ([FINE, "[1]"], 'line 2: expected a text under "prompt"'),
+        ([FINE, "[1]"], "line 2: is no JSON object"),
         ([FINE | {"chosen": [{"role": "user", "content": "hi"}]}], 'text under "chosen", found a list'),
     ],
 )
@@ -2299,23 +2522,9 @@ def test_bradley_terry_by_hand_and_its_gradient():
     torch.testing.assert_close(gradient, -(1 - margins.detach().sigmoid()) / 2)
 
 
-def test_calibration_error_by_brute_force():
-    torch.manual_seed(0)
-    margins, total = torch.randn(500) * 2, 0.0
-    for low in range(10):
-        inside = [m for m in margins.tolist() if low <= 10 / (1 + math.exp(-abs(m))) < low + 1]
-        if inside:
-            accuracy = sum(m > 0 for m in inside) / len(inside)
-            confidence = sum(1 / (1 + math.exp(-abs(m))) for m in inside) / len(inside)
-            total += len(inside) / 500 * abs(accuracy - confidence)
-    assert rlhf.calibration_error(margins) == pytest.approx(total, abs=1e-5)
-    honest = torch.where(torch.rand(20_000) < torch.tensor(1.0).sigmoid(), 1.0, -1.0)
-    assert rlhf.calibration_error(honest) < 0.02 < rlhf.calibration_error(5 * honest)
-
-
 @pytest.fixture(scope="module")
 def learned(gpt2, tmp_path_factory) -> tuple[Path, Path]:  # noqa: F811
-    """A preferences file in which a final stop is better than a final comma, and the reward model learned from it."""
+    """Preferences for a final stop over a final comma, and the reward model learned from them."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("learned")
     texts = [
         " ".join(rng.choices("it has words and a longer test".split(), k=rng.randint(1, 6)))
@@ -2325,7 +2534,8 @@ def learned(gpt2, tmp_path_factory) -> tuple[Path, Path]:  # noqa: F811
         {"prompt": "This is ", "chosen": a + ".", "rejected": b + ","} for a, b in itertools.pairwise(texts)
     ]
     file = write_preferences(path / "p.jsonl", rows)
-    return file, rlhf.train_reward_model(file, gpt2, path / "run" / "reward_model", "cpu", seed=0)
+    rlhf.train_reward_model(file, gpt2, path / "run" / "reward_model", "cpu", seed=0)
+    return file, path / "run" / "reward_model"
 
 
 def test_a_reward_is_learned_and_reloads_as_an_ordinary_classifier(learned):
@@ -2337,9 +2547,6 @@ def test_a_reward_is_learned_and_reloads_as_an_ordinary_classifier(learned):
     with torch.no_grad():  # one by one, without any padding
         rewards = [[model(**tokenizer(t, return_tensors="pt")).logits.item() for t in pair] for pair in pairs]
     assert sum(a > b for a, b in rewards) / len(rewards) > 0.95
-    assert abs(sum(map(sum, rewards)) / len(rewards) / 2) < 0.1 * numpy.std(
-        rewards
-    )  # training texts alone: exactly 0
     reward_fn = rlhf.classifier_reward(str(directory), None, "cpu")
     prompts, completions = ["This is "] * len(pairs), [pair[0].removeprefix("This is ") for pair in pairs]
     assert reward_fn(prompts=prompts, completions=completions) == pytest.approx(
@@ -2361,29 +2568,25 @@ def score(model, tokenizer, texts):
         return rlhf.classify(model, tokenizer, texts)[:, 0]
 
 
-def test_the_reward_has_mean_zero_and_merging_changes_nothing(gpt2):  # noqa: F811
+def test_merging_changes_nothing(gpt2):  # noqa: F811
     model, tokenizer = rlhf.load_classifier(gpt2, "", "cpu", num_labels=1)
-    torch.nn.init.zeros_(model.score.weight)
-    model.eval()
     torch.manual_seed(0)
-    texts = ["This is", "No.", "It has words and stops"]
-    assert score(model, tokenizer, texts).tolist() == [0.0, 0.0, 0.0]
     torch.nn.init.normal_(model.score.weight)
-    base = score(model, tokenizer, texts)
-    rlhf.add_dropout_and_lora(model, rank=3, dropout=0.5)
-    model.eval()
-    layers = [layer for layer in model.modules() if isinstance(layer, rlhf.LoRALinear)]
-    assert len(layers) == 4  # c_attn and c_proj of two blocks
-    torch.testing.assert_close(score(model, tokenizer, texts), base)
-    for layer in layers:
-        torch.nn.init.normal_(layer.lora_b, std=0.2)
-    adapted = score(model, tokenizer, texts)
-    assert not torch.allclose(adapted, base, atol=0.1)
-    rlhf.merge_dropout_and_lora(model)
-    assert not any(isinstance(layer, rlhf.LoRALinear) for layer in model.modules())
+    texts = ["This is", "No.", "It has words and stops"]
+    base, names = score(model, tokenizer, texts), model.state_dict().keys()
+    with rlhf.dropout_and_lora(model, dropout=0.5, rank=3):
+        model.eval()
+        layers = [layer for layer in model.modules() if isinstance(layer, rlhf.LoRALinear)]
+        assert len(layers) == 4  # c_attn and c_proj of two blocks
+        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert len(trained) == 2 * 4 + 1 and "score.weight" in trained
+        torch.testing.assert_close(score(model, tokenizer, texts), base)
+        for layer in layers:
+            torch.nn.init.normal_(layer.lora_b, std=0.2)
+        adapted = score(model, tokenizer, texts)
+        assert not torch.allclose(adapted, base, atol=0.1)
+    assert model.state_dict().keys() == names
     torch.testing.assert_close(score(model, tokenizer, texts), adapted, atol=1e-4, rtol=1e-4)
-    rlhf.subtract_mean(model, tokenizer, texts)
-    torch.testing.assert_close(score(model, tokenizer, texts), adapted - adapted.mean(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_run_learns_its_reward_and_remembers_it(learned, gpt2, tmp_path, capsys):  # noqa: F811
@@ -2440,8 +2643,12 @@ ARCHITECTURES = {
         max_position_embeddings=64, initializer_range=0.2, attention_bias=True,
     ),
     "neox": transformers.GPTNeoXConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
-        initializer_range=0.2,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.2,
+    ),
+    "qwen": transformers.Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False,
     ),
 }  # fmt: skip
 
@@ -2455,19 +2662,19 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
         if "bias" in name or "norm" in name or "ln_" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
     model.save_pretrained(path)
-    bridge, id = rlhf.load_bridge(path, "cpu")[0], 17
+    bridge, token_id = rlhf.load_bridge(path, "cpu")[0], 17
     tokens = torch.randint(1, 250, (3, 9))
     where = torch.rand(3, 9) < 0.5
-    texts = rlhf.Texts(tokens, where, where)
-    _, cache = rlhf.read(bridge, texts)
-    share = rlhf.attribute(bridge, cache, id, where)
+    texts = rlhf.Texts(tokens, where, where, "?", token_id)
+    reading = rlhf.read("base", bridge, texts)
+    shares = rlhf.attribute(reading, texts)
     with torch.no_grad():
-        truth = model(tokens).logits[where][:, id].mean().item()
-    assert share.total == pytest.approx(truth, abs=1e-3)
-    assert sum(abs(x) for x in (share.embedding, share.biases)) > 0.01
+        truth = model(tokens).logits[where][:, token_id].mean().item()
+    assert sum(shares.values()) == pytest.approx(truth, abs=1e-3)
+    assert abs(shares["embed"]) + abs(shares["bias"]) > 0.01
     # A head's own: what is missing from the residual stream without it, through the norm as it was.
     heads, norm = bridge.cfg.n_heads, bridge.ln_final.original_component
-    direction = bridge.unembed.original_component.weight[id]
+    direction = bridge.unembed.original_component.weight[token_id]
     for head in range(heads):
         written = []
 
@@ -2481,79 +2688,85 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
         hooks = [("blocks.1.attn.o.hook_in", without), ("blocks.1.attn.hook_out", keep)]
         bridge.run_with_hooks(tokens, fwd_hooks=hooks)
         x = (written[0] - written[1])[where]
-        x = x if architecture == "llama" else x - x.mean(-1, keepdim=True)
-        expected = (x / cache["ln_final.hook_scale"][where] * norm.weight) @ direction
-        assert share.components[1, head].item() == pytest.approx(expected.mean().item(), abs=1e-4)
+        x = x - x.mean(-1, keepdim=True) if architecture in ("gpt2", "neox") else x
+        expected = (x / reading.cache["ln_final.hook_scale"][where] * norm.weight) @ direction
+        assert shares[f"L1H{head}"] == pytest.approx(expected.mean().item(), abs=1e-4)
 
 
 def test_named_components_do_lower_the_logit(collapsed, gpt2, capsys):  # noqa: F811
     """Ablated in Hugging Face's model, by zeroing weights, without any hook."""
     assert rlhf.main(["inspect", str(collapsed), "--samples", "8", "--gen-len", "10"]) == 0
     output = capsys.readouterr().out
-    assert max(map(len, output.splitlines()[3:-1])) <= 80
     assert (collapsed / "inspect.png").read_bytes().startswith(b"\x89PNG")
-    names = " ".join(output.split("ablated, these lower the logit of '.': ")[1].split("\n\n")[0].split())
-    assert names.startswith("layer ")
+    names = output.split("ablated, these lower the logit: ")[1].splitlines()[0].split(", ")
+    shown = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line}
+    assert set(names) <= shown.keys()
     trained = rlhf.TransformerWithValueHead(str(collapsed / "model"))
-    id = rlhf.single_token(trained.bridge.tokenizer, ".")
-    texts = rlhf.draw_texts(trained, "This is", id, 8, 10, 0)
-    assert (texts.tokens[:, 1:][texts.where[:, :-1]] == id).all()  # the column before each stop
+    texts = rlhf.draw_texts(trained, "This is", ".", 8, 10, 0)
+    assert (texts.tokens[:, 1:][texts.where[:, :-1]] == texts.token_id).all()  # the column before each stop
     truth = transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model")
-    with torch.no_grad():
-        intact = truth(texts.tokens).logits[texts.where][:, id].mean()
-        for name in names.split(", "):
-            _, layer, kind, *head = name.split()
-            model = transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model")
-            block = model.transformer.h[int(layer)]
-            if kind == "MLP":
+
+    def logit(model) -> float:
+        with torch.no_grad():
+            return model(texts.tokens).logits[texts.where][:, texts.token_id].mean().item()
+
+    for name in names:
+        layer, *head = map(int, re.findall(r"\d+", name))
+        model = transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model")
+        block = model.transformer.h[layer]
+        with torch.no_grad():
+            if head:
+                block.attn.c_proj.weight[16 * head[0] : 16 * head[0] + 16] = 0
+            else:
                 block.mlp.c_proj.weight.zero_()
                 block.mlp.c_proj.bias.zero_()
-            else:
-                block.attn.c_proj.weight[16 * int(head[0]) : 16 * int(head[0]) + 16] = 0
-            drop = (intact - model(texts.tokens).logits[texts.where][:, id].mean()).item()
-            part = 2 if kind == "MLP" else int(head[0])
-            assert drop > 0
-            assert rlhf.ablation_drop(trained.bridge, texts, id, int(layer), part) == pytest.approx(
-                drop, abs=1e-3
-            )
+        assert rlhf.logit_without(name, trained.bridge, texts) == pytest.approx(logit(model), abs=1e-3)
+        drop = logit(truth) - logit(model)
+        assert drop > 0 and float(shown[name][-1]) == pytest.approx(drop, rel=0.01, abs=2e-3)
 
 
-def test_what_does_not_lower_the_logit_is_not_named(capsys):
-    share = rlhf.Attribution(torch.arange(6.0).view(2, 3), embedding=1.0, biases=2.0)
-    drops = {(1, 2): 0.5, (1, 1): -0.1, (0, 2): 0.0, (1, 0): 1.5}
-    rlhf.print_inspection(
-        rlhf.Inspection(".", None, torch.ones(3), [torch.zeros(3)] * 2, [share] * 2, drops, {}, [])
-    )
-    output = capsys.readouterr().out
-    assert "lower the logit of '.': layer 1 MLP, layer 1 head 0\n" in output
-    rest = next(line.split() for line in output.splitlines() if line.startswith("all other"))
-    assert rest[-3:] == ["1", "1", "0"]  # 0 + 1 + 2 + 3 + 4 + 5, less the four in the table
+def test_what_does_not_lower_the_logit_is_not_named(collapsed, gpt2, monkeypatch, capsys):  # noqa: F811
+    texts, readings = read_both(gpt2, collapsed)
+    intact = rlhf.token_logit(readings[1].logits, texts)
+    drops = {"L0H0": 0.5, "L0H1": -0.1, "0_mlp_out": 0.0, "L1H0": 1.5, "L1H1": -1.0, "1_mlp_out": 0.25}
+    monkeypatch.setattr(rlhf, "logit_without", lambda part, bridge, texts: intact - drops[part])
+    named = rlhf.who_writes_it(Figure().subplots(1, 2), readings, texts)
+    assert set(named) == {"L0H0", "L1H0", "1_mlp_out"}
+    assert f"these lower the logit: {', '.join(named)}\n" in capsys.readouterr().out
 
 
-def test_lens_and_kl_by_brute_force(collapsed, gpt2):  # noqa: F811
-    base, trained = (rlhf.TransformerWithValueHead(str(path)) for path in (gpt2, collapsed / "model"))
-    texts = rlhf.draw_texts(trained, "This is", 5, 4, 6, 0)
-    (q, _), (p, cache) = (rlhf.read(model.bridge, texts) for model in (base, trained))
-    divergence = rlhf.kl_by_position(q, p, texts.is_completion)
-    P = texts.tokens.shape[1] - len(divergence)
-    for position in range(len(divergence)):
+def read_both(base: str, run: Path, token: str = ".") -> tuple:
+    models = [rlhf.TransformerWithValueHead(str(path)) for path in (base, run / "model")]
+    texts = rlhf.draw_texts(models[1], "This is", token, 4, 6, 0)
+    return texts, tuple(rlhf.read("model", model.bridge, texts) for model in models)
+
+
+@pytest.mark.parametrize("token", [".", "$"])  # the second never comes: all places count
+def test_lens_and_kl_by_brute_force(collapsed, gpt2, token):  # noqa: F811
+    texts, (base, trained) = read_both(gpt2, collapsed, token)
+    axis, p, token_id = Figure().subplots(), trained.logits, texts.token_id
+    kl = rlhf.where_they_differ(axis, (base, trained), texts)
+    assert axis.lines[0].get_ydata().tolist() == kl.tolist()
+    P = texts.tokens.shape[1] - len(kl)
+    for position in range(len(kl)):
         values = []
         for row in range(4):
             if texts.is_completion[row, P - 1 + position]:
-                a, b = (x[row, P - 1 + position].double().softmax(-1) for x in (p, q))
+                a, b = (x[row, P - 1 + position].double().softmax(-1) for x in (p, base.logits))
                 values.append(float((a * (a / b).log()).sum()))
-        assert divergence[position].item() == pytest.approx(sum(values) / len(values), rel=1e-3)
-    lens = rlhf.logit_lens(cache, 5, texts.where)
+        assert kl[position].item() == pytest.approx(sum(values) / len(values), rel=1e-3)
+    _, lens = rlhf.when_it_is_decided(axis, (base, trained), texts)
     assert len(lens) == 3
-    assert lens[-1].item() == pytest.approx(p.log_softmax(-1)[texts.where][:, 5].mean().item(), abs=1e-4)
+    last = p.log_softmax(-1)[texts.where][:, token_id].mean().item()
+    assert lens[-1].item() == pytest.approx(last, abs=1e-4)
     model = transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model")
     with torch.no_grad():
         states = model(texts.tokens, output_hidden_states=True).hidden_states
         early = model.lm_head(model.transformer.ln_f(states[1])).log_softmax(-1)
-    assert lens[1].item() == pytest.approx(early[texts.where][:, 5].mean().item(), abs=1e-4)
+    assert lens[1].item() == pytest.approx(early[texts.where][:, token_id].mean().item(), abs=1e-4)
 
 
-def test_weight_updates_know_size_and_rank(gpt2, tmp_path):  # noqa: F811
+def test_weight_updates_know_size_and_rank(gpt2, tmp_path, capsys):  # noqa: F811
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
     base, numbers = transformers.AutoModelForCausalLM.from_pretrained(gpt2), numpy.random.default_rng(0)
     weight = model.transformer.h[1].mlp.c_fc.weight
@@ -2561,20 +2774,23 @@ def test_weight_updates_know_size_and_rank(gpt2, tmp_path):  # noqa: F811
         numbers.normal(size=(32, 3)) @ numbers.normal(size=(3, 128)), dtype=torch.float32
     )
     run = make_run(tmp_path, gpt2, model)
-    updates = rlhf.weight_updates(*(rlhf.load_bridge(path, "cpu")[0] for path in (gpt2, str(run / "model"))))
-    assert len(updates) == 1 + 2 * 6
     assert (
         rlhf.main(["inspect", str(run), "--token", "$", "--samples", "2", "--gen-len", "4"]) == 0
     )  # no mathematics
-    moved = {key: update for key, update in updates.items() if update.size}
+    assert "moved most: in of layer 1 by " in capsys.readouterr().out
+    _, readings = read_both(gpt2, run)
+    updates = rlhf.what_moved(Figure().subplots(1, 2), readings)
+    assert len(updates) == 1 + 2 * 6
+    moved = {key: update for key, update in updates.items() if update[0]}
     assert moved.keys() == {("in", 1)}
     before = base.transformer.h[1].mlp.c_fc.weight.detach().double().numpy()
     difference = weight.detach().double().numpy() - before
     s = numpy.linalg.svd(difference, compute_uv=False)[:3]
     s = s / s.sum()
-    assert moved["in", 1].rank == pytest.approx(math.exp(-(s * numpy.log(s)).sum()), rel=1e-3)
+    size, rank = moved["in", 1]
+    assert rank == pytest.approx(math.exp(-(s * numpy.log(s)).sum()), rel=1e-3)
     expected = math.sqrt((difference**2).sum() / (before**2).sum())
-    assert moved["in", 1].size == pytest.approx(expected, rel=1e-4)
+    assert size == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsys):
@@ -2614,9 +2830,20 @@ def save_run(path: Path, metrics: list[dict], **settings) -> str:
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
+    """The figures that were drawn; their lines and texts stay readable."""
     kept = []
-    monkeypatch.setattr(rlhf, "save_picture", lambda figure, path: kept.append(figure))
+
+    class Kept(Figure):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            kept.append(self)
+
+    monkeypatch.setattr(rlhf, "Figure", Kept)
     return kept
+
+
+def panels(figure) -> dict:
+    return {axis.get_title().split(",")[0].split(":")[0]: axis for axis in figure.axes}
 
 
 def test_compare_makes_one_line_of_seeds_and_names_what_differs(tmp_path, figures):
@@ -2626,32 +2853,105 @@ def test_compare_makes_one_line_of_seeds_and_names_what_differs(tmp_path, figure
         save_run(tmp_path / "c", history(5), seed=0, kl_coef=0.2, run_dir=tmp_path / "c"),
     ]
     assert rlhf.main(["compare", *runs, "--output", str(tmp_path / "c.png")]) == 0
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     (figure,) = figures
-    mean, other = figure.axes[0].lines
+    reward = panels(figure)["mean reward"]
+    mean, other = reward.lines
     assert mean.get_ydata().tolist() == [2, 4, 6] and other.get_ydata().tolist() == [5, 10, 15, 20]
-    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    band = reward.collections[0].get_paths()[0].vertices
     assert {(1.0, 1.0), (1.0, 3.0), (3.0, 3.0), (3.0, 9.0)} <= {tuple(v) for v in band.tolist()}
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["kl_coef 0.1 (mean of 2, band from lowest to highest)", "kl_coef 0.2"]
-    path = next(axis for axis in figure.axes if axis.get_title().startswith("frontier")).lines[0]
+    assert labels == ["kl_coef 0.1 (mean and range of 2)", "kl_coef 0.2"]
+    path = panels(figure)["frontier"].lines[0]
     assert list(path.get_xdata()) == list(path.get_ydata()) == [2, 4, 6]
-    figure.canvas.draw()  # the legend stands below everything else
-    renderer = figure.canvas.get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)  # the legend stands below everything else
     legend = figure.legends[0].get_window_extent(renderer)
-    assert legend.y0 >= 0 and all(legend.y1 <= axis.get_tightbbox(renderer).y0 for axis in figure.axes)
+    assert all(legend.y1 <= axis.get_tightbbox(renderer).y0 for axis in figure.axes)
 
 
-def test_a_gold_reward_is_dashed_on_its_own_axis(tmp_path, figures):
-    rlhf.plot_curves({"run": history(-1, gold_reward=7)}, tmp_path / "c.png")
-    panel, gold = figures[0].axes[0], figures[0].axes[-1]
-    assert [line.get_linestyle() for line in panel.lines] == ["-"]
-    assert list(panel.lines[0].get_ydata()) == [-1, -2, -3, -4] and panel.get_ylim()[0] < -4
-    (line,) = gold.lines
-    assert line.get_linestyle() == "--" and list(line.get_ydata()) == [7, 14, 21, 28]
-    assert [text.get_text() for text in gold.get_legend().get_texts()] == [
-        "trained on, left axis",
-        "gold, right axis",
+def test_two_settings_that_differ_are_told_by_colour_and_line_style(tmp_path, figures):
+    runs = [
+        save_run(tmp_path / f"{algo}-{kl_coef}", history(kl_coef), algo=algo, kl_coef=kl_coef)
+        for algo in ("ppo", "grpo", "rloo")
+        for kl_coef in (0.03, 0.12, 0.3)
     ]
+    assert rlhf.main(["compare", *runs, "--output", str(tmp_path / "c.png")]) == 0
+    for axis in figures[0].axes:
+        looks = [(line.get_color(), line.get_linestyle()) for line in axis.lines]
+        assert [looks[i : i + 3] for i in (0, 3, 6)] == [
+            [(color, style) for style in ("-", "--", ":")] for color in ("C0", "C1", "C2")
+        ]
+    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert len(set(labels)) == 9 and labels[4] == "algo grpo, kl_coef 0.12"
+    # One setting: colour alone. More runs than colours, or more settings: no two runs look alike.
+    assert rlhf.main(["compare", *runs[:3], "--output", str(tmp_path / "c.png")]) == 0
+    assert {line.get_linestyle() for line in figures[1].axes[0].lines} == {"-"}
+    more = [
+        save_run(tmp_path / str(i), history(1), kl_coef=i / 10, gamma=1 - i / 10, lora_rank=1 + i)
+        for i in range(9)
+    ]
+    assert rlhf.main(["compare", *more, "--output", str(tmp_path / "c.png")]) == 0
+    looks = {(line.get_color(), line.get_linestyle()) for line in figures[2].axes[0].lines}
+    assert len(looks) == 9
+
+
+def test_a_gold_reward_has_a_panel_of_its_own(tmp_path, figures):
+    rlhf.plot_curves({"run": history(-1, gold_reward=7)}, {}, tmp_path / "c.png")
+    rlhf.plot_curves({"run": history(-1)}, {}, tmp_path / "c.png")
+    reward, gold = (panels(figures[0])[name] for name in ("mean reward", "gold reward"))
+    assert list(reward.lines[0].get_ydata()) == [-1, -2, -3, -4] and reward.get_ylim()[0] < -4
+    assert list(gold.lines[0].get_ydata()) == [7, 14, 21, 28] and gold.get_ylim()[0] == 0
+    assert not gold.get_shared_y_axes().joined(gold, reward)
+    assert panels(figures[0]).keys() - panels(figures[1]).keys() == {"gold reward"}
+
+
+def test_matplotlib_stays_the_importers_own(tmp_path):
+    """Neither importing the script nor drawing a run changes settings, chooses a backend or loads pyplot."""
+    code = f"""
+import sys, matplotlib
+settings = [matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)]
+def unchanged():
+    now = [matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)]
+    return now[1] == settings[1] and all(dict.get(now[0], key) == x for key, x in dict.items(settings[0]))
+import rlhf
+from pathlib import Path
+assert unchanged() and "matplotlib.pyplot" not in sys.modules, "import"
+history = [{{"phase": 1, "reward": 1.0, "kl": 0.0, "entropy": 1.0, "distinct_2": 1.0}}]
+rlhf.plot_curves({{"run": history}}, {{}}, Path({str(tmp_path / "c.png")!r}))
+assert unchanged() and "matplotlib.pyplot" not in sys.modules, "plotting"
+"""
+    environment = {name: x for name, x in os.environ.items() if name != "MPLBACKEND"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(rlhf.__file__).parent, env=environment)
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sample_steers_no_terminal_and_stays_on_its_line():
+    """Nor is it markup; and it is whole, however narrow the terminal."""
+    text = "\x1b[31m\nThis [bold]is :smile: "
+    assert rlhf.one_line(text) == "␛[31m⏎This [bold]is :smile: "
+    for columns in ("20", "200"):
+        code = f"""
+import rlhf
+log = rlhf.RunLog.__new__(rlhf.RunLog)
+log.is_main = False
+log.samples("before", [{{"prompt": "red", "completion": {text * 9!r}, "reward": 2.0}}] * 9)
+"""
+        environment = os.environ | {"COLUMNS": columns, "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
+        run = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, env=environment,
+            cwd=Path(rlhf.__file__).parent, encoding="utf-8",
+        )  # fmt: skip
+        assert run.stdout == f"sample before  reward 2  red{rlhf.one_line(text) * 9}\n" * 4
+
+
+def test_peak_memory_is_the_most_that_ever_was():
+    before = rlhf.peak_memory_mb("cpu")
+    now = psutil.Process().memory_info().rss / 2**20
+    held = bytearray(int(before - now + 100) * 2**20)  # zeros that nobody touched yet
+    held[:: 2**12] = b"1" * len(held[:: 2**12])
+    del held
+    assert rlhf.peak_memory_mb("cpu") > before + 50
 
 
 def test_what_cannot_be_compared_says_so_in_one_line(tmp_path, capsys):
