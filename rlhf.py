@@ -79,6 +79,7 @@ from kernels import linear_token_logprobs, lora_linear
 
 Count = Annotated[int, "at least 1"]
 Amount = Annotated[float, "a number of at least 0"]
+Repeatable = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # --reward A --reward B
 
 
 @dataclass(frozen=True)
@@ -90,21 +91,13 @@ class RLHFArgs:
     """
 
     # The experiment
-    algo: Literal["ppo", "grpo", "rloo"] = (
-        "ppo"  # compares a reward with: critic's value, group mean, others' mean
-    )
-    base_model: str = (
-        "tiny"  # `tiny` (embedded), a name that TransformerLens knows, a hub id, a local directory
-    )
-    reward: tyro.conf.UseAppendAction[
-        tuple[str, ...]
-    ] = ()  # periods, char:X, sentiment, classifier:MODEL[:LABEL], preferences:FILE, FILE.py:FUNCTION
+    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # compares with critic's value, group mean, others' mean
+    base_model: str = "tiny"  # `tiny` (embedded), a name that TransformerLens knows, hub id, or directory
+    reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL, preferences:FILE, FILE.py:NAME
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: str | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: Path | None = (
-        None  # instead of the prefix: a file, one prompt a line, or JSON lines with "prompt"
-    )
+    prompts: Path | None = None  # instead of the prefix: a file, a prompt a line, or JSON lines with "prompt"
     seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
 
     # Rollout phase: completions are drawn and judged
@@ -121,24 +114,16 @@ class RLHFArgs:
     num_minibatches: Count = 4  # optimizer steps in each pass
     clip_coef: Amount = 0.2  # ε: nothing is gained by moving the ratio beyond 1 ± ε
     clip_high: Amount | None = None  # a higher upper end, 1 + this in place of 1 + ε (DAPO)
-    kl_coef: Amount = (
-        0.12  # β: the price of leaving the reference, the model as it was; 0 lets the policy collapse
-    )
+    kl_coef: Amount = 0.12  # β: the price of leaving the reference, the model as it was; 0: mode collapse
     kl_target: float | None = None  # adapt β until the KL is this, in nats a token
     kl_horizon: Count = 2560  # completions over which β adapts; a smaller horizon adapts faster
-    kl_estimator: Literal["full", "k1", "k2", "k3"] = (
-        "full"  # exact, or estimated from the sampled token alone
-    )
+    kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"  # exact, or an estimate from the sampled token
     ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: Amount = 0.15  # weight of the value loss (ppo)
     gamma: Amount = 1.0  # discount (ppo)
-    gae_lambda: Amount = (
-        1.0  # GAE's λ (ppo): 1 trusts the rewards alone, 0 the critic's next value (the course)
-    )
+    gae_lambda: Amount = 1.0  # GAE's λ (ppo): 1 trusts rewards alone, 0 the critic's next value
     scale_by_group_std: bool = True  # divide by the group's standard deviation (grpo); without it, Dr. GRPO
-    loss_average: Literal["sequence", "token", "constant"] = (
-        "sequence"  # over what a token's loss is averaged
-    )
+    loss_average: Literal["sequence", "token", "constant"] = "sequence"  # over what losses are averaged
 
     # What is trained, and how fast
     base_lr: Amount = 5e-4  # learning rate of the transformer, or of its adapters
@@ -1175,7 +1160,7 @@ from transformer_lens.tools.model_registry.registry_io import resolve_model_alia
 console = Console(highlight=False, markup=False, emoji=False)  # what a model writes is no markup
 
 
-class SettingError(ValueError):
+class SettingError(Exception):
     """Something the user gave is wrong; its message is the one line that `main` prints before it exits with
     2."""
 
@@ -1539,7 +1524,7 @@ def block_matrices(block: nn.Module) -> dict[str, nn.Module]:
     """A block's components that hold a matrix; not GPT-2's fused qkv, since the bridge computes with q, k and
     v."""
     parts = [*block.attn.named_children(), *block.mlp.named_children()]
-    kinds = nn.Linear | Conv1D
+    kinds = nn.Linear | Conv1D | LoRALinear
     return {
         name: part
         for name, part in parts

@@ -3,6 +3,7 @@
 No network and no GPU: the models are small random ones of real architectures, made here and loaded like any other.
 """
 
+import ast
 import contextlib
 import dataclasses
 import doctest
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import termios
 import time
+import types
+import unittest.mock
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +36,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
+import transformer_lens.model_bridge  # noqa: F401  (what is first imported within the hook is compiled anew)
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -2961,3 +2965,790 @@ def test_what_cannot_be_compared_says_so_in_one_line(tmp_path, capsys):
         assert rlhf.main(["compare", str(path)]) == 2
         complaint = capsys.readouterr().err
         assert complaint.count("\n") == 1 and expected in complaint, complaint
+
+
+# ---- Exercises ---------------------------------------------------------------------------------------------
+# "Learn by rewriting it" in README.md: test_exercise_gae judges `gae`, and calls nothing else that computes.
+# `lesson` is the module that is judged; the last tests put wrong answers in its place.
+
+lesson = rlhf
+
+
+def expect(got, wanted, formula: str) -> None:
+    """Numbers, lists or tensors are the same; if they are not, the message says by which formula."""
+    got, wanted = (torch.as_tensor(x).detach().to(torch.float64) for x in (got, wanted))
+    same = got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    shown = [torch.round(x, decimals=4).tolist() for x in (wanted, got)]
+    assert same, f"{formula}\n    expected {shown[0]}\n    got      {shown[1]}"
+
+
+def slopes(got: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gradients of the sum; 0 to what is not used."""
+    assert got.requires_grad, "expected a number through which a gradient flows, got a constant"
+    return torch.autograd.grad(got.sum(), inputs, allow_unused=True, materialize_grads=True)
+
+
+def log_softmax_by_hand(logits: list[float], temperature: float = 1.0) -> list[float]:
+    total = math.log(sum(math.exp(logit / temperature) for logit in logits))
+    return [logit / temperature - total for logit in logits]
+
+
+def expect_frequencies(drawn: torch.Tensor, probs: list[float], formula: str) -> None:
+    """Five standard deviations are allowed: of a million right answers less than one fails."""
+    for token, p in enumerate(probs):
+        count, n = int((drawn == token).sum()), len(drawn)
+        bound = 5 * math.sqrt(n * p * (1 - p)) + 1e-6
+        message = f"{formula}\n    of {n} drawn expected {n * p:.0f} ± {bound:.0f} times token {token}"
+        assert abs(count - n * p) <= bound, f"{message}\n    got {count}"
+
+
+def test_exercise_tokenize():
+    tokenizer = types.SimpleNamespace(
+        bos_token_id=9, eos_token_id=9, pad_token_id=77, encode=lambda text, **_: [int(x) for x in text]
+    )
+    tokens, mask = lesson.tokenize(tokenizer, ["12", "3456"], "cpu")
+    case = 'prompts "12" and "3456", where a digit is a token and 9 is BOS and EOS'
+    wanted = [[9, 9, 9, 1, 2], [9, 3, 4, 5, 6]]
+    expect(tokens, wanted, f"each prompt behind BOS, padded on the left with EOS; {case}")
+    wanted = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    expect(mask, wanted, f"the mask is 0 on the padding and 1 on BOS, though both are token 9; {case}")
+
+
+def test_exercise_positions():
+    mask = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1, 0, 0]]
+    wanted = [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3], [0, 0, 1, 1, 1]]
+    formula = f"position = number of real tokens up to and with this column, minus 1, at least 0; mask {mask}"
+    expect(lesson.positions(torch.tensor(mask).bool()), wanted, formula)
+
+
+def test_exercise_unpad():
+    tokens = torch.tensor([[0, 0, 7, 0], [8, 9, 0, 0], [0, 0, 0, 0]])
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    got, wanted = lesson.unpad(tokens, mask), [[0, 7, 0], [8, 9, 0], []]
+    case = f"tokens {tokens.tolist()}, mask {mask.long().tolist()}"
+    message = f"a list for each row, of the tokens where the mask is True; {case}"
+    assert got == wanted, f"{message}\n    expected {wanted}\n    got      {got}"
+
+
+def test_exercise_get_logprobs():
+    logits = [[[1.0, 0.0, -2.0], [0.5, 3.0, 1.0]], [[-1.0, 2.0, 0.0], [2.0, 2.0, 2.0]]]
+    ref_logits = [[[0.0, 1.0, 1.0], [0.5, 2.0, 1.0]], [[-1.0, 0.0, 0.0], [0.0, 2.0, -2.0]]]
+    tokens = [[0, 2], [1, -100]]
+    for temperature in (1.0, 0.5):
+        wanted = torch.zeros(3, 2, 2, dtype=torch.float64)
+        for row, t in [(0, 0), (0, 1), (1, 0)]:
+            p = log_softmax_by_hand(logits[row][t], temperature)
+            q = log_softmax_by_hand(ref_logits[row][t], temperature)
+            wanted[0, row, t] = p[tokens[row][t]]
+            wanted[1, row, t] = -sum(math.exp(a) * a for a in p)
+            wanted[2, row, t] = sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+        case = f"temperature {temperature}, logits {logits}, tokens {tokens}, ref_logits {ref_logits}"
+        inputs = torch.tensor(logits), torch.tensor(tokens), temperature
+        logprobs, entropy, kl = lesson.get_logprobs(*inputs, torch.tensor(ref_logits))
+        expect(logprobs, wanted[0], f"log softmax(logits / temperature)[token], 0 at -100; {case}")
+        expect(entropy, wanted[1], f"H = -Σ_v π(v) log π(v), 0 at -100; {case}")
+        expect(kl, wanted[2], f"KL = Σ_v π(v) (log π(v) - log π_ref(v)), 0 at -100; {case}")
+        assert lesson.get_logprobs(*inputs)[2] is None, "expected no KL, None, without ref_logits"
+        half = lesson.get_logprobs(torch.tensor(logits).bfloat16(), *inputs[1:])[0]
+        expect(half, wanted[0], f"logits in half precision are first made float32; {case}")
+
+
+def test_exercise_completion_features():
+    class Columns(lesson.TransformerWithValueHead):
+        """Of each column the feature is its number, and the value a hundred more."""
+
+        def __init__(self):
+            nn.Module.__init__(self)
+
+        def features(self, tokens, attention_mask, cache=None):
+            columns = torch.arange(float(tokens.shape[1])).expand(tokens.shape)
+            return columns[..., None], columns + 100
+
+    tokens = torch.full((2, 7), 5)  # P = 4 and C = 3
+    samples = lesson.Samples(tokens, torch.ones(2, 7).bool(), *torch.zeros(2, 2, 3))
+    features, values = Columns().completion_features(samples)
+    formula = "column t speaks of token t + 1: tokens P to T-1 are scored by columns P-1 to T-2; P = 4, T = 7"
+    expect(features, [[[3.0], [4.0], [5.0]]] * 2, f"features: {formula}")
+    expect(values, [[103.0, 104.0, 105.0]] * 2, f"values (100 + column): {formula}")
+
+
+def lora_layer(kind: type[nn.Module], dtype: torch.dtype = torch.float32):
+    """W = [[1, 2], [3, 4]], bias 10, 20, lora_a [[1, 0], [2, 1]], lora_b [[1, 3], [0, 2]], α 6, rank 2."""
+    base, W = kind(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    base.weight.data = (W if kind is nn.Linear else W.t()).to(dtype).contiguous()
+    base.bias.data = torch.tensor([10.0, 20.0], dtype=dtype)
+    layer = lesson.LoRALinear(base, rank=2, alpha=6.0)
+    layer.lora_a.data = torch.tensor([[1.0, 0.0], [2.0, 1.0]])
+    layer.lora_b.data = torch.tensor([[1.0, 3.0], [0.0, 2.0]])
+    return layer
+
+
+def test_exercise_forward():
+    # x = (1, -1): W x + bias = (9, 19);  lora_a x = (1, 1);  lora_b (1, 1) = (4, 2);  times 6/2: (12, 6)
+    for kind in (nn.Linear, transformers.pytorch_utils.Conv1D):
+        layer, x = lora_layer(kind), torch.tensor([[1.0, -1.0]], requires_grad=True)
+        case = f"{lora_layer.__doc__} x = (1, -1), W in a {kind.__name__}"
+        h = layer(x)
+        expect(h, [[21.0, 25.0]], f"h = W x + bias + (α/rank) lora_b (lora_a x); {case}")
+        to_a, to_b, to_x = slopes(h, layer.lora_a, layer.lora_b, x)
+        # dh/dlora_b = 3 (1, 1)ᵀ (lora_a x)ᵀ;  dh/dlora_a = 3 (lora_bᵀ (1, 1)) xᵀ = 3 (1, 5)ᵀ (1, -1)
+        expect(to_b, [[3.0, 3.0], [3.0, 3.0]], f"gradient of sum(h) to lora_b; {case}")
+        expect(to_a, [[3.0, -3.0], [15.0, -15.0]], f"gradient of sum(h) to lora_a; {case}")
+        # to x: Wᵀ (1, 1) = (4, 6), and 3 lora_aᵀ lora_bᵀ (1, 1) = 3 lora_aᵀ (1, 5) = (33, 15)
+        expect(to_x, [[37.0, 21.0]], f"gradient of sum(h) to x; {case}")
+        layer.enabled = False
+        expect(layer(x), [[9.0, 19.0]], f"h = W x + bias when not enabled; {case}")
+
+
+def test_exercise_merged():
+    # lora_b lora_a = [[1 + 6, 3], [4, 2]] = [[7, 3], [4, 2]];  times 6/2: [[21, 9], [12, 6]]
+    for kind, dtype in itertools.product(
+        (nn.Linear, transformers.pytorch_utils.Conv1D), (torch.float32, torch.bfloat16)
+    ):
+        merged, W = lora_layer(kind, dtype).merged(), torch.tensor([[22.0, 11.0], [15.0, 10.0]])
+        wanted = W if kind is nn.Linear else W.t()
+        case = (
+            f"{lora_layer.__doc__} W in a {kind.__name__}, which stores {'W' if kind is nn.Linear else 'Wᵀ'}"
+        )
+        expect(merged, wanted, f"W + (α/rank) lora_b lora_a, as W is stored; {case}")
+        assert merged.dtype == dtype, f"expected W's own {dtype}, got {merged.dtype}"
+
+
+def chain_policy(transitions: torch.Tensor):
+    """A policy of V tokens, EOS = 0, the logits of whose next token are transitions[last token].
+
+    Its critic says how many tokens there are so far.
+    """
+
+    class Chain(lesson.TransformerWithValueHead):
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.bridge = types.SimpleNamespace(
+                tokenizer=types.SimpleNamespace(eos_token_id=0),
+                original_model=types.SimpleNamespace(config=transformers.GPT2Config()),
+            )
+            self.seen = torch.empty(0)
+
+        def features(self, tokens, attention_mask, cache=None):
+            before = 0 if cache is None else self.seen.shape[-1]
+            self.seen = attention_mask
+            new, all_columns = tokens.shape[1], attention_mask.shape[1]
+            message = f"with {before} columns in the cache and {new} tokens given, expected a mask of {before + new}"
+            assert before + new == all_columns, f"features: {message}, got {all_columns}"
+            values = attention_mask.float().cumsum(dim=1)
+            return nn.functional.one_hot(tokens, len(transitions)).float(), values[:, -new:]
+
+        def logits(self, features):
+            return features @ transitions
+
+    return Chain()
+
+
+def test_exercise_get_samples():
+    # After 3 always comes 2, then 1, then 0, the end of text.
+    always = 100 * nn.functional.one_hot(torch.tensor([3, 0, 1, 2])).float()
+    prompts, mask = torch.tensor([[0, 3, 2], [3, 3, 3]]), torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
+    for gen_len in (5, 3):
+        case = f"after 3 comes 2, then 1, then EOS = 0; prompts (pad, 3, 2) and (3, 3, 3), gen_len {gen_len}"
+        samples = lesson.get_samples(chain_policy(always), prompts, mask, gen_len)
+        wanted = [[0, 3, 2, 1, 0, 0], [3, 3, 3, 2, 1, 0]]
+        expect(
+            samples.tokens, wanted, f"prompt, completion, EOS as padding, no column that none reaches; {case}"
+        )
+        wanted = [[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+        expect(samples.attention_mask, wanted, f"EOS is drawn, so it is 1; what follows is 0; {case}")
+        wanted = [[2.0, 3.0, 0.0], [3.0, 4.0, 5.0]]
+        expect(samples.values, wanted, f"V before each token (the tokens so far), 0 where masked; {case}")
+        expect(samples.logprobs, torch.zeros(2, 3), f"log 1 = 0 for each token; {case}")
+    short = lesson.get_samples(chain_policy(always), prompts, mask, 1)
+    expect(short.tokens, [[0, 3, 2, 1], [3, 3, 3, 2]], "gen_len = 1 draws one token")
+
+    # Many rows, that differ by chance.
+    logits, temperature = [0.5, -1.0, 1.0, 0.0], 0.5
+    case = f"logits {logits} after every token, temperature {temperature}"
+    transitions = torch.tensor([logits] * 4, requires_grad=True)
+    inputs = torch.tensor([[3]]).expand(2000, 1), torch.ones(2000, 1).bool()
+    by_hand = log_softmax_by_hand(logits, temperature)
+    for top_k in (None, 2):
+        generator = torch.Generator().manual_seed(0)
+        samples = lesson.get_samples(chain_policy(transitions), *inputs, 4, temperature, top_k, generator)
+        first = samples.tokens[:, 1]
+        likely = [math.exp(p) if top_k is None or p in sorted(by_hand)[-2:] else 0.0 for p in by_hand]
+        probs = [p / sum(likely) for p in likely]
+        expect_frequencies(first, probs, f"π = softmax(logits / temperature), top_k {top_k}; {case}")
+        wanted = torch.zeros(samples.logprobs.shape)
+        for row, drawn in enumerate(samples.tokens[:, 1:].tolist()):
+            length = drawn.index(0) + 1 if 0 in drawn else len(drawn)
+            wanted[row, :length] = torch.tensor([by_hand[token] for token in drawn[:length]])
+        formula = "log softmax(logits / temperature)[token] over the whole vocabulary, 0 behind EOS"
+        expect(samples.logprobs, wanted, f"{formula}; top_k {top_k}, {case}")
+        assert not samples.logprobs.requires_grad, "expected log π_old as a constant, got one with a gradient"
+
+
+def test_exercise_sample_token():
+    def draw(probs, seed):
+        return lesson.sample_token(probs, torch.Generator().manual_seed(seed))
+
+    weights = [0.0, 0.2, 0.0, 1.2, 0.6, 0.0]
+    probs = torch.tensor([weights]).expand(4000, -1)
+    formula = f"token v with probability probs[v] / Σ probs; probs {weights}"
+    expect_frequencies(draw(probs, 0), [0.0, 0.1, 0.0, 0.6, 0.3, 0.0], formula)
+    each = draw(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.3, 0.0]]), 0)
+    expect(each, [0, 1, 0], "one token a row: the probabilities are [[1, 0], [0, 1], [0.3, 0]]")
+    assert torch.equal(draw(probs, 1), draw(probs, 1)), "expected the same tokens from the same generator"
+    rand = torch.rand
+    for uniform in (0.0, 1.0):  # 1 stands for a product that rounds up
+        with unittest.mock.patch.object(
+            torch, "rand", lambda *size, uniform=uniform, **options: rand(*size, **options) * 0 + uniform
+        ):
+            token = int(lesson.sample_token(probs[:1], None))
+        assert token in (1, 3, 4), (
+            f"{formula}; torch.rand gives {uniform}: expected token 1, 3 or 4, got {token}"
+        )
+
+
+def test_exercise_normalize_reward():
+    # mean 3, squared distances 4, 1, 0, 9: standard deviation sqrt(14 / 3) = 2.160247
+    wanted = [-2 / 2.160247, -1 / 2.160247, 0.0, 3 / 2.160247]
+    formula = "(r - mean) / std with std² = Σ (r - mean)² / (B - 1)"
+    expect(lesson.normalize_reward(torch.tensor([1.0, 2.0, 3.0, 6.0])), wanted, f"{formula}; r = 1, 2, 3, 6")
+    equal = lesson.normalize_reward(torch.full((8,), 100.1))
+    expect(equal, torch.zeros(8), "equal rewards become exactly 0; r = 100.1, eight times")
+    expect(
+        lesson.normalize_reward(torch.tensor([5.0])), [0.0], "a batch of one has no deviation, so 0; r = 5"
+    )
+
+
+def test_exercise_gae():
+    formula = "Â_t = δ_t + γλ Â_{t+1}, δ_t = r_t + γ V_{t+1} - V_t, r only on the last token, V = 0 after it"
+    # δ = 1 - 0.5, 0 - 1, 2 - 0, 3 - 2 = 0.5, -1, 2, 1
+    # Â = 1 for the last, before it 2 + 1/2 = 2.5, -1 + 2.5/2 = 0.25, 0.5 + 0.25/2 = 0.625
+    values, mask = torch.tensor([[0.5, 1.0, 0.0, 2.0]]), torch.ones(1, 4).bool()
+    for lam, wanted in [(0.5, [[0.625, 0.25, 2.5, 1.0]]), (0.0, [[0.5, -1.0, 2.0, 1.0]])]:
+        got = lesson.gae(torch.tensor([3.0]), values, mask, lesson.RLHFArgs(gae_lambda=lam))
+        expect(got, wanted, f"{formula}; V = 0.5, 1, 0, 2, reward 3, γ = 1, λ = {lam}")
+    lengths, gamma, lam = [3, 1, 4], 0.9, 0.8
+    values = torch.tensor([[0.5, 1.0, -1.0, 7.0], [2.0, 7.0, 7.0, 7.0], [1.0, 0.0, 3.0, -2.0]])
+    rewards, mask = torch.tensor([1.0, -1.0, 4.0]), torch.arange(4) < torch.tensor(lengths)[:, None]
+    wanted = torch.zeros(3, 4, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        V = values[row, :length].tolist() + [0.0]
+        for t in range(length):
+            for k in range(t, length):  # Â_t = Σ_k (γλ)^(k-t) δ_k
+                reward = rewards[row].item() if k == length - 1 else 0.0
+                wanted[row, t] += (gamma * lam) ** (k - t) * (reward + gamma * V[k + 1] - V[k])
+    got = lesson.gae(rewards, values, mask, lesson.RLHFArgs(gamma=gamma, gae_lambda=lam))
+    case = f"V {values.tolist()}, rewards {rewards.tolist()}, lengths {lengths}, γ = 0.9, λ = 0.8"
+    expect(got, wanted, f"{formula}; Â = 0 where masked; {case}")
+
+
+def group_case():
+    """Rewards (1, 2, 3, 6) and (5, 5, 5, 6) in groups of K = 4, and one masked token."""
+    rewards, mask = torch.tensor([1.0, 2.0, 3.0, 6.0, 5.0, 5.0, 5.0, 6.0]), torch.ones(8, 2).bool()
+    mask[0, 1] = False
+    return rewards, torch.full((8, 2), 7.0), mask
+
+
+def test_exercise_group_relative():
+    rewards, values, mask = group_case()
+    centred = torch.tensor([-2.0, -1.0, 0.0, 3.0, -0.25, -0.25, -0.25, 0.75])
+    std = torch.tensor([math.sqrt(14 / 3)] * 4 + [0.5] * 4)
+    args = lesson.RLHFArgs(algo="grpo", batch_size=8, group_size=4)
+    formula = "Â = (r - mean(r)) / std(r) of the group, std² = Σ (r - mean)² / (K - 1), 0 where masked"
+    got = lesson.group_relative(rewards, values, mask, args)
+    expect(got, (centred / std)[:, None] * mask, f"{formula}; {group_case.__doc__}")
+    got = lesson.group_relative(rewards, values, mask, dataclasses.replace(args, scale_by_group_std=False))
+    formula = "without scale_by_group_std Â = r - mean(r) of the group"
+    expect(got, centred[:, None] * mask, f"{formula}; {group_case.__doc__}")
+
+
+def test_exercise_leave_one_out():
+    rewards, values, mask = group_case()
+    groups, wanted = rewards.view(2, 4).tolist(), []
+    for group in groups:
+        wanted += [group[i] - sum(group[:i] + group[i + 1 :]) / 3 for i in range(4)]
+    args = lesson.RLHFArgs(algo="rloo", batch_size=8, group_size=4)
+    got = lesson.leave_one_out(rewards, values, mask, args)
+    formula = "Â_i = r_i - mean of the other K - 1 rewards of the group, 0 where masked"
+    expect(got, torch.tensor(wanted)[:, None] * mask, f"{formula}; {group_case.__doc__}")
+
+
+def memory_case(**fields):
+    """A memory as large as the fields; what is not given counts 0, 1, 2, … through rows and columns."""
+    rows, columns = next(iter(fields.values())).shape
+    number = torch.arange(float(rows * columns)).view(rows, columns)
+    mask = fields.pop("mask", torch.ones(rows, columns).bool())
+    known = dict(
+        tokens=torch.cat([torch.zeros(rows, 1), number], dim=1).long(),
+        attention_mask=torch.cat([torch.ones(rows, 1).bool(), mask], dim=1),
+        logprobs=number,
+        values=number,
+        advantages=number,
+        ref_features=number[..., None],
+        ref_logprobs=number,
+    )
+    return lesson.ReplayMemory(**(known | fields))
+
+
+def test_exercise_returns():
+    advantages, values = torch.tensor([[3.0, 1.0, -2.0]]), torch.tensor([[0.5, 1.0, 4.0]])
+    got = memory_case(advantages=advantages, values=values).returns
+    case = "advantages 3, 1, -2, values 0.5, 1, 4"
+    expect(got, [[3.5, 2.0, 2.0]], f"V_target = Â + V, with the advantages as they are; {case}")
+
+
+def test_exercise_get_minibatches():
+    memory = memory_case(advantages=torch.arange(8.0)[:, None])
+    passes, count = 3, 2
+    case = "8 rows, 3 passes, 2 minibatches a pass"
+    runs = []
+    for seed in (0, 0, 1):
+        minibatches = list(memory.get_minibatches(passes, count, torch.Generator().manual_seed(seed)))
+        expect(
+            [len(one.tokens) for one in minibatches],
+            [4] * 6,
+            f"passes · count parts, of B / count rows; {case}",
+        )
+        for one in minibatches:
+            rows = one.advantages
+            for name in ("logprobs", "values", "ref_logprobs"):
+                expect(getattr(one, name), rows, f"row i of {name} stays with row i of advantages; {case}")
+            expect(one.tokens[:, 1:], rows, f"row i of tokens stays with row i of advantages; {case}")
+        orders = [
+            sum((one.advantages[:, 0].tolist() for one in minibatches[i : i + count]), [])
+            for i in range(0, passes * count, count)
+        ]
+        for order in orders:
+            expect(sorted(order), torch.arange(8.0), f"each pass takes each row once; {case}, order {order}")
+        runs.append(orders)
+    assert runs[0] == runs[1], f"expected the same orders from the same seed, got {runs[0]} and {runs[1]}"
+    assert runs[0] != runs[2], f"expected other orders from another seed, got twice {runs[0]}"
+    assert len(set(map(tuple, runs[0]))) > 1, f"expected each pass in a new order; {case}, got {runs[0]}"
+
+
+def test_exercise_clipped_surrogate():
+    #   ρ      1.5    0.5    1.1    1.5    0.5    0.7
+    #   Â        1      1     -2     -2     -2     -2
+    #   ρ Â    1.5    0.5   -2.2   -3.0   -1.0   -1.4
+    #   clip   1.3    0.5   -2.2   -2.6   -1.6   -1.6     of ρ: 1.3, 0.8 (so 0.8), 1.1, 1.3, 0.8, 0.8
+    #   min    1.3    0.5   -2.2   -3.0   -1.6   -1.6
+    ratio, advantages = [1.5, 0.5, 1.1, 1.5, 0.5, 0.7], [1.0, 1.0, -2.0, -2.0, -2.0, -2.0]
+    formula = "min(ρ Â, clip(ρ, 0.8, 1.3) Â) with ρ = exp(logprobs - old_logprobs)"
+    case = f"ρ = {ratio}, Â = {advantages}, old_logprobs -2"
+    logprobs = (torch.tensor([ratio]).log() - 2).requires_grad_()
+    got = lesson.clipped_surrogate(logprobs, torch.full((1, 6), -2.0), torch.tensor([advantages]), 0.8, 1.3)
+    expect(got, [[1.3, 0.5, -2.2, -3.0, -1.6, -1.6]], f"{formula}; {case}")
+    (gradient,) = slopes(got, logprobs)
+    formula = "the gradient to logprobs is ρ Â where ρ Â is the smaller one, 0 where the clipped one is"
+    expect(gradient, [[0.0, 0.5, -2.2, -3.0, 0.0, 0.0]], f"{formula}; {case}")
+
+
+def test_exercise_kl_estimate():
+    p, r = [-1.0, -2.0, -0.5], [-2.0, -1.0, -0.5]
+    q = [math.exp(b - a) for a, b in zip(p, r, strict=True)]
+    cases = {
+        "k1": ("k1 = -log q", [-math.log(x) for x in q], [1.0, 1.0, 1.0]),
+        "k2": ("k2 = (log q)² / 2", [math.log(x) ** 2 / 2 for x in q], [-math.log(x) for x in q]),
+        "k3": ("k3 = q - 1 - log q", [x - 1 - math.log(x) for x in q], [1 - x for x in q]),
+    }
+    for estimator, (formula, wanted, slope) in cases.items():
+        logprobs = torch.tensor([p], requires_grad=True)
+        got = lesson.kl_estimate(logprobs, torch.tensor([r]), estimator)
+        formula = f"{formula} with q = π_ref / π_θ; log π_θ = {p}, log π_ref = {r}"
+        expect(got, [wanted], formula)
+        (gradient,) = slopes(got, logprobs)
+        expect(gradient, [slope], f"gradient to log π_θ of {formula}")
+
+
+def test_exercise_masked_mean():
+    x, mask = torch.tensor([[1.0, 2.0, 6.0], [6.0, 9.0, 9.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+    case = "x = (1, 2, 6) and (6, masked, masked), gen_len 5"
+    for average, formula, wanted in [
+        ("sequence", "mean of the means of the completions: (9/3 + 6/1) / 2", 4.5),
+        ("token", "sum / number of tokens that are not masked: 15 / 4", 3.75),
+        ("constant", "sum / (b · gen_len): 15 / (2 · 5)", 1.5),
+    ]:
+        expect(lesson.masked_mean(x, mask, average, gen_len=5), wanted, f"{average}: {formula}; {case}")
+
+
+def objective_case():
+    """Completions of 4, 1 and 3 tokens: π_old, Â, V of when they were drawn; π, KL, entropy, V of now."""
+    torch.manual_seed(0)
+    mask = torch.arange(4) < torch.tensor([4, 1, 3])[:, None]
+    old = memory_case(
+        logprobs=-torch.rand(3, 4) - 1, advantages=torch.randn(3, 4), values=torch.randn(3, 4), mask=mask
+    )
+    new = [old.logprobs + 0.5 * torch.randn(3, 4), torch.rand(3, 4), torch.rand(3, 4), torch.randn(3, 4)]
+    return lesson.PolicyOutput(*(x.requires_grad_() for x in new)), old
+
+
+def objective_by_hand(new, old, kl_coef: float, args, average: str, vf_coef: float) -> float:
+    rows = []
+    for row, length in enumerate([4, 1, 3]):
+        terms = []
+        for t in range(length):
+            ratio = math.exp(new.logprobs[row, t].item() - old.logprobs[row, t].item())
+            a = old.advantages[row, t].item()
+            clipped = min(max(ratio, 1 - args.clip_coef), 1 + args.clip_high)
+            error = new.values[row, t].item() - (a + old.values[row, t].item())
+            term = min(ratio * a, clipped * a) - kl_coef * new.kl[row, t].item()
+            terms.append(term + args.ent_coef * new.entropy[row, t].item() - vf_coef * error**2)
+        rows.append(terms)
+    if average == "sequence":
+        return sum(sum(terms) / len(terms) for terms in rows) / 3
+    return sum(map(sum, rows)) / (8 if average == "token" else 3 * 5)
+
+
+def judge_objective(objective, formula: str, has_critic: bool) -> None:
+    new, old = objective_case()
+    for average in ("sequence", "token", "constant"):
+        args = lesson.RLHFArgs(
+            clip_coef=0.1,
+            clip_high=0.3,
+            kl_coef=0.9,
+            ent_coef=0.7,
+            vf_coef=0.6,
+            loss_average=average,
+            gen_len=5,
+        )
+        case = (
+            f"{objective_case.__doc__} clip to 0.9 and 1.3, β = 0.4, c_ent = 0.7, c_vf = 0.6, {average} mean"
+        )
+        got = objective(new, old, 0.4, args)
+        wanted = objective_by_hand(new, old, 0.4, args, average, args.vf_coef if has_critic else 0.0)
+        expect(got, wanted, f"{formula}; {case}")
+        # Gradients of the first token of the second completion, whose share of the mean is known.
+        share = {"sequence": 1 / 3, "token": 1 / 8, "constant": 1 / 15}[average]
+        fields = (new.kl, new.entropy, new.values) if has_critic else (new.kl, new.entropy)
+        kl, entropy, *values = slopes(got, *fields)
+        expect(kl[1, 0], -0.4 * share, f"gradient to one token's KL: -β times its share {share:.3f}; {case}")
+        expect(entropy[1, 0], 0.7 * share, f"gradient to its entropy: c_ent times its share; {case}")
+        if has_critic:
+            slope = -0.6 * 2 * (new.values - old.advantages - old.values)[1, 0] * share
+            expect(
+                values[0][1, 0],
+                slope,
+                f"gradient to its value: -2 c_vf (V - V_target) times its share; {case}",
+            )
+
+
+def test_exercise_grpo_objective():
+    formula = "J = mean of min(ρ Â, clip(ρ) Â) - β KL + c_ent entropy, over what is not masked"
+    judge_objective(lesson.grpo_objective, formula, has_critic=False)
+
+
+def test_exercise_ppo_objective():
+    formula = "J_PPO = J - c_vf mean of (V - V_target)², V_target = Â + V_old, over what is not masked"
+    judge_objective(lesson.ppo_objective, formula, has_critic=True)
+
+
+def test_exercise_adapt_kl_coef():
+    args = lesson.RLHFArgs(kl_target=2.0, batch_size=64, kl_horizon=640)
+    for kl, error in [(9.0, 0.2), (2.2, 0.1), (2.0, 0.0), (1.8, -0.1), (0.1, -0.2)]:
+        formula = "β ← β (1 + clip(KL/target - 1, ±0.2) n/horizon); β = 0.5, target 2, n = 64, horizon 640"
+        expect(lesson.adapt_kl_coef(0.5, kl, args), 0.5 * (1 + error / 10), f"{formula}, KL = {kl}")
+    expect(lesson.adapt_kl_coef(0.5, 9.0, lesson.RLHFArgs()), 0.5, "without a target β stays as it is")
+
+
+def test_exercise_lr_scale():
+    args = lesson.RLHFArgs(total_phases=8, warmup_steps=3, final_scale=0.2)
+    wanted = [0.25, 0.5, 0.75, 1.0, 0.8, 0.6, 0.4, 0.2]
+    formula = (
+        "up by 1/(warmup + 1) a phase, not from 0; 1 in phase `warmup`; from there linearly to final_scale"
+    )
+    got = [lesson.lr_scale(phase, args) for phase in range(8)]
+    expect(got, wanted, f"{formula}; warmup_steps 3, final_scale 0.2, phases 0 to 7")
+    args = dataclasses.replace(args, warmup_steps=0, total_phases=1)
+    expect(lesson.lr_scale(0, args), 1.0, "a single phase without warm-up has the full rate")
+
+
+# For each exercise what is often written in place of one of its lines.
+WRONG_ANSWERS = {
+    "tokenize": [
+        ("return tokens.to(device), mask.to(device)", "return tokens, tokens != tokenizer.eos_token_id"),
+        ('tokenizer.eos_token_id, padding_side="left"', 'tokenizer.eos_token_id, padding_side="right"'),
+        ("tokenizer.eos_token_id, padding_side", "tokenizer.pad_token_id, padding_side"),
+        ("token_ids(tokenizer, prompt)", "tokenizer.encode(prompt)"),
+    ],
+    "positions": [
+        ("attention_mask.long().cumsum(dim=1) - 1", "torch.ones_like(attention_mask).cumsum(dim=1) - 1"),
+        (".clamp(min=0)", ""),
+        (" - 1)", ")"),
+    ],
+    "unpad": [
+        ("row[kept]", "row[row != 0]"),
+        ("row[kept]", "row"),
+        ("row[kept]", "row[: kept.sum()]"),
+    ],
+    "get_logprobs": [
+        ("log_pi = (logits.float() / temperature)", "log_pi = logits.float()"),
+        ("log_ref = (ref_logits.float() / temperature)", "log_ref = ref_logits.float()"),
+        ("log_pi = (logits.float()", "log_pi = (logits"),
+        (".squeeze(-1) * mask", ".squeeze(-1)"),
+        ("kl = (log_pi.exp() * (log_pi - log_ref))", "kl = (log_ref.exp() * (log_ref - log_pi))"),
+        ("entropy = -(", "entropy = ("),
+        ("tokens.clamp(min=0)", "tokens.clamp(min=0).roll(1, -1)"),
+    ],
+    "TransformerWithValueHead.completion_features": [
+        ("prompt_width - 1, -1)", "prompt_width, None)"),
+        ("prompt_width - 1, -1)", "prompt_width - 1, None)"),
+        ("values[:, columns]", "values[:, samples.prompt_width :]"),
+    ],
+    "LoRALinear.forward": [
+        ("self.lora_a, self.lora_b,", "self.lora_b, self.lora_a,"),
+        ("self.lora_b, self.scale", "self.lora_b, 1.0"),
+        ("x, self.matrix,", "x, self.weight,"),
+        ("self.bias, self", "None, self"),
+        ("if not self.enabled", "if False"),
+        ("self.lora_a, self.lora_b,", "self.lora_a.detach(), self.lora_b,"),
+    ],
+    "LoRALinear.merged": [
+        ("self.scale * self.lora_b @ self.lora_a", "self.lora_b @ self.lora_a"),
+        ("self.lora_b @ self.lora_a", "self.lora_a @ self.lora_b"),
+        ("if isinstance(self.base, Conv1D)", "if False"),
+        (".to(self.base.weight.dtype)", ""),
+    ],
+    "get_samples": [
+        ("logprobs[:, :C]", "logprobs[:, :C].requires_grad_()"),
+        (".float() / temperature)", ".float())"),
+        ("distribution.gather(1,", "drawable.log_softmax(dim=-1).gather(1,"),
+        ("distribution if top_k is None else", "distribution if True else"),
+        ("mask[:, t] = alive", "mask[:, t] = alive & (drawn != eos)"),
+        ("alive = alive & (drawn != eos)", "alive = alive & (tokens[:, t - 1] != eos)"),
+        ("alive = alive & (drawn != eos)", "alive = drawn != eos"),
+        (".squeeze(1) * alive", ".squeeze(1)"),
+        ("state_values[:, -1] * alive", "state_values[:, -1]"),
+        ("tokens[:, t] = torch.where(alive, drawn, tokens[:, t])", "tokens[:, t] = drawn"),
+        ("C = t + 1 - P", "C = gen_len"),
+        ("mask[:, :t], cache", "mask[:, new], cache"),
+    ],
+    "sample_token": [
+        ("uniform * total", "uniform"),
+        ("generator=generator, ", ""),
+        ("len(probs), 1,", "1, 1,"),
+        (", right=True", ""),
+        ("torch.minimum(token, torch.searchsorted(cumulative, total))", "token"),
+        ("return torch.minimum", "return probs.argmax(dim=-1)\n    return torch.minimum"),
+    ],
+    "normalize_reward": [
+        ("rewards.std()", "rewards.std(correction=0)"),
+        ("centered(rewards)", "rewards - rewards.mean()"),
+        ("if len(rewards) > 1 else rewards", ""),
+        ("/ (rewards.std() + 1e-6)", ""),
+    ],
+    "gae": [
+        ("values = values * mask", "values = values * 1"),
+        ("mask.sum(dim=1, keepdim=True) - 1", "torch.full_like(mask[:, :1].long(), mask.shape[1] - 1)"),
+        ("args.gamma * args.gae_lambda", "args.gae_lambda"),
+        ("args.gamma * args.gae_lambda", "args.gamma"),
+        ("+ args.gamma * next_value", "+ next_value"),
+        ("- values[:, t]", "+ values[:, t]"),
+        ("reversed(range(values.shape[1]))", "range(values.shape[1])"),
+        ("return advantages", "return advantages + values"),
+    ],
+    "group_relative": [
+        (".std(dim=1, keepdim=True)", ".std(dim=1, keepdim=True, correction=0)"),
+        ("advantages.std(dim=1, keepdim=True)", "advantages.std()"),
+        ("if args.scale_by_group_std", "if True"),
+        ("(prompt K) -> prompt K", "(K prompt) -> prompt K"),
+        ('(prompt K) 1") * mask', '(prompt K) 1") * torch.ones_like(mask)'),
+        ("centered(", "("),
+    ],
+    "leave_one_out": [
+        ("K / (K - 1) * ", ""),
+        ("K / (K - 1)", "(K - 1) / K"),
+        ('(prompt K) 1") * mask', '(prompt K) 1") * torch.ones_like(mask)'),
+        ("(prompt K) -> prompt K", "(K prompt) -> prompt K"),
+    ],
+    "ReplayMemory.returns": [
+        ("self.advantages + self.values", "self.advantages"),
+        ("self.advantages + self.values", "self.advantages - self.values"),
+        ("self.advantages +", "(self.advantages - self.advantages.mean()) / self.advantages.std() +"),
+    ],
+    "ReplayMemory.get_minibatches": [
+        ("torch.randperm(len(self.tokens),", "torch.randint(len(self.tokens), (len(self.tokens),),"),
+        ("torch.randperm(len(self.tokens), generator=generator,", "torch.arange(len(self.tokens),"),
+        ("generator=generator, ", ""),
+        ("range(passes)", "range(1)"),
+        (".chunk(count)", ".split(count)"),
+        ("generator=generator,", "generator=generator.manual_seed(generator.initial_seed()),"),
+    ],
+    "clipped_surrogate": [
+        ("torch.minimum", "torch.maximum"),
+        ("(logprobs - old_logprobs)", "(old_logprobs - logprobs)"),
+        ("(logprobs - old_logprobs)", "(logprobs - logprobs.detach())"),
+        ("(logprobs - old_logprobs)", "(logprobs.detach() - old_logprobs)"),
+        ("(logprobs - old_logprobs).exp()", "logprobs - old_logprobs"),
+        (
+            "torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)",
+            "ratio.clamp(low, high) * advantages",
+        ),
+        ("ratio.clamp(low, high)", "ratio.clamp(low, 2 - low)"),
+        ("return ", "return -"),
+    ],
+    "kl_estimate": [
+        ("ref_logprobs - logprobs", "logprobs - ref_logprobs"),
+        ("log_q.exp() - 1 - log_q", "(-log_q).exp() - 1 + log_q"),
+        ("log_q.exp() - 1 - log_q", "log_q.exp() - 1 + log_q"),
+        ("log_q.square() / 2", "log_q.square()"),
+        ('{"k1": -log_q', '{"k1": log_q'),
+        ("ref_logprobs - logprobs", "ref_logprobs - logprobs.detach()"),
+    ],
+    "masked_mean": [
+        ("x = x * mask", "x = x * 1"),
+        ("(x.sum(dim=1) / mask.sum(dim=1)).mean()", "x.mean()"),
+        ("/ mask.sum(dim=1)", "/ mask.shape[1]"),
+        ("mask.sum() if average", "mask.numel() if average"),
+        ("len(x) * gen_len", "mask.numel()"),
+        ('average == "sequence"', 'average != "constant"'),
+    ],
+    "grpo_objective": [
+        ("surrogate - kl_coef * new.kl", "surrogate + kl_coef * new.kl"),
+        ("+ args.ent_coef", "- args.ent_coef"),
+        ("- kl_coef *", "- args.kl_coef *"),
+        ("= surrogate -", "= -surrogate -"),
+        ("old.mask, args", "torch.ones_like(old.mask), args"),
+        ("args.loss_average", '"token"'),
+        (", args.gen_len", ", old.mask.shape[1]"),
+        (
+            "clipped_surrogate(new.logprobs, old.logprobs",
+            "clipped_surrogate(new.logprobs, new.logprobs.detach()",
+        ),
+        ("clipped_surrogate(new.logprobs, old.logprobs", "clipped_surrogate(new.logprobs, new.logprobs"),
+        ("*clip_range(args)", "1 - args.clip_coef, 1 + args.clip_coef"),
+        ("new.entropy", "new.entropy.detach()"),
+    ],
+    "ppo_objective": [
+        ("- args.vf_coef", "+ args.vf_coef"),
+        ("values - old.returns", "values - old.advantages"),
+        ("values - old.returns", "values - old.values"),
+        ("args.vf_coef *", "args.vf_coef / 2 *"),
+        ("old.mask, args", "torch.ones_like(old.mask), args"),
+        ("args.loss_average", '"token"'),
+        ("new.values - old.returns", "new.values.detach() - old.returns"),
+        ("grpo_objective(new, old, kl_coef, args)", "grpo_objective(new, old, args.kl_coef, args)"),
+    ],
+    "adapt_kl_coef": [
+        ("min(max(kl / args.kl_target - 1, -0.2), 0.2)", "min(kl / args.kl_target - 1, 0.2)"),
+        ("min(max(kl / args.kl_target - 1, -0.2), 0.2)", "max(kl / args.kl_target - 1, -0.2)"),
+        ("* args.batch_size / args.kl_horizon", ""),
+        ("kl / args.kl_target - 1", "args.kl_target / kl - 1"),
+        (
+            "if args.kl_target is None:\n        return kl_coef\n",
+            "if args.kl_target is None:\n        return args.kl_coef\n",
+        ),
+        ("(1 + error", "(1 - error"),
+    ],
+    "lr_scale": [
+        ("(phase + 1) / (warmup + 1)", "phase / warmup"),
+        ("(phase + 1) / (warmup + 1)", "(phase + 1) / warmup"),
+        ("1 - (1 - args.final_scale) *", "1 -"),
+        ("args.total_phases - 1", "args.total_phases"),
+        ("max(1, last - warmup)", "last"),
+    ],
+}
+
+
+@functools.cache
+def unchecked_lesson() -> tuple[str, ast.Module, types.ModuleType]:
+    """rlhf.py without checks of shapes: its source, its syntax tree, and a module."""
+    source = Path(rlhf.__file__).read_text("utf-8")
+    module = types.ModuleType("unchecked_rlhf")
+    exec(compile(source, rlhf.__file__, "exec"), module.__dict__)
+    return source, ast.parse(source), module
+
+
+def find(function: str) -> list[ast.AST]:
+    """The class that the function stands in, if any, and the function."""
+    path, node = [], unchecked_lesson()[1]
+    for name in function.split("."):
+        node = next(one for one in node.body if getattr(one, "name", None) == name)
+        path.append(node)
+    return path
+
+
+def lines_of(node: ast.AST) -> tuple[int, int]:
+    """The first line, decorators included, and the one behind the last, counted from 0."""
+    return min(one.lineno for one in [node, *node.decorator_list]) - 1, node.end_lineno
+
+
+def without_body(function: str) -> list[str]:
+    """rlhf.py's lines as README.md asks for them: below its docstring the function only raises."""
+    lines, (*_, node) = unchecked_lesson()[0].splitlines(keepends=True), find(function)
+    body = node.body[ast.get_docstring(node) is not None].lineno - 1
+    indent = " " * node.body[0].col_offset
+    lines[body : node.end_lineno] = [f"{indent}raise NotImplementedError\n"] + ["\n"] * (
+        node.end_lineno - body - 1
+    )
+    return lines
+
+
+def with_wrong_line(function: str, right: str, wrong: str) -> list[str]:
+    """rlhf.py's lines with the right text, which stands once in the function, replaced by the wrong one."""
+    lines, (*_, node) = unchecked_lesson()[0].splitlines(keepends=True), find(function)
+    first, end = lines_of(node)
+    text = "".join(lines[first:end])
+    assert text.count(right) == 1, f"{function} holds {text.count(right)} times, and not once: {right}"
+    lines[first:end] = [text.replace(right, wrong)] + [""] * (end - first - 1)
+    return lines
+
+
+def changed_lesson(function: str, lines: list[str]) -> types.ModuleType:
+    """The lesson in which the function, or the class that holds it, is made anew from these lines."""
+    module = types.ModuleType("changed_rlhf")
+    module.__dict__.update(vars(unchecked_lesson()[2]))
+    first, end = lines_of(find(function)[0])
+    exec("".join(lines[first:end]), module.__dict__)
+    return module
+
+
+def judge(monkeypatch, module: types.ModuleType, function: str) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "lesson", module)
+    globals()["test_exercise_" + function.rpartition(".")[2]]()
+
+
+@pytest.mark.parametrize("function", WRONG_ANSWERS)
+def test_exercises_want_an_answer(monkeypatch, function):
+    judge(monkeypatch, unchecked_lesson()[2], function)
+    with pytest.raises(NotImplementedError):
+        judge(monkeypatch, changed_lesson(function, without_body(function)), function)
+
+
+@pytest.mark.parametrize(
+    "function, right, wrong",
+    [(function, *answer) for function, answers in WRONG_ANSWERS.items() for answer in answers],
+)
+@pytest.mark.filterwarnings("ignore:std")
+def test_exercises_catch_wrong_answers(monkeypatch, function, right, wrong):
+    changed = changed_lesson(function, with_wrong_line(function, right, wrong))
+    with pytest.raises(AssertionError, match="expected"):
+        judge(monkeypatch, changed, function)
+
+
+def test_readme_lists_the_exercises_in_the_order_of_the_file():
+    readme = Path(rlhf.__file__).with_name("README.md").read_text("utf-8")
+    table = readme.partition("## Learn by rewriting it")[2].partition("\n## ")[0]
+    rows = re.findall(
+        r"^\| `([\w.]+)`[^|]*\|.*\| `pytest test_rlhf.py -k exercise_(\w+)` \|$", table, re.MULTILINE
+    )
+    assert [function for function, _ in rows] == list(WRONG_ANSWERS)
+    lines = [find(function)[-1].lineno for function, _ in rows]
+    assert lines == sorted(lines)
+    tests = [name for name in globals() if name.startswith("test_")]
+    for function, exercise in rows:
+        assert exercise == function.rpartition(".")[2]
+        assert [name for name in tests if f"exercise_{exercise}" in name] == [f"test_exercise_{exercise}"]
+
+
+def test_a_deleted_body_fails_with_its_formula(tmp_path):
+    """What a reader sees who has deleted the body of `gae` and asks for judgement."""
+    project = Path(rlhf.__file__).parent
+    for name in ("kernels.py", "test_rlhf.py"):
+        shutil.copy(project / name, tmp_path)
+    (tmp_path / "rlhf.py").write_text("".join(without_body("gae")), "utf-8")
+    command = [sys.executable, *"-m pytest test_rlhf.py -k exercise_gae -p no:cacheprovider".split()]
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"}
+    )
+    assert result.returncode == 1 and "1 failed" in result.stdout, result.stdout + result.stderr
+    assert "NotImplementedError" in result.stdout and "Â_t = δ_t + γλ Â_{t+1}" in result.stdout
