@@ -924,9 +924,12 @@ class RLHFTrainer:
         )
         metrics = rollout_metrics(completion, rewards, advantages, values, args)
         metrics |= term_means(scores, self.rewards)
-        own_rewards, ref_logprob = own_share(rewards, accelerator).tolist(), ref_logprobs.sum(dim=1).tolist()
-        shown = records(prompt=prompts, completion=texts, reward=own_rewards, ref_logprob=ref_logprob)
-        return memory, metrics, shown
+        rewards, ref_logprob = own_share(rewards, accelerator).tolist(), ref_logprobs.sum(dim=1).tolist()
+        return (
+            memory,
+            metrics,
+            records(prompt=prompts, completion=texts, reward=rewards, ref_logprob=ref_logprob),
+        )
 
     def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns

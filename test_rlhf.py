@@ -1,6 +1,7 @@
 """Tests for rlhf.py and kernels.py, against independent truths: formulas by hand, brute force, float64.
 
-No network and no GPU: the models are small random ones of real architectures, made here and loaded like any other.
+No network and no GPU: the models are small random ones of real architectures, made here and loaded like any
+other.
 """
 
 import ast
@@ -36,7 +37,6 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-import transformer_lens.model_bridge  # noqa: F401  (what is first imported within the hook is compiled anew)
 import transformers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -46,9 +46,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import
 
-# The shapes in the signatures are held to: under this hook each call of each function is checked against them.
+# The shapes in the signatures are held to: under this hook each call of each function is checked against
+# them.
 with jaxtyping.install_import_hook(["kernels", "rlhf"], "beartype.beartype"):
     import kernels
+import transformer_lens.model_bridge  # noqa: F401  (it would take long within the hook, and itself imports `kernels`)
+
+with jaxtyping.install_import_hook(["kernels", "rlhf"], "beartype.beartype"):
     import rlhf
 
 from kernels import linear_token_logprobs, lora_linear, token_logprobs
@@ -68,7 +72,7 @@ TEXT = "This is a test. It has words and stops. Here is a longer sentence, with 
 TIMINGS = {"rollout_seconds", "learning_seconds", "tokens_per_second", "peak_memory_mb"}
 
 
-# ---- Small models ----------------------------------------------------------------------------------------------------
+# ---- Small models ------------------------------------------------------------------------------------------
 
 
 def save_model(path: Path, config: transformers.PretrainedConfig) -> str:
@@ -104,7 +108,8 @@ def gpt2(tmp_path_factory) -> str:
 def soft_capped(tmp_path_factory) -> str:
     """Gemma 2 ends in 30 tanh(logits / 30): no linear head."""
     config = transformers.Gemma2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
         head_dim=16, max_position_embeddings=64, final_logit_softcapping=2.0, initializer_range=0.2,
     )  # fmt: skip
     return save_model(tmp_path_factory.mktemp("gemma2"), config)
@@ -123,7 +128,7 @@ def small_args(base_model: str, **settings) -> RLHFArgs:
     return RLHFArgs(base_model=base_model, **(defaults | settings))
 
 
-# ---- Settings and the command line -----------------------------------------------------------------------------------
+# ---- Settings and the command line -------------------------------------------------------------------------
 
 
 def test_help_says_of_each_setting_what_its_line_says(capsys):
@@ -205,7 +210,8 @@ def test_a_directory_of_the_users_is_never_deleted(gpt2, tmp_path, capsys):
 
 
 def test_weights_that_are_no_longer_finite_are_not_saved(gpt2, tmp_path, capsys):
-    flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 6 --warmup-steps 0 --save-every 1".split()
+    flags = "--batch-size 4 --gen-len 4 --num-minibatches 2".split()
+    flags += "--total-phases 6 --warmup-steps 0 --save-every 1".split()
     run = tmp_path / "run"
     assert rlhf.main([*flags, "--base-model", gpt2, "--base-lr", "1e30", "--run-dir", str(run)]) == 2
     assert "finite" in capsys.readouterr().err
@@ -308,7 +314,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert run.returncode == 0 and "--low-gpu-mem" in run.stdout, run.stderr
 
 
-# ---- Tokens, model, padding ------------------------------------------------------------------------------------------
+# ---- Tokens, model, padding --------------------------------------------------------------------------------
 
 
 def test_tokenize_pads_left_behind_a_bos(gpt2):
@@ -386,7 +392,7 @@ def test_hooks_work_before_during_and_after_training(gpt2):
         assert trainer.learning_phase(memory)["value_loss"] > 0
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
+# ---- LoRA --------------------------------------------------------------------------------------------------
 
 
 def randomize_adapters(model: nn.Module) -> None:
@@ -433,7 +439,7 @@ def test_training_moves_the_policy_and_not_the_reference(gpt2, lora):
     assert not torch.allclose(trainer.policy.bridge(tokens), before, atol=1e-3)
 
 
-# ---- Sampling --------------------------------------------------------------------------------------------------------
+# ---- Sampling ----------------------------------------------------------------------------------------------
 
 
 def test_samples_follow_the_softmax_at_the_temperature(gpt2):
@@ -511,7 +517,7 @@ def test_a_completion_that_is_only_end_of_text(gpt2):
     assert all(math.isfinite(value) for value in trainer.learning_phase(memory).values())
 
 
-# ---- Ratio and agreement ---------------------------------------------------------------------------------------------
+# ---- Ratio and agreement -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -535,7 +541,7 @@ def test_ratio_is_one_on_the_first_minibatch(gpt2, prompts_file, algo, lora, tem
         trainer.learning_phase(memory)
 
 
-# ---- Rewards ---------------------------------------------------------------------------------------------------------
+# ---- Rewards -----------------------------------------------------------------------------------------------
 
 
 def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
@@ -582,7 +588,8 @@ def test_none_says_that_a_reward_does_not_apply():
 @pytest.mark.parametrize("value", [100.1, -999.7])
 @pytest.mark.parametrize("count", [3, 6, 8, 12, 64])
 def test_equal_rewards_give_no_advantage(value, count):
-    """Exactly: the float32 mean of equal numbers need not be that number, and the rest would be divided by 1e-6."""
+    """Exactly: the float32 mean of equal numbers need not be that number, and the rest would be divided by
+    1e-6."""
     rewards, mask = torch.full((2 * count,), value), torch.ones(2 * count, 1, dtype=torch.bool)
     args = RLHFArgs(algo="grpo", batch_size=2 * count, group_size=count, num_minibatches=1)
     assert not rlhf.normalize_reward(rewards).any()
@@ -612,7 +619,7 @@ def test_a_leading_space_survives_decoding(gpt2):
     assert drawn.texts(tokenizer) == [" a test"]
 
 
-# ---- Advantages ------------------------------------------------------------------------------------------------------
+# ---- Advantages --------------------------------------------------------------------------------------------
 
 
 def test_gae_by_hand():
@@ -643,7 +650,8 @@ def test_gae_equals_the_double_loop():
 
 
 def test_group_advantages_by_hand():
-    # Groups (1, 2, 3, 6) and (5, 5, 5, 5). Means 3 and 5; std of the first sqrt((4 + 1 + 0 + 9) / 3) = 2.160247.
+    # Groups (1, 2, 3, 6) and (5, 5, 5, 5). Means 3 and 5; std of the first sqrt((4 + 1 + 0 + 9) / 3) =
+    # 2.160247.
     rewards, mask = torch.tensor([1.0, 2.0, 3.0, 6.0, 5.0, 5.0, 5.0, 5.0]), torch.ones(8, 2, dtype=torch.bool)
     mask[0, 1] = False
     args = RLHFArgs(batch_size=8, group_size=4)
@@ -662,7 +670,7 @@ def test_group_advantages_by_hand():
     assert rloo[0, 1] == 0
 
 
-# ---- Objectives ------------------------------------------------------------------------------------------------------
+# ---- Objectives --------------------------------------------------------------------------------------------
 
 
 def random_minibatch(rows=3, width=4, dtype=torch.float64) -> tuple[PolicyOutput, ReplayMemory]:
@@ -869,7 +877,7 @@ def test_full_kl_of_the_trainer_is_the_sum_over_the_vocabulary(gpt2):
     )
 
 
-# ---- Memory, schedule, trainer ---------------------------------------------------------------------------------------
+# ---- Memory, schedule, trainer -----------------------------------------------------------------------------
 
 
 def test_minibatches_are_a_seeded_partition():
@@ -914,7 +922,8 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
         argv = ["--base-model", gpt2, "--run-dir", str(tmp_path / name), *flags, *["--lora"] * lora]
         assert rlhf.main(argv) == 0
         assert {p.name for p in (tmp_path / name).iterdir()} == {
-            "args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint", "model", *["adapter"] * lora
+            "args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint", "model",
+            *["adapter"] * lora,
         }  # fmt: skip
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [line["phase"] for line in lines] == [1, 2, 3, 4] and all(
@@ -924,7 +933,8 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
         samples = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
         assert {sample["phase"] for sample in samples} == {"before", 1, 2, 3, 4, "after"}
     assert runs[0] == runs[1]
-    keys = "phase reward reward_std kl entropy clip_fraction grad_norm lr completion_length distinct_2 kl_coef".split()
+    keys = "phase reward reward_std kl entropy".split()
+    keys += "clip_fraction grad_norm lr completion_length distinct_2 kl_coef".split()
     keys += ["reward/periods"]
     keys += ["value_loss", "explained_variance"] if algo == "ppo" else []
     assert runs[0][0].keys() == set(keys)
@@ -1000,7 +1010,7 @@ def test_examples_in_docstrings_run(module):
     assert result.attempted > 0 and result.failed == 0
 
 
-# ---- Real models: families, export, resume, processes ----------------------------------------------------------------
+# ---- Real models: families, export, resume, processes ------------------------------------------------------
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              max_position_embeddings=64, initializer_range=0.2)  # fmt: skip
@@ -1015,8 +1025,8 @@ FAMILIES = {
 
 
 def logits_of(directory: Path, adapter: Path | None = None) -> torch.Tensor:
-    """What transformers makes of a directory, an adapter added to its weights by hand as PEFT's documents say:
-    W + alpha/r B A, transposed where fan_in_fan_out is set."""
+    """What transformers makes of a directory, an adapter added to its weights by hand as PEFT's documents
+    say: W + alpha/r B A, transposed where fan_in_fan_out is set."""
     model = transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
     if adapter is not None:
         config = json.loads((adapter / "adapter_config.json").read_text())
@@ -1131,7 +1141,8 @@ def metrics_of(run_dir: Path) -> list[dict]:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("algo, lora", [("ppo", True), ("grpo", False)])
 def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_path, algo, lora):
-    flags = f"--algo {algo} --batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 6 --warmup-steps 1".split()
+    flags = f"--algo {algo} --batch-size 8 --gen-len 6".split()
+    flags += "--num-minibatches 2 --total-phases 6 --warmup-steps 1".split()
     flags += ["--base-model", gpt2, "--prompts", str(prompts_file), "--group-size", "4", "--reward", "char:e"]
     flags += ["--save-every", "1", "--kl-target", "0.05", "--device", "cpu", *["--lora"] * lora]
 
@@ -1304,7 +1315,8 @@ def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, 
         f"    if len(calls) == 3:\n        os.kill(os.getpid(), {int(number)})\n"
         "    return [float(len(c)) for c in completions]\n"
     )
-    flags = "--batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 5 --warmup-steps 1 --device cpu".split()
+    flags = "--batch-size 8 --gen-len 6 --num-minibatches 2".split()
+    flags += "--total-phases 5 --warmup-steps 1 --device cpu".split()
     argv = [*flags, "--base-model", gpt2, "--reward", f"{source}:f"]
     assert rlhf.main([*argv, "--run-dir", str(tmp_path / "run")]) == 128 + number
     assert "stopped after phase 2; go on with" in capsys.readouterr().out
@@ -1324,7 +1336,8 @@ def test_a_failing_reward_function_costs_no_learning(gpt2, tmp_path, capsys):
         "calls = []\n\ndef f(prompts, completions, **columns):\n    calls.append(0)\n"
         "    return [1.0 / (4 - len(calls))] * len(completions)\n"
     )
-    argv = "--batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 5 --warmup-steps 1 --device cpu".split()
+    argv = "--batch-size 8 --gen-len 6 --num-minibatches 2".split()
+    argv += "--total-phases 5 --warmup-steps 1 --device cpu".split()
     argv += ["--base-model", gpt2, "--reward", f"{source}:f", "--run-dir", str(tmp_path / "run")]
     assert rlhf.main(argv) == 2
     error = capsys.readouterr().err
@@ -1382,7 +1395,8 @@ def test_two_processes_make_the_update_of_one(gpt2, tmp_path):
 
 
 def test_a_whole_run_on_two_processes_and_one_that_dies(gpt2, tmp_path):
-    flags = "--algo grpo --lora --batch-size 8 --gen-len 6 --num-minibatches 2 --total-phases 3 --warmup-steps 1".split()
+    flags = "--algo grpo --lora --batch-size 8".split()
+    flags += "--gen-len 6 --num-minibatches 2 --total-phases 3 --warmup-steps 1".split()
     flags += ["--base-model", gpt2]  # and no --device: on the CPU, too, the processes have to find each other
     run = launch(2, rlhf.__file__, *flags, "--run-dir", str(tmp_path / "run"))
     assert run.returncode == 0, run.stderr
@@ -1401,7 +1415,7 @@ def test_a_whole_run_on_two_processes_and_one_that_dies(gpt2, tmp_path):
     assert dead.returncode != 0 and time.monotonic() - start < 120
 
 
-# ---- Rewards and settings of the second chapter ----------------------------------------------------------------------
+# ---- Rewards and settings of the second chapter ------------------------------------------------------------
 
 
 def test_several_rewards_are_weighted_and_the_gold_one_is_only_logged(gpt2):
@@ -1450,7 +1464,8 @@ def test_classifier_reward_is_the_labels_probability(classifier, gpt2):
 
 
 def test_classifiers_of_independent_labels_and_of_one_output(classifier, gpt2):
-    """As transformers.pipeline has it: each label has its own sigmoid. One output is a score, under any name."""
+    """As transformers.pipeline has it: each label has its own sigmoid. One output is a score, under any
+    name."""
     texts = {"prompts": ["This is"], "completions": [" a test."]}
     config = Path(classifier, "config.json")
     config.write_text(
@@ -1571,8 +1586,9 @@ def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, cap
     assert "leave the KV cache empty" in capsys.readouterr().err
 
 
-# ---- kernels.py ------------------------------------------------------------------------------------------------------
-# Truth is float64, or sums over the vocabulary written out. A kernel runs on the GPU, or else in Triton's interpreter.
+# ---- kernels.py --------------------------------------------------------------------------------------------
+# Truth is float64, or sums over the vocabulary written out. A kernel runs on the GPU, or else in Triton's
+# interpreter.
 
 needs_triton = pytest.mark.skipif(
     kernels.triton is None, reason="Triton is not installed (it exists for Linux alone)"
@@ -1591,7 +1607,8 @@ def device_of(path: str) -> str:
 
 
 def draw(*shape, dtype=torch.float32, device="cpu", layout="plain", scale=1.0):
-    """Random numbers; `layout` strided takes every second row and column of a larger tensor, transposed is Conv1D's."""
+    """Random numbers; `layout` strided takes every second row and column of a larger tensor, transposed is
+    Conv1D's."""
     if layout == "strided":
         big = torch.randn(*(2 * size for size in shape)) * scale
         return big.to(device, dtype)[tuple(slice(None, None, 2) for _ in shape)]
@@ -1621,7 +1638,8 @@ def to_float64(one: torch.Tensor) -> torch.Tensor:
 
 def assert_as_good_as_torch(function, reference, truth, inputs: dict, wanted: list[str], path: str) -> None:
     """The error against float64 is at most that of plain torch in the same dtype and the rounding of the
-    result (of the upstream gradients, about 1, where it is smaller); a quarter more, as either error has its luck."""
+    result (of the upstream gradients, about 1, where it is smaller); a quarter more, as either error has its
+    luck."""
     with on_path(path):
         ours = values_and_gradients(function, inputs, wanted)
     plain = values_and_gradients(reference, inputs, wanted)
@@ -1704,7 +1722,8 @@ def test_token_logprobs_is_as_exact_as_plain_torch(path, leading, V, dtype, temp
 
 
 LINEAR_CASES = [
-    # leading shape, D, V, dtype, temperature, bias, reference (None, shared head, own head of another width), layout
+    # leading shape, D, V, dtype, temperature, bias, reference (None, shared head, own head of another width),
+    # layout
     ((255,), 123, 507, torch.float32, 1.0, False, None, "plain"),
     ((255,), 123, 507, torch.float32, 1.0, False, "shared", "plain"),
     ((255,), 123, 507, torch.float32, 0.7, True, "own", "plain"),
@@ -1987,7 +2006,8 @@ def test_masked_tokens_give_zero_and_no_gradient(path, chunk, monkeypatch):
 
 @pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_huge_and_infinite_logits(path):
-    """±1e4 where exp alone would overflow; -inf is an impossible token, of no weight in entropy, KL and gradient."""
+    """±1e4 where exp alone would overflow; -inf is an impossible token, of no weight in entropy, KL and
+    gradient."""
     rows = torch.full((5, 40), -1e4)
     rows[0] = 1e4  # uniform over 40
     rows[1, 7] = 1e4  # certain
@@ -2212,7 +2232,8 @@ names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 row_kernels = [kernels.token_logprobs_forward_kernel, kernels.token_logprobs_backward_kernel]
 cases = [(kernel, dtype, {"HAS_REF": ref, **kernels._launch(50257)})
          for kernel, dtype, ref in itertools.product(row_kernels, names, (False, True))]
-for dtype, R, stride in itertools.product(names, (16, 32), ("stride_w_in", "stride_w_out")):  # 1: nn.Linear's, Conv1D's
+for dtype, R, stride in itertools.product(names, (16, 32), ("stride_w_in", "stride_w_out")):  # 1:
+nn.Linear's, Conv1D's
     config = {"HAS_BIAS": True, "PRECISION": "ieee", stride: 1, **kernels._lora_launch(dtype, R)}
     cases.append((kernels.lora_linear_kernel, dtype, config))
 special = {"rows_ptr": "*fp32", "coefficients_ptr": "*fp32", "tokens_ptr": "*i64"}
@@ -2221,13 +2242,15 @@ for kernel, dtype, config in cases:
     options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
     signature, divisible = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        pointer = name.endswith("_ptr")
-        signature[name] = "constexpr" if name in config else special.get(name, names[dtype] if pointer else "i32")
-        if pointer or (kernel is kernels.lora_linear_kernel and signature[name] == "i32"):
-            divisible[(i,)] = [["tt.divisibility", 16]]  # as a launch finds it out: allocations, and widths of models
-    target = GPUTarget("cuda", capability, 32)
-    with contextlib.redirect_stdout(io.StringIO()) as said:  # what ptxas says of registers, see the environment below
-        compiled = triton.compile(ASTSource(kernel, signature, config, divisible), target=target, options=options)
+        pointer = name.endswith("_ptr") signature[name] = "constexpr" if name in config else special.get(name,
+        names[dtype] if pointer else "i32") if pointer or (kernel is kernels.lora_linear_kernel and
+        signature[name] == "i32"):
+            divisible[(i,)] = [["tt.divisibility", 16]]  # as a launch finds it out: allocations, and widths
+            of models
+    target = GPUTarget("cuda", capability, 32) with contextlib.redirect_stdout(io.StringIO()) as said:  # what
+    ptxas says of registers, see the environment below
+        compiled = triton.compile(ASTSource(kernel, signature, config, divisible), target=target,
+        options=options)
     case = kernel.__name__, dtype, config
     assert len(compiled.asm["cubin"]) > 0, case
     assert compiled.metadata.shared <= most_shared, (case, compiled.metadata.shared)
@@ -2239,8 +2262,8 @@ print(len(cases))
 
 @pytest.fixture(scope="module")
 def compilations(tmp_path_factory):
-    """A compiling process for each target (its capability, and the bytes of shared memory a block may have), side by
-    side. TRITON_DUMP_PTXAS_LOG makes Triton print what the assembler says of registers."""
+    """A compiling process for each target (its capability, and the bytes of shared memory a block may have),
+    side by side. TRITON_DUMP_PTXAS_LOG makes Triton print what the assembler says of registers."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(kernels.__file__).parent),
@@ -2615,7 +2638,7 @@ def test_a_run_learns_its_reward_and_remembers_it(learned, gpt2, tmp_path, capsy
         assert capsys.readouterr().err.count("\n") == 1
 
 
-# ---- Inspection ------------------------------------------------------------------------------------------------------
+# ---- Inspection --------------------------------------------------------------------------------------------
 
 
 def make_run(path: Path, base_model: str, model) -> Path:
@@ -2643,7 +2666,8 @@ def collapsed(gpt2, tmp_path_factory) -> Path:  # noqa: F811
 ARCHITECTURES = {
     "gpt2": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2),
     "llama": transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=64, initializer_range=0.2, attention_bias=True,
     ),
     "neox": transformers.GPTNeoXConfig(
@@ -2651,7 +2675,8 @@ ARCHITECTURES = {
         max_position_embeddings=64, initializer_range=0.2,
     ),
     "qwen": transformers.Qwen2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False,
     ),
 }  # fmt: skip
@@ -2816,7 +2841,7 @@ def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsy
         assert complaint.count("\n") == 1 and expected in complaint, complaint
 
 
-# ---- Pictures --------------------------------------------------------------------------------------------------------
+# ---- Pictures ----------------------------------------------------------------------------------------------
 
 
 def history(level: float, phases: int = 4, **more) -> list[dict]:
@@ -3064,8 +3089,8 @@ def test_exercise_completion_features():
             columns = torch.arange(float(tokens.shape[1])).expand(tokens.shape)
             return columns[..., None], columns + 100
 
-    tokens = torch.full((2, 7), 5)  # P = 4 and C = 3
-    samples = lesson.Samples(tokens, torch.ones(2, 7).bool(), *torch.zeros(2, 2, 3))
+    zeros = torch.zeros(2, 3)  # C = 3
+    samples = lesson.Samples(torch.full((2, 7), 5), torch.ones(2, 7).bool(), logprobs=zeros, values=zeros)
     features, values = Columns().completion_features(samples)
     formula = "column t speaks of token t + 1: tokens P to T-1 are scored by columns P-1 to T-2; P = 4, T = 7"
     expect(features, [[[3.0], [4.0], [5.0]]] * 2, f"features: {formula}")
@@ -3133,7 +3158,7 @@ def chain_policy(transitions: torch.Tensor):
             before = 0 if cache is None else self.seen.shape[-1]
             self.seen = attention_mask
             new, all_columns = tokens.shape[1], attention_mask.shape[1]
-            message = f"with {before} columns in the cache and {new} tokens given, expected a mask of {before + new}"
+            message = f"{before} columns in the cache and {new} new ones: expected a mask of {before + new}"
             assert before + new == all_columns, f"features: {message}, got {all_columns}"
             values = attention_mask.float().cumsum(dim=1)
             return nn.functional.one_hot(tokens, len(transitions)).float(), values[:, -new:]
