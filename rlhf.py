@@ -103,7 +103,7 @@ class RLHFArgs:
     # Rollout phase: completions are drawn and judged
     total_phases: Count = 50  # rollout phase and learning phase, this many times
     batch_size: Count = 64  # completions in a rollout phase, of all processes together
-    group_size: int | None = None  # completions of a prompt; by default all, with --prompts 8 (ppo: 1)
+    group_size: Count | None = None  # completions of a prompt; by default all, with --prompts 8 (ppo: 1)
     gen_len: Count = 32  # tokens in a completion, at most
     temperature: float = 1.0  # divides the logits, when sampling and when learning alike
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
@@ -1262,6 +1262,9 @@ class RunLog:
         console.quiet = not self.is_main
         self.history: list[dict] = open_run_dir(trainer) if self.is_main else []
         start_tracker(trainer)
+        weights = trainer.trained.values(), set(trainer.policy.published.values())
+        trained, total = (sum(weight.numel() for weight in one) for one in weights)
+        console.print(f"training {trained:,} numbers; the model has {total:,}")
         hidden = not console.is_terminal  # in pipes and notebooks the lines alone tell how far it is
         self.bar = Progress(console=console, transient=True, disable=hidden)
         self.task = self.bar.add_task("phases", total=trainer.args.total_phases, completed=trainer.phase)

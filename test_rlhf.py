@@ -2958,7 +2958,7 @@ assert unchanged() and "matplotlib.pyplot" not in sys.modules, "plotting"
 def test_a_sample_steers_no_terminal_and_stays_on_its_line():
     """Nor is it markup; and it is whole, however narrow the terminal."""
     text = "\x1b[31m\nThis [bold]is :smile: "
-    assert rlhf.one_line(text) == "␛[31m⏎This [bold]is :smile: "
+    assert rlhf.one_line(text) == "�[31m⏎This [bold]is :smile: "
     for columns in ("20", "200"):
         code = f"""
 import rlhf
@@ -3001,6 +3001,7 @@ lesson = rlhf
 
 def expect(got, wanted, formula: str) -> None:
     """Numbers, lists or tensors are the same; if they are not, the message says by which formula."""
+    __tracebackhide__ = True  # the reader wants to see the line that expects
     got, wanted = (torch.as_tensor(x).detach().to(torch.float64) for x in (got, wanted))
     same = got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
     shown = [torch.round(x, decimals=4).tolist() for x in (wanted, got)]
