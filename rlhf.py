@@ -403,9 +403,15 @@ class TransformerWithValueHead(nn.Module):
 # (LoRA 2106.09685, eq. 3; the paper's A and B.) Why low rank: changing a model's ways takes few directions,
 # and rank · (d_in + d_out) numbers in place of d_in · d_out are few to train, to keep AdamW's moments of, and
 # to store: for a 1024 x 1024 matrix at rank 4 one in 128. Why lora_b starts at zero and lora_a random: the
-# sum starts at W exactly, and yet lora_b gets a gradient; were both zero, neither would. Why α/rank: what r
-# columns add up to grows with the rank; divided by it, one learning rate does for every rank. Switched off,
-# the adapters leave the model that we started from, exactly: so the reference costs no second copy.
+# sum starts at W exactly, and yet lora_b gets a gradient; were both zero, neither would. Why α/rank: what the
+# columns of lora_b add up to grows with the rank; divided by it, one learning rate does for every rank.
+# Switched off, the adapters leave the model that we started from, exactly: so the reference costs no second
+# copy.
+
+
+def as_rows(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
+    """W in the layout of nn.Linear; GPT-2's Conv1D stores it transposed."""
+    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
 
 
 class LoRALinear(nn.Module):
@@ -419,17 +425,12 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
         super().__init__()
         self.base = base.requires_grad_(False)
-        d_out, d_in = self.matrix.shape
+        d_out, d_in = as_rows(base).shape
         self.lora_a = nn.Parameter(torch.empty(rank, d_in, device=base.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(d_out, rank, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.scale = alpha / rank
         self.enabled = True
-
-    @property
-    def matrix(self) -> Float[Tensor, "d_out d_in"]:
-        """W in the layout of nn.Linear; GPT-2's Conv1D stores it transposed."""
-        return self.base.weight.t() if isinstance(self.base, Conv1D) else self.base.weight
 
     @property
     def weight(self) -> Tensor:
@@ -444,7 +445,7 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return self.base(x)
         # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T, with x read once
-        return lora_linear(x, self.matrix, self.bias, self.lora_a, self.lora_b, self.scale)
+        return lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)
 
     def merged(self) -> Tensor:
         """W + (α/rank) lora_b lora_a, as W is stored."""
@@ -1933,11 +1934,6 @@ def export(trainer: RLHFTrainer) -> None:
     write_whole(trainer.run_dir / "model", lambda new: export_model(policy, new))
     if args.lora:
         write_whole(trainer.run_dir / "adapter", lambda new: export_adapter(policy, args, new))
-
-
-def as_rows(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
-    """The layer's weight in the layout of nn.Linear; GPT-2's Conv1D stores it transposed."""
-    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
 
 
 @torch.no_grad()

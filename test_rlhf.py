@@ -2232,8 +2232,8 @@ names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 row_kernels = [kernels.token_logprobs_forward_kernel, kernels.token_logprobs_backward_kernel]
 cases = [(kernel, dtype, {"HAS_REF": ref, **kernels._launch(50257)})
          for kernel, dtype, ref in itertools.product(row_kernels, names, (False, True))]
-for dtype, R, stride in itertools.product(names, (16, 32), ("stride_w_in", "stride_w_out")):  # 1:
-nn.Linear's, Conv1D's
+for dtype, R, stride in itertools.product(names, (16, 32), ("stride_w_in", "stride_w_out")):
+    # the stride that is 1: nn.Linear's, Conv1D's
     config = {"HAS_BIAS": True, "PRECISION": "ieee", stride: 1, **kernels._lora_launch(dtype, R)}
     cases.append((kernels.lora_linear_kernel, dtype, config))
 special = {"rows_ptr": "*fp32", "coefficients_ptr": "*fp32", "tokens_ptr": "*i64"}
@@ -2242,15 +2242,17 @@ for kernel, dtype, config in cases:
     options = {name: config.pop(name) for name in ("num_warps", "num_stages") if name in config}
     signature, divisible = {}, {}
     for i, name in enumerate(kernel.arg_names):
-        pointer = name.endswith("_ptr") signature[name] = "constexpr" if name in config else special.get(name,
-        names[dtype] if pointer else "i32") if pointer or (kernel is kernels.lora_linear_kernel and
-        signature[name] == "i32"):
-            divisible[(i,)] = [["tt.divisibility", 16]]  # as a launch finds it out: allocations, and widths
-            of models
-    target = GPUTarget("cuda", capability, 32) with contextlib.redirect_stdout(io.StringIO()) as said:  # what
-    ptxas says of registers, see the environment below
-        compiled = triton.compile(ASTSource(kernel, signature, config, divisible), target=target,
-        options=options)
+        pointer = name.endswith("_ptr")
+        usual = names[dtype] if pointer else "i32"
+        signature[name] = "constexpr" if name in config else special.get(name, usual)
+        if pointer or (kernel is kernels.lora_linear_kernel and signature[name] == "i32"):
+            # as a launch finds it out: allocations, and widths of models
+            divisible[(i,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("cuda", capability, 32)
+    # what ptxas says of registers, see the environment below
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        source = ASTSource(kernel, signature, config, divisible)
+        compiled = triton.compile(source, target=target, options=options)
     case = kernel.__name__, dtype, config
     assert len(compiled.asm["cubin"]) > 0, case
     assert compiled.metadata.shared <= most_shared, (case, compiled.metadata.shared)
@@ -3523,7 +3525,7 @@ WRONG_ANSWERS = {
     "LoRALinear.forward": [
         ("self.lora_a, self.lora_b,", "self.lora_b, self.lora_a,"),
         ("self.lora_b, self.scale", "self.lora_b, 1.0"),
-        ("x, self.matrix,", "x, self.weight,"),
+        ("x, as_rows(self.base),", "x, self.weight,"),
         ("self.bias, self", "None, self"),
         ("if not self.enabled", "if False"),
         ("self.lora_a, self.lora_b,", "self.lora_a.detach(), self.lora_b,"),
