@@ -12,8 +12,8 @@
             one step of AdamW up the gradient of the objective                          # 10
         log one line                                                                    # 11
 
-The algorithms differ in compute_advantages. PPO learns values too, and so its objective also has
-- vf_coef (values - returns)²; GRPO and RLOO need none.
+compute_advantages is `gae` for PPO, `group_relative` for GRPO, `leave_one_out` for RLOO. PPO learns values
+too: its objective also has - vf_coef (values - returns)², where returns = advantages + values.
 
 From reinforcement learning to language models:
 
@@ -23,11 +23,13 @@ From reinforcement learning to language models:
     critic       the value head, a small network on the model's last hidden state: how much reward is to come?
 
 What is different from PPO on CartPole:
-  - The policy can write before it is trained, and is to change its ways without forgetting its language. So
-    there is a reference, the model as it was, and a price β on leaving it: the KL penalty, its leash.
-  - Any state can be started from again: K completions of one prompt can be compared, and their
-    mean reward can do the critic's work (GRPO, RLOO).
-  - There is one reward, at the end, and nothing is random but the policy itself: γ = λ = 1 is a good choice.
+  - The policy can write before it is trained. Left alone it finds the one text that pays most, "......", and
+    writes nothing else: mode collapse. So there is a reference, the model as it was, and a price β on leaving
+    it: the KL penalty, its leash.
+  - Any state can be started from again: K completions of one prompt can be compared, and their mean
+    reward can do the critic's work (GRPO, RLOO).
+  - There is one reward, at the end of a short episode, so there is nothing to discount: γ = 1. And λ = 1
+    trusts that reward, and not a critic that knows nothing at first; the price is a noisier advantage.
   - There are V actions, thousands. Entropy and KL are sums over all of them, at every token: that costs
     memory.
   - One forward pass sees all states of an episode, for each is the beginning of the next. Only drawing the
@@ -36,9 +38,9 @@ What is different from PPO on CartPole:
 Notation   B completions in a batch, b in a minibatch   K completions in a group (of one prompt)
            P width of the prompts   C width of the completions   T = P + C columns
            D width of the residual stream   V size of the vocabulary   R reward functions
-           L layers   H heads   In formulas: r reward, Â advantage, V_t value, ρ = π_θ / π_old the ratio of
-           probabilities, ε where it is clipped, β = kl_coef. Log-probabilities, entropy and KL divergence are
-           in nats: natural logarithms.
+           L layers, H heads (section 17)   In formulas: r reward, Â advantage, V_t the value of a state,
+           ρ = π_θ / π_old the ratio of probabilities, ε where it is clipped, β = kl_coef. Log-probabilities,
+           entropy and KL divergence are in nats: natural logarithms.
 Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740
            LoRA 2106.09685
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
@@ -170,7 +172,7 @@ class RLHFArgs:
 #     attention_mask    0     1     1     1  |  1     1     1     0
 #     position          0     0     1     2  |  3     4     5     5    counted from the first real token
 #     mask                                   |  1     1     1     0    EOS is an action, so it is trained
-#     completion                             |  a   test  EOS  -100    -100 stands where mask is 0
+#     completion                             |  a   test  EOS  -100    -100 (torch's ignore_index) if masked
 #     scored by column                       |  3     4     5     6
 #     logprobs                               | l_0   l_1   l_2    0    log π(token | everything to its left)
 #     values                                 | V_0   V_1   V_2    0    what the critic expected before it
@@ -264,10 +266,10 @@ def get_logprobs(
     temperature: float = 1.0,
     ref_logits: Float[Tensor, "*rows V"] | None = None,
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"], Float[Tensor, "*rows"] | None]:
-    """Log-probability of each token, entropy of the distribution it was drawn from and, where the reference's
-    logits are given, the KL divergence to the reference, exactly:
+    """Log-probability of each token, entropy of the distribution that the logits give and, where the
+    reference's logits are given, the KL divergence to the reference, exactly:
 
-        log π(token)      H = - Σ_v π(v) log π(v)      KL = Σ_v π(v) (log π(v) - log π_ref(v))
+        log π(token)      entropy = - Σ_v π(v) log π(v)      KL = Σ_v π(v) (log π(v) - log π_ref(v))
 
     All are 0 where the token is masked.
 
@@ -352,7 +354,7 @@ class TransformerWithValueHead(nn.Module):
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        return output.last_hidden_state, self.values
+        return output.last_hidden_state, self.values  # which the hook read_values left there just now
 
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """The output layer: one matrix, in some models times a scale, in Gemma 2 under a soft cap."""
@@ -404,9 +406,8 @@ class TransformerWithValueHead(nn.Module):
 # and rank · (d_in + d_out) numbers in place of d_in · d_out are few to train, to keep AdamW's moments of, and
 # to store: for a 1024 x 1024 matrix at rank 4 one in 128. Why lora_b starts at zero and lora_a random: the
 # sum starts at W exactly, and yet lora_b gets a gradient; were both zero, neither would. Why α/rank: what the
-# columns of lora_b add up to grows with the rank; divided by it, one learning rate does for every rank.
-# Switched off, the adapters leave the model that we started from, exactly: so the reference costs no second
-# copy.
+# columns of lora_b add up to grows with the rank; divided by it, about one learning rate does for all ranks.
+# Switched off, the adapters leave the model that we started from, exactly: so the reference costs no copy.
 
 
 def as_rows(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
@@ -468,7 +469,7 @@ def choose_trained(bridge: TransformerBridge, args: RLHFArgs) -> None:
             part.set_original_component(LoRALinear(part.original_component, args.lora_rank, args.lora_alpha))
     elif args.train_layers:
         nn.ModuleList([*blocks, bridge.ln_final]).requires_grad_(True)
-    for block in bridge.blocks:
+    for block in bridge.blocks:  # the bridge computes with q, k and v: the fused matrix of all three is idle
         if hasattr(block.attn, "qkv"):
             block.attn.qkv.requires_grad_(False)
 
@@ -557,9 +558,12 @@ def keep_top_k(logprobs: Float[Tensor, "B V"], k: int) -> Float[Tensor, "B V"]:
 
 
 # ---- 6 Completion to reward --------------------------------------------------------------------------------
-# In: prompts and completions as text. Out: one number each. A reward function has the signature that TRL's
-# users know. The prompts come as examples: one dict each, with its text under "prompt" and the prompts file's
-# other columns.
+# In: prompts and completions as text. Out: one number each. Where is the human? People choose the better of
+# two completions, a classifier learns to score as they choose (section 16), and its score is one more reward
+# function; in the lesson, full stops stand in for it. A reward function is called as in TRL,
+#     function(prompts=[...], completions=[...], **columns) -> [a number, or None if it does not apply, ...]
+# The columns are those of the prompts file, beside "prompt": the answer to a sum, say. Its rows are the
+# examples.
 
 RewardFn = Callable[..., list[float]]
 
@@ -608,10 +612,10 @@ def centered(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
 def normalize_reward(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Mean 0 and standard deviation 1 over the batch; all 0 where all rewards are equal.
 
-    PPO gains by it: kl_coef and vf_coef then mean the same whatever a reward's unit. GRPO and RLOO take the
-    group's mean off anyway. On one prompt the batch is the group, and it has been divided by its deviation
-    here already: so there GRPO with and without `scale_by_group_std` are the same, and RLOO is K/(K-1) times
-    that.
+    PPO gains by it, though its critic takes an average off as well: kl_coef and vf_coef then mean the same
+    whatever a reward's unit. GRPO and RLOO take the group's mean off anyway. On one prompt the batch is the
+    group, and it has been divided by its deviation here already: so there GRPO with and without
+    `scale_by_group_std` are the same, and RLOO is K/(K-1) times that.
 
     >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0]))
     tensor([-1.0000,  0.0000,  1.0000])
@@ -642,8 +646,8 @@ def gae(
     """Â_t = δ_t + γλ Â_{t+1} with δ_t = r_t + γ V_{t+1} - V_t (GAE 1506.02438, eq. 16; PPO 1707.06347, eq.
     11, 12).
 
-    The reward falls on the last token; after it there is no state, V = 0. λ = 0 gives the one-step estimate
-    δ_t.
+    The reward falls on the last token; after it there is no state, V = 0. With γ = λ = 1 the sum of the δ
+    telescopes to Â_t = r - V_t, and the return is r at every token. λ = 0 gives the one-step estimate δ_t.
 
     >>> values, mask, args = torch.tensor([[0.5, 0.2]]), torch.ones(1, 2).bool(), RLHFArgs(gae_lambda=0.0)
     >>> gae(torch.ones(1), values, mask, args)  # 0.2 - 0.5 and 1 - 0.2
@@ -694,8 +698,8 @@ def leave_one_out(
 
 
 # ---- 8 Replay memory ---------------------------------------------------------------------------------------
-# In: one rollout phase. Out: shuffled minibatches, several times over. After its learning phase a memory is
-# thrown away: its tokens are no longer what the policy would write.
+# In: one rollout phase. Out: shuffled minibatches, several times over. The name is the course's; it is PPO's
+# rollout buffer, and thrown away after its learning phase: its tokens are no longer what the policy writes.
 
 
 @dataclass
@@ -785,7 +789,8 @@ def kl_estimate(
 
     For tokens drawn from π_θ, k1 and k3 are right on average, k2 is not. Of their gradients it is the other
     way round: only k2's is on average that of the KL; k1's is 0, and k3's that of KL(π_ref ‖ π_θ). `full` is
-    right in both.
+    right in both, at each state visited; that early tokens lead to later states is left out of all four
+    gradients. (Taken off the reward, as in InstructGPT, the penalty would have it, and be noisier.)
 
     >>> [round(kl_estimate(torch.zeros(1, 1), torch.ones(1, 1), k).item(), 3) for k in ("k1", "k2", "k3")]
     [-1.0, 0.5, 0.718]
@@ -815,7 +820,7 @@ def masked_mean(
 
 def grpo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
     """J = E[ min(ρ Â, clip(ρ) Â) - β KL ] + c_ent E[ entropy ] (DeepSeekMath 2402.03300, eq. 3; entropy is
-    ours)."""
+    ours). E is masked_mean. RLOO has the same objective, and PPO's is built on it."""
     surrogate = clipped_surrogate(new.logprobs, old.logprobs, old.advantages, *clip_range(args))
     per_token = surrogate - kl_coef * new.kl + args.ent_coef * new.entropy
     return masked_mean(per_token, old.mask, args.loss_average, args.gen_len)
@@ -823,7 +828,10 @@ def grpo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: R
 
 def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
     """J_PPO = J - c_vf E[ (V - V_target)² ] (PPO 1707.06347, eq. 9, with a KL penalty), J as above and
-    V_target = Â + V of when the completion was drawn: `old.returns`."""
+    V_target = Â + V of when the completion was drawn: `old.returns`.
+
+    Of what CleanRL has, left out: advantages normalised in each minibatch, since rewards are, over the batch;
+    clipping of values; the factor ½, which vf_coef can hold."""
     squared_error = (new.values - old.returns).square()
     value_loss = masked_mean(squared_error, old.mask, args.loss_average, args.gen_len)
     return grpo_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
@@ -853,16 +861,16 @@ class Algorithm(NamedTuple):
 ALGORITHMS = {
     "ppo": Algorithm(gae, ppo_objective, has_critic=True),
     "grpo": Algorithm(group_relative, grpo_objective, has_critic=False),
-    # RLOO is REINFORCE; where ρ = 1, before the first update of a phase, the surrogate's gradient is the
-    # same.
+    # RLOO is REINFORCE, and so is the surrogate while ρ = 1, in a phase's first step; later ones are clipped.
+    # The same up to a constant: with loss_average constant, and rewards that are not normalised.
     "rloo": Algorithm(leave_one_out, grpo_objective, has_critic=False),
 }
 
 
 # ---- 10 Objective to update --------------------------------------------------------------------------------
 # In: the settings. Out: a trained policy. All state lives in the trainer, and nothing here knows which
-# algorithm runs. Several processes may share the work by rows, each with its part of the batch; the four
-# helpers of the section "several processes" hide that, and on one process do nothing.
+# algorithm runs. Several processes may share the work by rows, each with its part of the batch. On one, read
+# own_share, gather_rows and average_gradients as "the same", gradient_weight as 1, weighted_mean as a mean.
 
 
 class RLHFTrainer:
@@ -910,27 +918,25 @@ class RLHFTrainer:
         samples, texts = self.sample(prompts, self.generator)
         # 3. Rewards. A group may be spread over processes: so everybody's, with their completions and values.
         scores = gather_rows(get_rewards(self.rewards, examples, texts).to(self.device), accelerator)
-        completion, values = (gather_rows(x, accelerator) for x in (samples.completion, samples.values))
+        all_completions = gather_rows(samples.completion, accelerator)
+        all_values = gather_rows(samples.values, accelerator)
         rewards = total_reward(scores, self.rewards)
         # 4. Advantages, and of them our own, as wide as our own completions.
         normal = normalize_reward(rewards) if args.normalize_reward else rewards
-        advantages = self.algorithm.compute_advantages(normal, values, completion != -100, args)
+        advantages = self.algorithm.compute_advantages(normal, all_values, all_completions != -100, args)
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
         # 5. The reference's features, for the exact KL, and its log-probabilities, for estimates of it.
-        with adapters_off(self.reference):
+        with adapters_off(self.reference):  # a frozen copy has none
             ref_features, _ = self.reference.completion_features(samples)
         ref_logprobs, _, _ = self.reference.score(ref_features, samples.completion, args.temperature)
         memory = ReplayMemory(
             **vars(samples), advantages=own_advantages, ref_features=ref_features, ref_logprobs=ref_logprobs
         )
-        metrics = rollout_metrics(completion, rewards, advantages, values, args)
+        metrics = rollout_metrics(all_completions, rewards, advantages, all_values, args)
         metrics |= term_means(scores, self.rewards)
-        rewards, ref_logprob = own_share(rewards, accelerator).tolist(), ref_logprobs.sum(dim=1).tolist()
-        return (
-            memory,
-            metrics,
-            records(prompt=prompts, completion=texts, reward=rewards, ref_logprob=ref_logprob),
-        )
+        own_rewards, likely = own_share(rewards, accelerator).tolist(), ref_logprobs.sum(dim=1).tolist()
+        shown = records(prompt=prompts, completion=texts, reward=own_rewards, ref_logprob=likely)
+        return memory, metrics, shown
 
     def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
@@ -1010,9 +1016,8 @@ class RLHFTrainer:
 
         with self.accelerator.main_process_first():  # what is made on first use, like `tiny`, is made once
             self.rewards = load_rewards(args, self.run_dir, self.device)
-            torch.manual_seed(
-                args.seed
-            )  # only now: a reward may have drawn, and all start from equal weights
+            # The seed only now: a reward may have drawn, and all processes start from equal weights.
+            torch.manual_seed(args.seed)
             dtype = args.dtype if args.lora else "float32"
             self.policy = TransformerWithValueHead(
                 args.base_model, self.algorithm.has_critic, self.device, dtype
@@ -1079,13 +1084,10 @@ def rollout_metrics(
         "completion_length": mask.sum(dim=1).float().mean().item(),
         "distinct_2": distinct_2(unpad(completion, mask)),
     }
-    if ALGORITHMS[
-        args.algo
-    ].has_critic:  # 1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads
-        unexplained, returns = (
-            advantages[mask].var(correction=0),
-            (advantages + values)[mask].var(correction=0),
-        )
+    if ALGORITHMS[args.algo].has_critic:
+        # 1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads
+        unexplained = advantages[mask].var(correction=0)
+        returns = (advantages + values)[mask].var(correction=0)
         metrics["explained_variance"] = (1 - unexplained / (returns + 1e-8)).item()
     return metrics
 
