@@ -1247,11 +1247,6 @@ def weighted_mean(
     return {name: total / count for name, total in zip(metrics[0], totals, strict=True)}
 
 
-def records(**columns: list) -> list[dict]:
-    """One dict a row."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
 # ---- 11 goes on: files, terminal and pictures --------------------------------------------------------------
 # In: metrics and samples. Out: lines in files, on the terminal, and in pictures.
 
@@ -1309,6 +1304,11 @@ class RunLog:
         for sample in samples[:shown]:
             text = one_line(sample["prompt"] + sample["completion"])
             console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}", soft_wrap=True)
+
+
+def records(**columns: list) -> list[dict]:
+    """One dict a row."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def one_line(text: str) -> str:
