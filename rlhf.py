@@ -142,7 +142,6 @@ class RLHFArgs:
     # The machine
     device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of the weights that LoRA freezes
-    low_gpu_mem: bool = False  # gpt2 in place of gpt2-medium, and half the batch
     run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
     resume: Path | None = None  # a run directory: go on from its last checkpoint, with its settings
     save_every: Count = 10  # phases between checkpoints; Ctrl-C and SIGTERM leave one too
@@ -1009,7 +1008,7 @@ class RLHFTrainer:
         self.accelerator = Accelerator(cpu=is_cpu(args.device), log_with=args.track)
         self.run_dir = from_main_process(choose_run_dir, args)
         self.device = pick_device(args.device, self.accelerator)
-        self.args = args = low_memory(args)
+        self.args = args
         check_processes(args, self.accelerator)
         self.algorithm = ALGORITHMS[args.algo]
         self.examples = load_examples(args.prefix, args.prompts)
@@ -1336,22 +1335,11 @@ PANELS = {  # what is drawn, over what, under which title
     "distinct_2": ("distinct_2", "phase", "distinct bigrams: falls when the mode collapses"),
     "frontier": ("reward", "kl", "frontier: mean reward against KL; the dot is the last phase"),
 }
-LINE_STYLES = ["-", "--", ":", "-.", (0, (8, 2, 1, 2, 1, 2)), (0, (1, 4))]
 # Colours that the colour-blind tell apart; text is never read as mathematics, since tokens may hold a "$".
 STYLE = [
+    "seaborn-v0_8-whitegrid",
     "seaborn-v0_8-colorblind",
-    {
-        "font.size": 8,
-        "axes.grid": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "grid.alpha": 0.3,
-        "legend.handlelength": 4,
-        "legend.markerscale": 0,
-        "legend.frameon": False,
-        "lines.markersize": 4,
-        "text.parse_math": False,
-    },
+    {"font.size": 8, "lines.markersize": 4, "legend.handlelength": 4, "text.parse_math": False},
 ]
 
 
@@ -1694,17 +1682,6 @@ def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
     require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
 
 
-def low_memory(args: RLHFArgs) -> RLHFArgs:
-    """With --low-gpu-mem: gpt2 for gpt2-medium, and half the batch, kept divisible; says so."""
-    if args.resume or not args.low_gpu_mem:  # a run's saved settings have been through this
-        return args
-    model = "gpt2" if args.base_model == "gpt2-medium" else args.base_model
-    parts = math.lcm(args.num_minibatches, args.group_size or 1)
-    batch_size = parts * max(1, args.batch_size // 2 // parts)
-    console.print(f"--low-gpu-mem: {model}, {batch_size} completions a phase", soft_wrap=True)
-    return dataclasses.replace(args, base_model=model, batch_size=batch_size)
-
-
 # ---- 13 What outlives the run ------------------------------------------------------------------------------
 # In: the trainer. Out: its run directory: checkpoints to go on from, and the result as PEFT and transformers
 # load it. What replaces a file is written whole, then renamed: a kill at any moment leaves one or the other.
@@ -1749,7 +1726,7 @@ def read_jsonl(path: Path, *keys: str, torn_ok: bool = False) -> list[tuple[str,
         try:
             row = json.loads(line)
         except ValueError as error:
-            if torn_ok and not line.endswith(b"\n"):
+            if torn_ok and line.startswith(b"{") and not line.endswith(b"\n"):
                 break
             raise SettingError(f"{where}: is not JSON: {error}") from error
         require(isinstance(row, dict), f"{where}: is no JSON object")
@@ -2206,9 +2183,7 @@ def read_answers(file: Path) -> list[dict]:
     rows = read_jsonl(file, "prompt", "chosen", "rejected", torn_ok=True)
     with explained(f'{file}: a "pair" is no number'):  # older files hold none, and then its place does
         answers = [row | {"pair": int(row.get("pair", i))} for i, (_, row) in enumerate(rows)]
-    unended = file.read_bytes().rpartition(b"\n")[2] if file.exists() else b""
-    if unended:
-        require(unended.startswith(b"{"), f"{file}: its last line is no JSON object")
+    if file.exists() and file.read_bytes()[-1:] not in (b"", b"\n"):
         write_jsonl(file, answers)
         console.print(f"{file}: ended within a line; {len(answers)} whole answers are kept", soft_wrap=True)
     return answers
@@ -2671,7 +2646,7 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         color = colors.setdefault(values[:1], len(colors))
         style = styles.setdefault(values[1:], len(styles)) + color // 6
         curves[label] = average(group)
-        looks[label] = {"color": f"C{color}", "linestyle": LINE_STYLES[style % 6]}
+        looks[label] = {"color": f"C{color}", "linestyle": ["-", "--", ":", "-."][style % 4]}
     plot_curves(curves, looks, output, columns=len(colors) if len(styles) > 1 else 1)
     console.print(f"wrote {output}", soft_wrap=True)
 

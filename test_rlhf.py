@@ -311,7 +311,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     environment = os.environ | {"HOME": "/nowhere", "TERM": "dumb", "COLUMNS": "100"}
     command = [sys.executable, "-c", program, rlhf.__file__]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and "--low-gpu-mem" in run.stdout, run.stderr
+    assert run.returncode == 0 and "--base-model" in run.stdout, run.stderr
 
 
 # ---- Tokens, model, padding --------------------------------------------------------------------------------
@@ -1501,21 +1501,6 @@ def test_kl_coefficient_follows_its_target():
     for kl, error in ((0.55, 0.1), (5.0, 0.2), (0.0, -0.2), (0.5, 0.0)):
         assert rlhf.adapt_kl_coef(0.3, kl, args) == pytest.approx(0.3 * (1 + error * 64 / 640))
     assert rlhf.adapt_kl_coef(0.3, 9.9, RLHFArgs()) == 0.3
-
-
-def test_low_gpu_mem_takes_the_smaller_model_and_half_the_batch(capsys):
-    medium = RLHFArgs(base_model="gpt2-medium", lora=True)
-    assert rlhf.low_memory(medium) == medium and not capsys.readouterr().out  # nothing happens unasked
-    asked = dataclasses.replace(medium, low_gpu_mem=True)
-    small = rlhf.low_memory(asked)
-    assert (small.base_model, small.batch_size) == ("gpt2", 32)
-    assert capsys.readouterr().out == "--low-gpu-mem: gpt2, 32 completions a phase\n"
-    for parts, batch_size in [(dict(num_minibatches=64), 64), (dict(batch_size=48, group_size=16), 16)]:
-        assert (
-            rlhf.low_memory(dataclasses.replace(asked, **parts)).batch_size == batch_size
-        )  # still divisible
-    resumed = dataclasses.replace(small, resume=Path("run"))
-    assert rlhf.low_memory(resumed) == resumed  # and not halved again
 
 
 def test_prompts_of_any_length_and_alphabet(gpt2, tmp_path):
