@@ -13,7 +13,8 @@
         log one line                                                                    # 11
 
 compute_advantages is `gae` for PPO, `group_relative` for GRPO, `leave_one_out` for RLOO. PPO learns values
-too: its objective also has - vf_coef (values - returns)², where returns = advantages + values.
+too: its objective also has - vf_coef (values - returns)², where returns = advantages + values. What else
+tells the published algorithms apart is a few switches: the table ALGORITHMS, at the end of section 9.
 
 From reinforcement learning to language models:
 
@@ -45,8 +46,9 @@ Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RL
            LoRA 2106.09685
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
            differs and why.
-Left out   because it would hide the idea: a reward for each token, a critic of its own (the value head shares
-           the policy's trunk), dropout in the policy, samples of older phases.
+Left out   because it would hide the idea: a reward function for each token, a critic of its own (the value
+           head shares the policy's trunk) and a phase for it alone, clipping of values, dual clip, dropout in
+           the policy, samples of older phases.
 
     python rlhf.py --algo grpo --lora          trains the embedded toy model, in two minutes on a laptop
     python rlhf.py --kl-coef 0                 PPO without its leash: watch the mode collapse
@@ -57,7 +59,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -93,14 +95,29 @@ class RLHFArgs:
     """
 
     # The experiment
-    algo: Literal["ppo", "grpo", "rloo"] = "ppo"  # compares with critic's value, group mean, others' mean
+    algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "course"] = "ppo"  # as published
     base_model: str = "tiny"  # `tiny` (embedded), a name that TransformerLens knows, hub id, or directory
     reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL, preferences:FILE, FILE.py:NAME
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: str | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
     prompts: Path | None = None  # instead of the prefix: a file, a prompt a line, or JSON lines with "prompt"
+    eval_prompts: Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
+
+    # The algorithm: None is as the row of --algo has it in ALGORITHMS, at the end of section 9
+    advantage: Literal["critic", "group", "others"] | None = None  # over the critic's value, the mean reward
+    # of the group, or the mean of the others in it
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose standard deviation
+    whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
+    ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
+    clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
+    clip_coef: Amount | None = None  # ε: nothing is gained by moving the ratio beyond 1 ± ε
+    clip_high: Amount | None = None  # another upper end, 1 + this in place of 1 + ε
+    loss_average: Literal["sequence", "token", "constant"] | None = None  # over what losses are averaged
+    kl_in: Literal["loss", "reward"] | None = None  # where the penalty is; the reward's is estimated by k1
+    kl_coef: Amount | None = None  # β: the price of leaving the reference, the model as it was; 0: no price
+    gae_lambda: Amount | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
 
     # Rollout phase: completions are drawn and judged
     total_phases: Count = 50  # rollout phase and learning phase, this many times
@@ -109,23 +126,20 @@ class RLHFArgs:
     gen_len: Count = 32  # tokens in a completion, at most
     temperature: float = 1.0  # divides the logits, when sampling and when learning alike
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
-    normalize_reward: bool = True  # shift and scale the batch's rewards to mean 0 and standard deviation 1
+    top_p: float = 1.0  # draw from the fewest that have this probability together; biased likewise
+    truncated: Literal["keep", "mask", "penalty"] = "keep"  # completions without end: learn from them as from
+    # others, not at all, or with 1 off their reward
 
     # Learning phase: the policy is moved towards what was better than expected
     batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs)
     num_minibatches: Count = 4  # optimizer steps in each pass
-    clip_coef: Amount = 0.2  # ε: nothing is gained by moving the ratio beyond 1 ± ε
-    clip_high: Amount | None = None  # a higher upper end, 1 + this in place of 1 + ε (DAPO)
-    kl_coef: Amount = 0.12  # β: the price of leaving the reference, the model as it was; 0: mode collapse
-    kl_target: float | None = None  # adapt β until the KL is this, in nats a token
-    kl_horizon: Count = 2560  # completions over which β adapts; a smaller horizon adapts faster
-    kl_estimator: Literal["full", "k1", "k2", "k3"] = "full"  # exact, or an estimate from the sampled token
+    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = (
+        "full"  # exact, or from the sampled token
+    )
+    kl_target: float | None = None  # adapt β from phase to phase until the KL is this, in nats a token
     ent_coef: float = 0.02  # reward for uncertainty
-    vf_coef: Amount = 0.15  # weight of the value loss (ppo)
-    gamma: Amount = 1.0  # discount (ppo)
-    gae_lambda: Amount = 1.0  # GAE's λ (ppo): 1 trusts rewards alone, 0 the critic's next value
-    scale_by_group_std: bool = True  # divide by the group's standard deviation (grpo); without it, Dr. GRPO
-    loss_average: Literal["sequence", "token", "constant"] = "sequence"  # over what losses are averaged
+    vf_coef: Amount = 0.15  # weight of the value loss (critic)
+    gamma: Amount = 1.0  # discount (critic)
 
     # What is trained, and how fast
     base_lr: Amount = 5e-4  # learning rate of the transformer, or of its adapters
@@ -148,6 +162,9 @@ class RLHFArgs:
     track: Literal["wandb", "tensorboard"] | None = None  # send the metrics there, too
 
     def __post_init__(self):
+        for name, value in ALGORITHMS[self.algo].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # frozen, but only from here on
         check_settings(self)
 
     @property
@@ -158,7 +175,7 @@ class RLHFArgs:
             return self.group_size
         if self.prompts is None:
             return self.batch_size
-        return 1 if ALGORITHMS[self.algo].has_critic else math.gcd(self.batch_size, 8)
+        return 1 if self.advantage == "critic" else math.gcd(self.batch_size, 8)
 
 
 # ---- 2 Prompt to tokens ------------------------------------------------------------------------------------
@@ -447,11 +464,10 @@ class LoRALinear(nn.Module):
         # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T, with x read once
         return lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)
 
-    def merged(self) -> Tensor:
-        """W + (α/rank) lora_b lora_a, as W is stored."""
-        update = self.scale * self.lora_b @ self.lora_a
-        update = update.t() if isinstance(self.base, Conv1D) else update
-        return (self.base.weight.float() + update).to(self.base.weight.dtype)
+    @property
+    def update(self) -> Float[Tensor, "d_out d_in"]:
+        """(α/rank) lora_b lora_a: what the adapters add to W."""
+        return self.scale * self.lora_b @ self.lora_a
 
 
 def choose_trained(bridge: TransformerBridge, args: RLHFArgs) -> None:
@@ -499,6 +515,7 @@ def get_samples(
     gen_len: int,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Samples:
     """Draws a completion of up to gen_len tokens for each prompt, one column at a time.
@@ -517,7 +534,9 @@ def get_samples(
         new = slice(0 if t == P else t - 1, t)  # the whole prompt first, then the token just drawn
         features, state_values = policy.features(tokens[:, new], mask[:, :t], cache)
         distribution = (policy.logits(features[:, -1]).float() / temperature).log_softmax(dim=-1)
-        drawable = distribution if top_k is None else keep_top_k(distribution, top_k)
+        drawable = (
+            distribution if top_k is None and top_p == 1 else keep_likeliest(distribution, top_k, top_p)
+        )
         drawn = sample_token(drawable.exp(), generator)
         tokens[:, t] = torch.where(alive, drawn, tokens[:, t])
         mask[:, t] = alive
@@ -546,14 +565,20 @@ def sample_token(probs: Float[Tensor, "B V"], generator: torch.Generator | None)
     return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1)
 
 
-def keep_top_k(logprobs: Float[Tensor, "B V"], k: int) -> Float[Tensor, "B V"]:
-    """All but the k likeliest at -inf.
+def keep_likeliest(
+    logprobs: Float[Tensor, "B V"], top_k: int | None, top_p: float = 1.0
+) -> Float[Tensor, "B V"]:
+    """At -inf all but the top_k likeliest tokens, and all behind those that have probability top_p together
+    (nucleus sampling, 1904.09751).
 
-    >>> keep_top_k(torch.tensor([[1.0, 3.0, 2.0]]), 2)
-    tensor([[-inf, 3., 2.]])
+    >>> keep_likeliest(torch.tensor([[0.2, 0.5, 0.3]]).log(), top_k=None, top_p=0.6).exp()
+    tensor([[0.0000, 0.5000, 0.3000]])
     """
-    kth = logprobs.topk(min(k, logprobs.shape[-1]), dim=-1).values[:, -1:]
-    return logprobs.masked_fill(logprobs < kth, -math.inf)
+    ordered, tokens = logprobs.sort(dim=-1, descending=True)
+    before = ordered.exp().cumsum(dim=-1) - ordered.exp()  # the probability of all that are likelier
+    ordered = ordered.masked_fill(before >= top_p, -math.inf)
+    ordered[:, top_k or len(ordered.T) :] = -math.inf
+    return torch.empty_like(ordered).scatter(1, tokens, ordered)
 
 
 # ---- 6 Completion to reward --------------------------------------------------------------------------------
@@ -597,30 +622,37 @@ def get_rewards(rewards: list[Reward], examples: list[dict], completions: list[s
 
 
 def total_reward(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> Float[Tensor, "B"]:
-    """The weighted sum of the terms that apply."""
-    return scores.nan_to_num() @ scores.new_tensor([reward.weight for reward in rewards])
+    """The weighted sum of the terms that apply; NaN where none does."""
+    weights = scores.new_tensor([reward.weight for reward in rewards])
+    applies = (scores.isfinite() & (weights != 0)).any(dim=1)
+    return (scores.nan_to_num() * weights).sum(dim=1).where(applies, math.nan)
 
 
 def centered(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
-    """Less their mean. The first one is taken off before: so equal numbers become exactly 0, not a rounding
-    error, that a division by their standard deviation would blow up."""
-    x = x - x[..., :1]
-    return x - x.mean(dim=-1, keepdim=True)
+    """Less their mean; what is NaN stays so, and does not count. The largest is taken off before: so equal
+    numbers become exactly 0, not a rounding error that a division by their deviation would blow up."""
+    x = x - x.nan_to_num(nan=-math.inf).amax(dim=-1, keepdim=True)
+    return x - x.nanmean(dim=-1, keepdim=True)
+
+
+def deviation(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups 1"]:
+    """√(Σ x² / (n - 1)), the standard deviation of numbers that are centered; of one number 0."""
+    largest = x.abs().nan_to_num().amax(dim=-1, keepdim=True) + 1e-30  # whose square may be too large
+    others = x.isfinite().sum(dim=-1, keepdim=True) - 1
+    return largest * ((x / largest).square().nansum(dim=-1, keepdim=True) / others.clamp(min=1)).sqrt()
 
 
 def normalize_reward(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Mean 0 and standard deviation 1 over the batch; all 0 where all rewards are equal.
 
-    PPO gains by it, though its critic takes an average off as well: kl_coef and vf_coef then mean the same
-    whatever a reward's unit. GRPO and RLOO take the group's mean off anyway. On one prompt the batch is the
-    group, and it has been divided by its deviation here already: so there GRPO with and without
-    `scale_by_group_std` are the same, and RLOO is K/(K-1) times that.
+    For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever a reward's unit. GRPO and
+    RLOO need no batch, they compare within a group.
 
     >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0]))
     tensor([-1.0000,  0.0000,  1.0000])
     """
     rewards = centered(rewards)
-    return rewards / (rewards.std() + 1e-6) if len(rewards) > 1 else rewards
+    return rewards / (deviation(rewards) + 1e-6)
 
 
 # ---- 7 Reward to advantage ---------------------------------------------------------------------------------
@@ -639,61 +671,78 @@ def normalize_reward(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
 # last state is added.)
 
 
+def token_rewards(
+    rewards: Float[Tensor, "B"], kl_penalty: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"]
+) -> Float[Tensor, "B C"]:
+    """r_t: a completion's reward falls on its last token. With `--kl-in reward` each token has paid a KL
+    penalty by then, β (log π_old - log π_ref) (1909.08593, eq. 2; InstructGPT 2203.02155, eq. 2).
+
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> token_rewards(torch.tensor([1.0]), torch.full((1, 3), 0.25), mask)
+    tensor([[-0.2500,  0.7500,  0.0000]])
+    """
+    last_token = mask.sum(dim=1, keepdim=True) - 1
+    return torch.zeros_like(kl_penalty).scatter(1, last_token, rewards[:, None]) - kl_penalty * mask
+
+
 def gae(
-    rewards: Float[Tensor, "B"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
+    rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_t = δ_t + γλ Â_{t+1} with δ_t = r_t + γ V_{t+1} - V_t (GAE 1506.02438, eq. 16; PPO 1707.06347, eq.
     11, 12).
 
-    The reward falls on the last token; after it there is no state, V = 0. With γ = λ = 1 the sum of the δ
-    telescopes to Â_t = r - V_t, and the return is r at every token. λ = 0 gives the one-step estimate δ_t.
+    After the last token there is no state, V = 0. With γ = λ = 1 the sum of the δ telescopes: Â_t is the sum
+    of the rewards from t on, less V_t. λ = 0 gives the one-step estimate δ_t.
 
     >>> values, mask, args = torch.tensor([[0.5, 0.2]]), torch.ones(1, 2).bool(), RLHFArgs(gae_lambda=0.0)
-    >>> gae(torch.ones(1), values, mask, args)  # 0.2 - 0.5 and 1 - 0.2
+    >>> gae(torch.tensor([[0.0, 1.0]]), values, mask, args)  # 0.2 - 0.5 and 1 - 0.2
     tensor([[-0.3000,  0.8000]])
     """
     values = values * mask  # so that V and Â are 0 past the end, and the recursion below needs no cases
-    last_token = mask.sum(dim=1, keepdim=True) - 1
-    token_rewards = torch.zeros_like(values).scatter(1, last_token, rewards[:, None])
     advantages = torch.zeros_like(values)
     next_value, next_advantage = 0.0, 0.0
     for t in reversed(range(values.shape[1])):
-        delta = token_rewards[:, t] + args.gamma * next_value - values[:, t]
+        delta = rewards[:, t] + args.gamma * next_value - values[:, t]
         advantages[:, t] = delta + args.gamma * args.gae_lambda * next_advantage
         next_value, next_advantage = values[:, t], advantages[:, t]
     return advantages
 
 
 def group_relative(
-    rewards: Float[Tensor, "B"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
+    rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
-    """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2).
+    """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2), r_i the
+    sum of a completion's rewards.
 
-    >>> rewards, one_token = torch.tensor([0.0, 1.0, 1.0, 2.0]), torch.ones(4, 1)
+    >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
-    >>> group_relative(rewards, one_token, one_token.bool(), args).T  # mean 1, std √(2/3) = 0.8165
+    >>> group_relative(rewards, rewards, rewards == rewards, args).T  # mean 1, std √(2/3) = 0.8165
     tensor([[-1.2247,  0.0000,  0.0000,  1.2247]])
     """
-    advantages = centered(rearrange(rewards, "(prompt K) -> prompt K", K=args.samples_per_prompt))
-    if args.scale_by_group_std:
-        advantages = advantages / (advantages.std(dim=1, keepdim=True) + 1e-6)
+    advantages = centered(rearrange(rewards.sum(dim=1), "(prompt K) -> prompt K", K=args.samples_per_prompt))
+    if args.scale_rewards == "group":
+        advantages = advantages / (deviation(advantages) + 1e-6)
     return rearrange(advantages, "prompt K -> (prompt K) 1") * mask
 
 
 def leave_one_out(
-    rewards: Float[Tensor, "B"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
+    rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_i = r_i - mean of the other rewards of the group = K/(K-1) (r_i - mean(r)) (RLOO 2402.14740, section
-    2.2).
+    2.2). Where its own reward is not in the mean, the baseline leaves the gradient unbiased.
 
-    >>> rewards, one_token = torch.tensor([0.0, 1.0, 1.0, 2.0]), torch.ones(4, 1)
+    >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
-    >>> leave_one_out(rewards, one_token, one_token.bool(), args).T  # 0 - 4/3, 1 - 3/3, 1 - 3/3, 2 - 2/3
+    >>> leave_one_out(rewards, rewards, rewards == rewards, args).T  # 0 - 4/3, 1 - 3/3, 1 - 3/3, 2 - 2/3
     tensor([[-1.3333,  0.0000,  0.0000,  1.3333]])
     """
-    K = args.samples_per_prompt
-    advantages = K / (K - 1) * centered(rearrange(rewards, "(prompt K) -> prompt K", K=K))
-    return rearrange(advantages, "prompt K -> (prompt K) 1") * mask
+    advantages = group_relative(rewards, values, mask, args)
+    counted = rearrange(rewards.sum(dim=1).isfinite(), "(prompt K) -> prompt K", K=args.samples_per_prompt)
+    n = counted.sum(dim=1).repeat_interleave(args.samples_per_prompt)[:, None]
+    return n / (n - 1) * advantages
+
+
+ADVANTAGES = {"critic": gae, "group": group_relative, "others": leave_one_out}
 
 
 # ---- 8 Replay memory ---------------------------------------------------------------------------------------
@@ -751,30 +800,39 @@ class PolicyOutput(NamedTuple):
 
 
 def clip_range(args: RLHFArgs) -> tuple[float, float]:
-    """Where the ratio stops paying: 1 - ε and 1 + ε, or a higher upper end (Clip-Higher of DAPO
-    2503.14476)."""
+    """Where the ratio stops paying: 1 - ε and 1 + ε, or another upper end (Clip-Higher, DAPO 2503.14476)."""
     return 1 - args.clip_coef, 1 + (args.clip_coef if args.clip_high is None else args.clip_high)
 
 
-def clipped_surrogate(
-    logprobs: Float[Tensor, "b C"],
-    old_logprobs: Float[Tensor, "b C"],
-    advantages: Float[Tensor, "b C"],
-    low: float,
-    high: float,
+def importance_ratio(
+    logprobs: Float[Tensor, "b C"], old_logprobs: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"], per: str
 ) -> Float[Tensor, "b C"]:
-    """min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â) with ρ = π_θ / π_old, token by token (PPO 1707.06347, eq. 7).
+    """ρ = π_θ / π_old of each token; or of each completion, at all of its tokens: the geometric mean, so that
+    long and short ones can be clipped alike (GSPO 2507.18071, eq. 7).
+
+    >>> doubled, mask = torch.tensor([[2.0, 1.0]]).log(), torch.ones(1, 2).bool()
+    >>> importance_ratio(doubled, torch.zeros(1, 2), mask, per="sequence")  # √2
+    tensor([[1.4142, 1.4142]])
+    """
+    log_ratio = logprobs - old_logprobs
+    if per == "sequence":
+        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
+    return log_ratio.exp()
+
+
+def clipped_surrogate(
+    ratio: Float[Tensor, "b C"], advantages: Float[Tensor, "b C"], low: float, high: float
+) -> Float[Tensor, "b C"]:
+    """min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â), token by token (PPO 1707.06347, eq. 7).
 
     Why clip: the advantages were measured on the old policy's completions; beyond 1 ± ε there is nothing to
     gain, so the gradient is 0 and the policy stays near. Why the minimum too: where ρ has gone the wrong way,
     say up with Â < 0, clip alone would have gradient 0 as well and never bring it back; the minimum takes ρ
     Â, the worse of the two.
 
-    >>> ratio, old_logprobs = torch.tensor([[1.5, 1.5]]), torch.zeros(1, 2)
-    >>> clipped_surrogate(ratio.log(), old_logprobs, torch.tensor([[1.0, -1.0]]), low=0.8, high=1.2)
+    >>> clipped_surrogate(torch.tensor([[1.5, 1.5]]), torch.tensor([[1.0, -1.0]]), low=0.8, high=1.2)
     tensor([[ 1.2000, -1.5000]])
     """
-    ratio = (logprobs - old_logprobs).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
 
 
@@ -787,14 +845,16 @@ def kl_estimate(
         k1 = - log q      k2 = (log q)² / 2      k3 = q - 1 - log q
 
     For tokens drawn from π_θ, k1 and k3 are right on average, k2 is not. Of their gradients it is the other
-    way round: only k2's is on average that of the KL; k1's is 0, and k3's that of KL(π_ref ‖ π_θ). `full` is
-    right in both, at each state visited; that early tokens lead to later states is left out of all four
-    gradients. (Taken off the reward, as in InstructGPT, the penalty would have it, and be noisier.)
+    way round: only k2's is on average that of the KL; k3's is that of KL(π_ref ‖ π_θ), and k1's is 0: in the
+    loss it holds nothing, its place is the reward. `full`, the exact sum over all tokens, is right in both,
+    and so is `weighted_k3`, ρ k3 (DeepSeek-V3.2 2512.02556): at each state visited. That early tokens lead to
+    later states is left out of all these gradients; in the reward the penalty has it, and is noisier.
+    Beyond log q = 10 all are cut off, since q may be infinite.
 
     >>> [round(kl_estimate(torch.zeros(1, 1), torch.ones(1, 1), k).item(), 3) for k in ("k1", "k2", "k3")]
     [-1.0, 0.5, 0.718]
     """
-    log_q = ref_logprobs - logprobs
+    log_q = (ref_logprobs - logprobs).clamp(max=10)
     return {"k1": -log_q, "k2": log_q.square() / 2, "k3": log_q.exp() - 1 - log_q}[estimator]
 
 
@@ -811,65 +871,89 @@ def masked_mean(
     >>> [masked_mean(x, mask, average, gen_len=2).item() for average in ("sequence", "token", "constant")]
     [3.75, 3.0, 2.25]
     """
-    x = x * mask
+    x, count = x * mask, mask.sum(dim=1)
     if average == "sequence":
-        return (x.sum(dim=1) / mask.sum(dim=1)).mean()
-    return x.sum() / (mask.sum() if average == "token" else len(x) * gen_len)
+        return (x.sum(dim=1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
+    return x.sum() / (count.sum().clamp(min=1) if average == "token" else len(x) * gen_len)
 
 
-def grpo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
+def whitened(x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"]) -> Float[Tensor, "b C"]:
+    """Mean 0 and standard deviation 1 over all tokens that are not masked."""
+    x = centered(x.masked_fill(~mask, math.nan).flatten())
+    return (x / (deviation(x) + 1e-6)).nan_to_num().view_as(mask)
+
+
+def policy_objective(
+    new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs
+) -> Float[Tensor, ""]:
     """J = E[ min(ρ Â, clip(ρ) Â) - β KL ] + c_ent E[ entropy ] (DeepSeekMath 2402.03300, eq. 3; entropy is
-    ours). E is masked_mean. RLOO has the same objective, and PPO's is built on it."""
-    surrogate = clipped_surrogate(new.logprobs, old.logprobs, old.advantages, *clip_range(args))
-    per_token = surrogate - kl_coef * new.kl + args.ent_coef * new.entropy
+    ours). E is masked_mean. With the KL in the reward, Â has it and β is 0 here."""
+    advantages = whitened(old.advantages, old.mask) if args.whiten == "minibatch" else old.advantages
+    ratio, (low, high) = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio), clip_range(args)
+    if args.clip == "minimum":
+        surrogate = clipped_surrogate(ratio, advantages, low, high)
+    else:  # CISPO 2506.13585, eq. 4: where the minimum stops a token's gradient, a weight bounds it
+        surrogate = ratio.clamp(low, high).detach() * advantages * new.logprobs
+    beta = kl_coef if args.kl_in == "loss" else 0.0
+    per_token = surrogate - beta * new.kl + args.ent_coef * new.entropy
     return masked_mean(per_token, old.mask, args.loss_average, args.gen_len)
 
 
 def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
     """J_PPO = J - c_vf E[ (V - V_target)² ] (PPO 1707.06347, eq. 9, with a KL penalty), J as above and
-    V_target = Â + V of when the completion was drawn: `old.returns`.
-
-    Of what CleanRL has, left out: advantages normalised in each minibatch, since rewards are, over the batch;
-    clipping of values; the factor ½, which vf_coef can hold."""
+    V_target = Â + V of when the completion was drawn: `old.returns`. The factor ½ is vf_coef's."""
     squared_error = (new.values - old.returns).square()
     value_loss = masked_mean(squared_error, old.mask, args.loss_average, args.gen_len)
-    return grpo_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
+    return policy_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, args: RLHFArgs) -> float:
-    """β ← β (1 + clip(KL/target - 1, ±0.2) n/horizon) after n completions (1909.08593, section 2.2, where
-    n/horizon is the constant K_β); fixed without a target.
+    """β ← β (1 + clip(KL/target - 1, ±0.2)) after each phase (1909.08593, section 2.2, with K_β = 1: phases
+    are few); fixed without a target. It never reaches 0, and never changes its sign.
 
-    >>> adapt_kl_coef(1.0, 9.0, RLHFArgs(kl_target=1.0, kl_horizon=128))  # 8 is clipped: 0.2 · 64/128
-    1.1
+    >>> adapt_kl_coef(1.0, 9.0, RLHFArgs(kl_target=1.0))  # 8 is clipped
+    1.2
     """
     if args.kl_target is None:
         return kl_coef
-    error = min(max(kl / args.kl_target - 1, -0.2), 0.2)
-    return kl_coef * (1 + error * args.batch_size / args.kl_horizon)
+    return kl_coef * (1 + min(max(kl / args.kl_target - 1, -0.2), 0.2))
 
 
-class Algorithm(NamedTuple):
-    """All that tells one algorithm from another."""
+# The published algorithms are columns of one table, and its rows are settings: what is given on the command
+# line wins over the cell. ε, β and λ belong to the experiment, but for those of DAPO, GSPO and CISPO, for
+# β = 0 where the paper does without a reference, and for λ = 0, the course's one-step advantage.
+# - `-`: clip_coef is the upper end, too.
+# - rloo: REINFORCE, and so is the surrogate while ρ = 1, in a phase's first step; later steps are clipped.
+#   `constant` averages its gradient up to a factor; the paper has one step a phase.
+# - dapo: its clip and its average, without dynamic sampling and overlong reward shaping.
+# - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is of ScaleRL 2510.13786.
 
-    compute_advantages: Callable[..., Float[Tensor, "B C"]]
-    objective: Callable[[PolicyOutput, ReplayMemory, float, RLHFArgs], Float[Tensor, ""]]
-    has_critic: bool
-
-
-ALGORITHMS = {
-    "ppo": Algorithm(gae, ppo_objective, has_critic=True),
-    "grpo": Algorithm(group_relative, grpo_objective, has_critic=False),
-    # RLOO is REINFORCE, and so is the surrogate while ρ = 1, in a phase's first step; later ones are clipped.
-    # The same up to a constant: with loss_average constant, and rewards that are not normalised.
-    "rloo": Algorithm(leave_one_out, grpo_objective, has_critic=False),
-}
+ALGORITHM_TABLE = """
+               ppo       grpo      dr_grpo   dapo      gspo      cispo     rloo      course
+advantage      critic    group     group     group     group     group     others    critic
+scale_rewards  batch     group     none      group     group     group     none      batch
+whiten         none      none      none      none      none      none      none      minibatch
+ratio          token     token     token     token     sequence  token     token     token
+clip           minimum   minimum   minimum   minimum   minimum   weight    minimum   minimum
+clip_coef      0.2       0.2       0.2       0.2       3e-4      1         0.2       0.2
+clip_high      -         -         -         0.28      4e-4      4         -         -
+loss_average   sequence  sequence  constant  token     sequence  token     constant  token
+kl_in          loss      loss      loss      loss      loss      loss      reward    loss
+kl_coef        0.12      0.12      0         0         0.12      0         0.12      0.12
+gae_lambda     1         1         1         1         1         1         1         0
+"""
+algorithm_names, *switches = (line.split() for line in ALGORITHM_TABLE.strip().splitlines())
+ALGORITHMS = {name: {} for name in algorithm_names}
+for switch, *cells in switches:
+    for name, cell in zip(algorithm_names, cells, strict=True):
+        if cell != "-":
+            ALGORITHMS[name][switch] = float(cell) if cell[0].isdigit() else cell
 
 
 # ---- 10 Objective to update --------------------------------------------------------------------------------
 # In: the settings. Out: a trained policy. All state lives in the trainer, and nothing here knows which
 # algorithm runs. Several processes may share the work by rows, each with its part of the batch. On one, read
-# own_share, gather_rows and average_gradients as "the same", gradient_weight as 1, weighted_mean as a mean.
+# own_share, gather_rows and average_gradients as "the same", gradient_weight as 1, summarize as a mean.
 
 
 class RLHFTrainer:
@@ -880,26 +964,30 @@ class RLHFTrainer:
 
     def train(self) -> Path:
         """All phases that are still to come; returns the run directory."""
-        args = self.args
-        # autocast: matrix products in bfloat16 where `accelerate launch --mixed_precision bf16` asks for it
-        with RunLog(self) as log, self.stop, self.accelerator.autocast():
+        args, shown = self.args, [self.examples[i % len(self.examples)] for i in range(8)]
+        with RunLog(self) as log, self.stop:
             if self.phase == 0:
-                log.samples("before", self.showcase())
+                log.samples("before", self.showcase(shown, args.top_k))
             while self.phase < args.total_phases and not self.stop.is_requested():
                 start = time.perf_counter()
-                with saved_on_error(self):
+                # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
+                with saved_on_error(self), self.accelerator.autocast():
                     memory, rollout, samples = self.rollout_phase()
                 middle = time.perf_counter()
-                learning = self.learning_phase(memory)
+                # Where every group's rewards are equal, only entropy and KL would be left to follow.
+                learning = self.learning_phase(memory, learns=rollout["equal_groups"] < 1)
                 rollout["rollout_seconds"] = middle - start
                 learning["learning_seconds"] = time.perf_counter() - middle
+                if self.held_out and self.phase % args.save_every == 0:
+                    learning |= held_out_rewards(self)
                 log.phase({"phase": self.phase} | rollout | learning, samples[:3])
                 if self.phase % args.save_every == 0:
                     save_checkpoint(self)
-            save_checkpoint(self)
+            if self.phase % args.save_every:  # the loop has not saved this one
+                save_checkpoint(self)
             export(self)
             if self.phase == args.total_phases:
-                log.samples("after", self.showcase())
+                log.samples("after", self.showcase(shown, args.top_k))
         return self.run_dir
 
     @torch.no_grad()
@@ -910,44 +998,57 @@ class RLHFTrainer:
         # A seed for each phase and process: going on after a stop needs no stored random state.
         self.generator.manual_seed(phase_seed(args.seed, self.phase, accelerator))
         # 1. Prompts, each K times in a row; of these the share of this process.
-        examples = [one for one in self.examples_of(self.phase) for _ in range(args.samples_per_prompt)]
+        examples = [one for one in examples_of(self) for _ in range(args.samples_per_prompt)]
         examples = own_share(examples, accelerator)
         prompts = [example["prompt"] for example in examples]
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
-        samples, texts = self.sample(prompts, self.generator)
-        # 3. Rewards. A group may be spread over processes: so everybody's, with their completions and values.
-        scores = gather_rows(get_rewards(self.rewards, examples, texts).to(self.device), accelerator)
-        all_completions = gather_rows(samples.completion, accelerator)
-        all_values = gather_rows(samples.values, accelerator)
-        rewards = total_reward(scores, self.rewards)
-        # 4. Advantages, and of them our own, as wide as our own completions.
-        normal = normalize_reward(rewards) if args.normalize_reward else rewards
-        advantages = self.algorithm.compute_advantages(normal, all_values, all_completions != -100, args)
-        own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
-        # 5. The reference's features, for the exact KL, and its log-probabilities, for estimates of it.
+        samples, texts = self.sample(prompts, self.generator, args.top_k)
+        # 3. What the reference makes of them: features, for the exact KL, and log-probabilities.
         with adapters_off(self.reference):  # a frozen copy has none
             ref_features, _ = self.reference.completion_features(samples)
         ref_logprobs, _, _ = self.reference.score(ref_features, samples.completion, args.temperature)
+        # 4. Rewards. A group may be spread over processes: so everybody's, and what else advantages need.
+        scores = get_rewards(self.rewards, examples, texts).to(self.device)
+        k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
+        everybody = gather_rows(scores, samples.completion, samples.values, k1, accelerator=accelerator)
+        scores, completions, values, k1 = everybody
+        rewards, mask = total_reward(scores, self.rewards), completions != -100
+        ended = (completions == self.tokenizer.eos_token_id).any(dim=1)
+        if args.truncated == "penalty":
+            rewards = rewards - (~ended).float()
+        # 5. Advantages, and of them our own, as wide as our own completions.
+        normal = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
+        kl_penalty = (self.kl_coef if args.kl_in == "reward" else 0.0) * k1
+        per_token = token_rewards(normal, kl_penalty, mask)
+        # NaN: a completion that no reward applies to teaches nothing
+        advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
+        own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
+        metrics = rollout_metrics(unpad(completions, mask), rewards, ended, args)
+        metrics |= term_means(scores, self.rewards)
+        if args.advantage == "critic":
+            metrics["explained_variance"] = explained_variance(per_token, values, mask, args)
+        own_rewards, likely = own_share(rewards, accelerator).tolist(), ref_logprobs.sum(dim=1).tolist()
+        shown = records(prompt=prompts, completion=texts, reward=own_rewards, ref_logprob=likely)
+        if args.truncated == "mask":  # from here on they are padding
+            samples.attention_mask[~own_share(ended, accelerator), samples.prompt_width :] = False
         memory = ReplayMemory(
             **vars(samples), advantages=own_advantages, ref_features=ref_features, ref_logprobs=ref_logprobs
         )
-        metrics = rollout_metrics(all_completions, rewards, advantages, all_values, args)
-        metrics |= term_means(scores, self.rewards)
-        own_rewards, likely = own_share(rewards, accelerator).tolist(), ref_logprobs.sum(dim=1).tolist()
-        shown = records(prompt=prompts, completion=texts, reward=own_rewards, ref_logprob=likely)
         return memory, metrics, shown
 
-    def learning_phase(self, memory: ReplayMemory) -> dict[str, float]:
+    def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
-        metrics: means over all tokens of all minibatches, learning rate and β."""
+        metrics: means over all tokens of all minibatches, learning rate and β. If it does not learn, its
+        learning rates are 0."""
         args, metrics, counts = self.args, [], []
+        objective_of = ppo_objective if args.advantage == "critic" else policy_objective
         for param_group in self.optimizer.param_groups:
-            param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args)
+            param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args) * learns
         weights = list(self.trained.values())
         passes = args.batches_per_learning_phase
         for minibatch in memory.get_minibatches(passes, args.num_minibatches, self.generator):
             new = self.evaluate(minibatch)
-            objective = self.algorithm.objective(new, minibatch, self.kl_coef, args)
+            objective = objective_of(new, minibatch, self.kl_coef, args)
             loss = -objective * gradient_weight(minibatch, args, self.accelerator)  # AdamW goes downhill
             self.optimizer.zero_grad()
             loss.backward()
@@ -957,7 +1058,7 @@ class RLHFTrainer:
             self.optimizer.step()
             metrics.append(minibatch_metrics(new, minibatch, args) | {"grad_norm": grad_norm.item()})
             counts.append(minibatch.mask.sum().item())
-        means = weighted_mean(metrics, counts, self.accelerator)
+        means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
         self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], args)
         self.phase += 1
@@ -968,38 +1069,33 @@ class RLHFTrainer:
     def evaluate(self, minibatch: ReplayMemory) -> PolicyOutput:
         """What the policy says now of the minibatch's completions; gradients flow."""
         args = self.args
-        features, values = self.policy.completion_features(minibatch)
         ref_features = minibatch.ref_features if args.kl_estimator == "full" else None
-        logprobs, entropy, kl = self.policy.score(
-            features, minibatch.completion, args.temperature, ref_features, self.reference
-        )
+        with self.accelerator.autocast():  # left after each step, for it keeps the weights that it has cast
+            features, values = self.policy.completion_features(minibatch)
+            logprobs, entropy, kl = self.policy.score(
+                features, minibatch.completion, args.temperature, ref_features, self.reference
+            )
         if kl is None:
-            kl = kl_estimate(logprobs, minibatch.ref_logprobs, args.kl_estimator)
+            kl = kl_estimate(logprobs, minibatch.ref_logprobs, args.kl_estimator.removeprefix("weighted_"))
+        if args.kl_estimator == "weighted_k3":
+            kl = kl * (logprobs - minibatch.logprobs).exp()
         return PolicyOutput(logprobs, entropy, kl, values)
 
-    def examples_of(self, phase: int) -> list[dict]:
-        """The B / K prompts of a phase: the file is gone through again and again, each time in another seeded
-        order."""
-        count, size = self.args.batch_size // self.args.samples_per_prompt, len(self.examples)
-        epoch, skip = divmod(phase * count, size)
-        epochs = range(epoch, epoch + (skip + count) // size + 1)
-        orders = [np.random.default_rng((self.args.seed, one)).permutation(size) for one in epochs]
-        return [self.examples[i] for i in np.concatenate(orders)[skip : skip + count]]
-
-    def sample(self, prompts: list[str], generator: torch.Generator) -> tuple[Samples, list[str]]:
+    def sample(
+        self, prompts: list[str], generator: torch.Generator, top_k: int | None
+    ) -> tuple[Samples, list[str]]:
         """One completion of each prompt, as tokens and as text."""
         args = self.args
         tokens, mask = tokenize(self.tokenizer, prompts, self.device)
         samples = get_samples(
-            self.policy, tokens, mask, args.gen_len, args.temperature, args.top_k, generator
+            self.policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator
         )
         return samples, samples.texts(self.tokenizer)
 
-    def showcase(self) -> list[dict]:
-        """Eight completions, drawn with the same random numbers before and after training."""
-        examples = [self.examples[i % len(self.examples)] for i in range(8)]
+    def showcase(self, examples: list[dict], top_k: int | None) -> list[dict]:
+        """A completion of each, drawn with the same random numbers before, during and after training."""
         prompts = [example["prompt"] for example in examples]
-        _, texts = self.sample(prompts, torch.Generator(self.device).manual_seed(self.args.seed))
+        _, texts = self.sample(prompts, torch.Generator(self.device).manual_seed(self.args.seed), top_k)
         rewards = total_reward(get_rewards(self.rewards, examples, texts), self.rewards)
         return records(prompt=prompts, completion=texts, reward=rewards.tolist())
 
@@ -1010,8 +1106,8 @@ class RLHFTrainer:
         self.device = pick_device(args.device, self.accelerator)
         self.args = args
         check_processes(args, self.accelerator)
-        self.algorithm = ALGORITHMS[args.algo]
         self.examples = load_examples(args.prefix, args.prompts)
+        self.held_out = load_examples("", args.eval_prompts) if args.eval_prompts else []
 
         with self.accelerator.main_process_first():  # what is made on first use, like `tiny`, is made once
             self.rewards = load_rewards(args, self.run_dir, self.device)
@@ -1019,10 +1115,10 @@ class RLHFTrainer:
             torch.manual_seed(args.seed)
             dtype = args.dtype if args.lora else "float32"
             self.policy = TransformerWithValueHead(
-                args.base_model, self.algorithm.has_critic, self.device, dtype
+                args.base_model, args.advantage == "critic", self.device, dtype
             )
         self.tokenizer = self.policy.bridge.tokenizer
-        check_context(self.policy.bridge, self.examples, args.gen_len)
+        check_context(self.policy.bridge, self.examples + self.held_out, args.gen_len)
         choose_trained(self.policy.bridge, args)
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
@@ -1036,6 +1132,7 @@ class RLHFTrainer:
         self.generator = torch.Generator(self.device)
         self.phase, self.kl_coef = 0, args.kl_coef
         self.stop = StopSignals(self.accelerator)
+        self.fits = fingerprint(self)
         if args.resume:
             load_checkpoint(self)
 
@@ -1069,41 +1166,20 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
 
 
 def rollout_metrics(
-    completion: Int[Tensor, "B C"],  # -100 where masked
-    rewards: Float[Tensor, "B"],  # as they came, before any normalisation
-    advantages: Float[Tensor, "B C"],
-    values: Float[Tensor, "B C"],
-    args: RLHFArgs,
+    completions: list[list[int]], rewards: Float[Tensor, "B"], ended: Bool[Tensor, "B"], args: RLHFArgs
 ) -> dict[str, float]:
-    """What the rollout phase tells by itself."""
-    mask = completion != -100
-    metrics = {
-        "reward": rewards.mean().item(),
-        "reward_std": rewards.std(correction=0).item(),
-        "completion_length": mask.sum(dim=1).float().mean().item(),
-        "distinct_2": distinct_2(unpad(completion, mask)),
+    """What the rollout phase tells by itself; rewards are as they came, before any scaling."""
+    K = args.samples_per_prompt
+    groups = rearrange(rewards, "(prompt K) -> prompt K", K=K if K > 1 else len(rewards))
+    are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
+    return {
+        "reward": rewards.nanmean().nan_to_num().item(),
+        "reward_std": deviation(centered(rewards)).item(),
+        "equal_groups": are_equal.float().mean().item(),  # the share that teaches nothing
+        "completion_length": float(np.mean([len(tokens) for tokens in completions])),
+        "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
+        "distinct_2": distinct_2(completions),
     }
-    if ALGORITHMS[args.algo].has_critic:
-        # 1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads
-        unexplained = advantages[mask].var(correction=0)
-        returns = (advantages + values)[mask].var(correction=0)
-        metrics["explained_variance"] = (1 - unexplained / (returns + 1e-8)).item()
-    return metrics
-
-
-@torch.no_grad()
-def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> dict[str, float]:
-    """Means over the minibatch's tokens."""
-    low, high = clip_range(args)
-    ratio = (new.logprobs - old.logprobs).exp()  # 1, up to rounding, in the first minibatch of a phase
-    per_token = {
-        "kl": new.kl,
-        "entropy": new.entropy,
-        "clip_fraction": ((ratio < low) | (ratio > high)).float(),
-    }
-    if ALGORITHMS[args.algo].has_critic:
-        per_token["value_loss"] = (new.values - old.returns).square()
-    return {name: masked_mean(x, old.mask).item() for name, x in per_token.items()}
 
 
 def distinct_2(completions: list[list[int]]) -> float:
@@ -1156,7 +1232,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, random_split
 from transformer_lens import ActivationCache
@@ -1208,10 +1284,10 @@ def own_share(rows, accelerator: Accelerator):
     return rows[accelerator.process_index * size :][:size]
 
 
-def gather_rows(x: Tensor, accelerator: Accelerator) -> Tensor:
+def gather_rows(*tensors: Tensor, accelerator: Accelerator) -> tuple[Tensor, ...]:
     """The rows of all processes, one process after the other; the narrower ones are padded on the right with
     -100, so tokens are masked there."""
-    return accelerator.gather(accelerator.pad_across_processes(x, dim=1, pad_index=-100))
+    return accelerator.gather(accelerator.pad_across_processes(tensors, dim=1, pad_index=-100))
 
 
 def gradient_weight(minibatch: ReplayMemory, args: RLHFArgs, accelerator: Accelerator) -> float:
@@ -1220,15 +1296,16 @@ def gradient_weight(minibatch: ReplayMemory, args: RLHFArgs, accelerator: Accele
     if args.loss_average != "token":
         return 1.0
     count = minibatch.mask.sum().float()
-    return (count / accelerator.reduce(count, "mean")).item()
+    return (count / accelerator.reduce(count, "mean").clamp(min=1e-6)).item()
 
 
 def average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """The mean over all processes; without the usual wrapper around the model, which would hide the bridge's
-    hooks."""
-    for weight in weights:
-        if weight.grad is not None:
-            weight.grad = accelerator.reduce(weight.grad, "mean")
+    """The mean over all processes, in one message; without the usual wrapper around the model, which would
+    hide the bridge's hooks."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    if accelerator.num_processes > 1:
+        mean = accelerator.reduce(nn.utils.parameters_to_vector(gradients), "mean")
+        nn.utils.vector_to_parameters(mean, gradients)
 
 
 def check_gradient(norm: Tensor, phase: int) -> None:
@@ -1236,14 +1313,17 @@ def check_gradient(norm: Tensor, phase: int) -> None:
     require(math.isfinite(norm), message)
 
 
-def weighted_mean(
+def summarize(
     metrics: list[dict[str, float]], counts: list[int], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Means over the minibatches of all processes, each weighted by its count of tokens."""
+    """Means over the minibatches of all processes, each weighted by its count of tokens; of the largest
+    ratio, the largest."""
     sums = np.array(counts) @ np.array([[*one.values(), 1.0] for one in metrics])
     sums = torch.tensor(sums, dtype=torch.float32, device=accelerator.device)
     *totals, count = accelerator.reduce(sums, "sum").tolist()
-    return {name: total / count for name, total in zip(metrics[0], totals, strict=True)}
+    means = {name: total / max(count, 1) for name, total in zip(metrics[0], totals, strict=True)}
+    largest = torch.tensor(max(one["largest_ratio"] for one in metrics), device=accelerator.device)
+    return means | {"largest_ratio": accelerator.gather(largest).max().item()}
 
 
 # ---- 11 goes on: files, terminal and pictures --------------------------------------------------------------
@@ -1257,25 +1337,20 @@ class RunLog:
         self.trainer = trainer
         self.is_main = trainer.accelerator.is_main_process
         console.quiet = not self.is_main
-        self.history: list[dict] = open_run_dir(trainer) if self.is_main else []
+        self.metrics, self.completions = open_run_dir(trainer) if self.is_main else ([], [])
         start_tracker(trainer)
         weights = trainer.trained.values(), set(trainer.policy.published.values())
         trained, total = (sum(weight.numel() for weight in one) for one in weights)
         console.print(f"training {trained:,} numbers; the model has {total:,}")
-        hidden = not console.is_terminal  # in pipes and notebooks the lines alone tell how far it is
-        self.bar = Progress(console=console, transient=True, disable=hidden)
-        self.task = self.bar.add_task("phases", total=trainer.args.total_phases, completed=trainer.phase)
 
     def __enter__(self) -> "RunLog":
-        self.bar.start()
         return self
 
     def __exit__(self, *exception) -> None:
-        self.bar.stop()
         self.trainer.accelerator.end_training()
-        if self.history:
+        if self.metrics:
             run_dir = self.trainer.run_dir
-            plot_curves({run_dir.name: self.history}, {}, run_dir / "curves.png")
+            plot_curves({run_dir.name: [self.metrics]}, {}, run_dir / "curves.png")
             console.print(f"results in {run_dir}", soft_wrap=True)
 
     def phase(self, metrics: dict, samples: list[dict]) -> None:
@@ -1286,23 +1361,66 @@ class RunLog:
         speed = tokens / (metrics["rollout_seconds"] + metrics["learning_seconds"])
         metrics = metrics | {"tokens_per_second": speed, "peak_memory_mb": peak_memory_mb(trainer.device)}
         figures = [f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2")]
-        console.print(f"phase {phase:>3}", *figures, f"{speed:.0f} tokens/s", sep="  ", soft_wrap=True)
+        title = f"phase {phase:>3} of {trainer.args.total_phases}"
+        console.print(title, *figures, f"{speed:.0f} tokens/s", sep="  ", soft_wrap=True)
         self.samples(phase, samples, shown=1)
+        self.metrics.append(metrics)
+        if [one["equal_groups"] for one in self.metrics[-3:]] == [1.0] * 3:
+            console.print("for three phases no completion was rewarded differently: nothing is learned")
         if self.is_main:
-            append_jsonl(trainer.run_dir / "metrics.jsonl", metrics)
-            self.history.append(metrics)
+            write_jsonl(trainer.run_dir / "metrics.jsonl", self.metrics)
         trainer.accelerator.log(metrics, step=phase)
-        self.bar.update(self.task, completed=phase)
 
     def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
         """All of them into samples.jsonl, some on the terminal, each on its line. When: before or after
         training, or the phase."""
+        self.completions += [{"phase": when} | sample for sample in samples]
         if self.is_main:
-            rows = ({"phase": when} | sample for sample in samples)
-            append_jsonl(self.trainer.run_dir / "samples.jsonl", *rows)
+            write_jsonl(self.trainer.run_dir / "samples.jsonl", self.completions)
         for sample in samples[:shown]:
             text = one_line(sample["prompt"] + sample["completion"])
             console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}", soft_wrap=True)
+
+
+def explained_variance(
+    rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
+) -> float:
+    """1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads: of the returns that
+    came, whatever λ it learns with."""
+    unforeseen = gae(rewards, values, mask, replace(args, gae_lambda=1.0))  # return - V
+    known = mask & unforeseen.isfinite()
+    variance = (unforeseen + values)[known].var(correction=0)
+    return (1 - unforeseen[known].var(correction=0) / variance).item() if variance > 1e-10 else 0.0
+
+
+@torch.no_grad()
+def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> dict[str, float]:
+    """Means over the minibatch's tokens, and the largest ratio."""
+    low, high = clip_range(args)
+    ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
+    is_exact = args.kl_estimator == "full"
+    per_token = {
+        "kl": new.kl if is_exact else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
+        "kl_cut_off": old.ref_logprobs - new.logprobs > 10,  # 0, or the reference is infinitely surprised
+        "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
+        "entropy": new.entropy,
+        "clip_fraction": (ratio < low) | (ratio > high),
+        "clipped_above": (ratio > high) & (old.advantages > 0),  # those whose gradient is 0
+        "clipped_below": (ratio < low) & (old.advantages < 0),
+    }
+    if args.advantage == "critic":
+        per_token["value_loss"] = (new.values - old.returns).square()
+    means = {name: masked_mean(x.float(), old.mask).item() for name, x in per_token.items()}
+    return means | {"largest_ratio": (ratio * old.mask).max().item()}  # 1 in a phase's first minibatch
+
+
+def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
+    """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
+    found = {}
+    for name, top_k in (("eval_reward", trainer.args.top_k), ("eval_reward_greedy", 1)):
+        rewards = [one["reward"] for one in trainer.showcase(trainer.held_out, top_k)]
+        found[name] = float(np.nanmean(rewards))
+    return found
 
 
 def records(**columns: list) -> list[dict]:
@@ -1353,26 +1471,34 @@ def picture(path: Path, **size) -> Iterator[Figure]:
         write_whole(path, lambda beside: figure.savefig(beside, format="png", bbox_inches="tight"))
 
 
-def plot_curves(runs: dict[str, list[dict]], looks: dict[str, dict], path: Path, columns: int = 1) -> None:
-    """One line a run, in its look, if it is given one: each metric over phases, and reward against KL. The
-    legend has so many columns.
+def plot_curves(
+    runs: dict[str, list[list[dict]]], looks: dict[str, dict], path: Path, columns: int = 1
+) -> None:
+    """One line for each group of runs, their mean in a band from lowest to highest: each metric over phases,
+    and reward against KL. Each in its look, if it is given one; the legend has so many columns.
 
     Where gold reward and reward part, the policy has found what the learned reward gets wrong (Gao et al.
-    2210.10760). Where a history holds key_low and key_high, as `average` makes them, that band is shaded.
+    2210.10760).
     """
-    logged = {key for history in runs.values() for key in history[0]}
+    logged = {key for group in runs.values() for key in group[0][0]}
     panels = [panel for panel, (key, *_) in PANELS.items() if key in logged]
     rows = [(panels[i : i + 2] * 2)[:2] for i in range(0, len(panels), 2)]  # the last may have a row alone
     with picture(path, figsize=(9, 2.75 * len(rows))) as figure:
         axes = figure.subplot_mosaic(rows)
         for panel, axis in axes.items():
             key, over, title = PANELS[panel]
-            for label, history in runs.items():
-                names = (over, key, f"{key}_low", f"{key}_high")
-                x, y, low, high = ([metrics.get(name, math.nan) for metrics in history] for name in names)
-                (line,) = axis.plot(x, y, marker="o", markevery=[-1], **looks.get(label, {}))
+            for label, group in runs.items():
+                phases = [*zip(*group, strict=False)]  # as far as all runs of the group go
+                x, y = (
+                    np.array([[metrics.get(name, math.nan) for metrics in phase] for phase in phases])
+                    for name in (over, key)
+                )  # [phases, runs]
+                look = {"marker": "o", "markevery": [-1]} | looks.get(label, {})
+                (line,) = axis.plot(x.mean(axis=1), y.mean(axis=1), **look)
                 if over == "phase":
-                    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+                    axis.fill_between(
+                        x[:, 0], y.min(axis=1), y.max(axis=1), color=line.get_color(), alpha=0.2, linewidth=0
+                    )
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
                 axis.set_ylim(bottom=0)
@@ -1399,13 +1525,19 @@ def check_settings(args: RLHFArgs) -> None:
         f"{divisible} --num-minibatches {args.num_minibatches}": batch % args.num_minibatches == 0,
         f"{divisible} --group-size {group}": batch % group == 0,
         f"--group-size 1: --algo {args.algo} compares completions of a group; give at least 2": (
-            group > 1 or ALGORITHMS[args.algo].has_critic
+            group > 1 or args.advantage == "critic"
         ),
+        "--kl-estimator k1: as a loss its gradient is 0 on average, it holds nothing; give --kl-in reward": (
+            args.kl_estimator != "k1" or args.kl_in == "reward"
+        ),
+        f"--top-p {args.top_p}: must be over 0 and at most 1": 0 < args.top_p <= 1,
         f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}": (
             0 <= args.warmup_steps < args.total_phases
         ),
         f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy": args.temperature > 0,
-        f"--kl-target {args.kl_target}: must be positive": args.kl_target is None or args.kl_target > 0,
+        f"--kl-target {args.kl_target}: must be positive, and --kl-coef too, which is adapted": (
+            args.kl_target is None or min(args.kl_target, args.kl_coef) > 0
+        ),
         f"--seed {args.seed}: must be from 0 to 2147483647": 0 <= args.seed < 2**31,
         f"--reward-weights: {len(args.reward_weights)} given for {terms} rewards; expected one for each": (
             len(args.reward_weights) in (0, terms)
@@ -1433,6 +1565,17 @@ def load_examples(prefix: str, path: Path | None) -> list[dict]:
     for where, row in rows:
         require(row.keys() == rows[0][1].keys(), f"{where}: its columns differ from the first line's")
     return [row for _, row in rows]
+
+
+def examples_of(trainer: RLHFTrainer) -> list[dict]:
+    """The B / K prompts of a phase: the file is gone through again and again, each time in another seeded
+    order."""
+    args, examples = trainer.args, trainer.examples
+    count, size = args.batch_size // args.samples_per_prompt, len(examples)
+    epoch, skip = divmod(trainer.phase * count, size)
+    epochs = range(epoch, epoch + (skip + count) // size + 1)
+    orders = [np.random.default_rng((args.seed, one)).permutation(size) for one in epochs]
+    return [examples[i] for i in np.concatenate(orders)[skip : skip + count]]
 
 
 def check_context(bridge: TransformerBridge, examples: list[dict], gen_len: int) -> None:
@@ -1699,35 +1842,34 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
                     os.fsync(file.fileno())  # on the disk before the old one goes
             elif path.is_dir():  # a file replaces a file by the renaming itself, and never a directory
                 path.rename(old)
-            new.replace(path)
+            try:
+                new.replace(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
     except OSError as error:
         reason = error.strerror or error
         raise SettingError(f"{path}: cannot be written ({reason}); what was there is whole") from error
 
 
-def read_lines(path: Path, torn_ok: bool = False) -> list[tuple[str, bytes]]:
+def read_lines(path: Path) -> list[tuple[str, bytes]]:
     """The lines of a file that are not blank, each behind the words that say where it stands."""
-    require(torn_ok or path.is_file(), f"{path}: no such file")
-    text = path.read_bytes().removeprefix(codecs.BOM_UTF8) if path.exists() else b""
-    require(torn_ok or bool(text.strip()), f"{path}: is empty")
-    lines = enumerate(text.splitlines(keepends=True), start=1)
+    require(path.is_file(), f"{path}: no such file")
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    require(bool(text.strip()), f"{path}: is empty")
+    lines = enumerate(text.splitlines(), start=1)
     return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
 
 
-def read_jsonl(path: Path, *keys: str, torn_ok: bool = False) -> list[tuple[str, dict]]:
+def read_jsonl(path: Path, *keys: str) -> list[tuple[str, dict]]:
     """The objects of a JSON-lines file, each behind the words that say where it stands and with a text under
-    each key; raises SettingError for anything else.
-
-    With torn_ok, for what `append_jsonl` writes, the file need not exist, and half an object at its end, left
-    by a crash, does not count.
-    """
+    each key; raises SettingError for anything else."""
     rows = []
-    for where, line in read_lines(path, torn_ok):
+    for where, line in read_lines(path):
         try:
             row = json.loads(line)
         except ValueError as error:
-            if torn_ok and line.startswith(b"{") and not line.endswith(b"\n"):
-                break
             raise SettingError(f"{where}: is not JSON: {error}") from error
         require(isinstance(row, dict), f"{where}: is no JSON object")
         for key in keys:
@@ -1738,18 +1880,10 @@ def read_jsonl(path: Path, *keys: str, torn_ok: bool = False) -> list[tuple[str,
     return rows
 
 
-def append_jsonl(path: Path, *rows: dict) -> None:
-    """Adds a line for each row, and returns when they are on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """The file holds these rows, or, if this fails, those that it held before."""
-    write_whole(path, lambda new: append_jsonl(new, *rows))
+    """The file holds these rows, each on a line, or, if this fails, what it held before."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def choose_run_dir(args: RLHFArgs) -> Path:
@@ -1782,8 +1916,8 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
     return RLHFArgs(**settings | {"prompts": prompts, "run_dir": None})
 
 
-def open_run_dir(trainer: RLHFTrainer) -> list[dict]:
-    """Writes args.json or, in a run that goes on, forgets what came after its checkpoint; returns metrics."""
+def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
+    """Writes args.json; returns the metrics and samples of a run that goes on, up to its checkpoint."""
     run_dir, args = trainer.run_dir, trainer.args
     for orphan in run_dir.rglob("*.unfinished"):  # of a run that was killed
         shutil.rmtree(orphan)
@@ -1795,17 +1929,16 @@ def open_run_dir(trainer: RLHFTrainer) -> list[dict]:
         text = json.dumps(record, indent=2, default=str) + "\n"
         write_whole(run_dir / "args.json", lambda new: new.write_text(text, encoding="utf-8"))
     done = {"before", *range(1, trainer.phase + 1)} if trainer.phase else {}
-    for path in (run_dir / "samples.jsonl", run_dir / "metrics.jsonl"):  # the metrics last: they are returned
-        rows = [row for _, row in read_jsonl(path, torn_ok=True) if row["phase"] in done]
-        write_jsonl(path, rows)
-    return rows
+    paths = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl"]
+    kept = [read_jsonl(path) if done else [] for path in paths]
+    return tuple([row for _, row in rows if row["phase"] in done] for rows in kept)
 
 
 def fingerprint(trainer: RLHFTrainer) -> str:
     """Of what a checkpoint must fit: the model that training starts from, and the shapes that it trains."""
-    base = sum(weight.view(torch.uint8).sum().item() for weight in trainer.reference.published.values())
+    base = sum(weight.view(torch.int16).sum().item() for weight in trainer.reference.published.values())
     shapes = {name: [*weight.shape] for name, weight in trainer.trained.items()}
-    return f"base model of byte sum {base}, trained {shapes}"
+    return f"base model of sum {base}, trained {shapes}"
 
 
 def save_checkpoint(trainer: RLHFTrainer) -> None:
@@ -1822,7 +1955,7 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
     for name, weight in trainer.trained.items():
         tensors |= {f"{name}@{key}": moment for key, moment in trainer.optimizer.state[weight].items()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    state = {"fits": fingerprint(trainer), "phase": str(trainer.phase), "kl_coef": trainer.kl_coef.hex()}
+    state = {"fits": trainer.fits, "phase": str(trainer.phase), "kl_coef": trainer.kl_coef.hex()}
     data = safetensors.torch.save(tensors, state)
     directory = trainer.run_dir / "checkpoint"
     write_whole(directory / f"phase-{trainer.phase:05}.safetensors", lambda new: new.write_bytes(data))
@@ -1839,7 +1972,7 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
     paths = sorted(directory.glob("phase-*.safetensors"), reverse=True)
     for path in paths:
         try:
-            with safetensors.safe_open(path, "pt", device=trainer.device) as file:
+            with safetensors.safe_open(path, "pt") as file:
                 state, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
             break
         except (OSError, safetensors.SafetensorError) as error:
@@ -1848,11 +1981,12 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
         require(not paths, f"{resume}: no checkpoint is whole; begin anew in another directory")
         return
     message = f"{resume}: {path.name} is of another base model or other settings; was one of them changed?"
-    require(state.get("fits") == fingerprint(trainer), message)
+    require(state.get("fits") == trainer.fits, message)
     for key, tensor in tensors.items():
         name, _, moment = key.partition("@")
         weight = trainer.trained[name]
-        if moment:
+        if moment:  # AdamW keeps its `step` on the CPU
+            tensor = tensor if moment == "step" else tensor.to(weight.device)
             trainer.optimizer.state[weight][moment] = tensor
         else:
             weight.data.copy_(tensor)
@@ -1869,22 +2003,25 @@ def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
         raise
 
 
-class StopSignals(contextlib.ExitStack):
+class StopSignals(contextlib.AbstractContextManager):
     """While entered, the first Ctrl-C or SIGTERM asks for a stop after the phase; a second stops at once."""
 
     def __init__(self, accelerator: Accelerator):
-        super().__init__()
-        self.accelerator, self.received = accelerator, 0
+        self.accelerator = accelerator
 
-    def __enter__(self) -> "StopSignals":
+    def __enter__(self) -> None:
+        self.received, self.handlers = 0, {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.callback(signal.signal, number, signal.signal(number, self.note))
-        return self
+                self.handlers[number] = signal.signal(number, self.note)
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def note(self, number: int, frame) -> None:
         self.received = number
-        self.close()  # which puts the handlers of before back
+        self.__exit__()
         console.print("stopping after this phase; once more to stop at once")
 
     def is_requested(self) -> bool:
@@ -1952,7 +2089,7 @@ def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
         new = copy.deepcopy(stored)
         for rows, layer in parts:
             if isinstance(layer, LoRALinear):
-                as_rows(new)[rows] += layer.scale * layer.lora_b @ layer.lora_a
+                as_rows(new)[rows] += layer.update
                 continue
             as_rows(new)[rows] = layer.weight
             if new.bias is not None:
@@ -2082,7 +2219,9 @@ def fit(
     optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.1)
     model.train()
     for step, batch in enumerate(track(batches, title, console=console, transient=True)):
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
+        optimizer.param_groups[0]["lr"] = lr * min(
+            1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)
+        )
         loss_of(batch).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -2170,23 +2309,16 @@ def ask(file: Path, pairs: int, draw: Callable[[int, list[dict]], tuple[str, str
             elif key != "s":
                 chosen, rejected = (left, right) if key == "l" else (right, left)
                 answers.append({"pair": number, "prompt": prompt, "chosen": chosen, "rejected": rejected})
-                append_jsonl(file, answers[-1])
+                write_jsonl(file, answers)
             console.print({"l": "left", "r": "right", "s": "skipped", "u": "undone"}[key])
     console.print(f"{len(answers)} answers in {file}; the same command goes on from here", soft_wrap=True)
 
 
 def read_answers(file: Path) -> list[dict]:
-    """The answers in a file that need not exist; half a line at its end, left by a crash, is taken out of it.
-
-    A file that holds anything else is refused as it is.
-    """
-    rows = read_jsonl(file, "prompt", "chosen", "rejected", torn_ok=True)
+    """The answers in a file that need not exist; one that holds anything else is refused."""
+    rows = read_jsonl(file, "prompt", "chosen", "rejected") if file.exists() else []
     with explained(f'{file}: a "pair" is no number'):  # older files hold none, and then its place does
-        answers = [row | {"pair": int(row.get("pair", i))} for i, (_, row) in enumerate(rows)]
-    if file.exists() and file.read_bytes()[-1:] not in (b"", b"\n"):
-        write_jsonl(file, answers)
-        console.print(f"{file}: ended within a line; {len(answers)} whole answers are kept", soft_wrap=True)
-    return answers
+        return [row | {"pair": int(row.get("pair", i))} for i, (_, row) in enumerate(rows)]
 
 
 def show_pair(prompt: str, left: str, right: str, title: str) -> None:
@@ -2313,7 +2445,7 @@ def dropout_and_lora(model: nn.Module, dropout: float = 0.3, rank: int = 16) -> 
         model.set_submodule(path, nn.Sequential(nn.Dropout(dropout), lora))
     yield
     for path, part in replaced.items():
-        part.weight.data.copy_(model.get_submodule(path)[-1].merged())
+        as_rows(part).data.add_(model.get_submodule(path)[-1].update)
         model.set_submodule(path, part)
 
 
@@ -2645,7 +2777,7 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         # Colour tells the first setting that differs, line style the others.
         color = colors.setdefault(values[:1], len(colors))
         style = styles.setdefault(values[1:], len(styles)) + color // 6
-        curves[label] = average(group)
+        curves[label] = group
         looks[label] = {"color": f"C{color}", "linestyle": ["-", "--", ":", "-."][style % 4]}
     plot_curves(curves, looks, output, columns=len(colors) if len(styles) > 1 else 1)
     console.print(f"wrote {output}", soft_wrap=True)
@@ -2653,26 +2785,7 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
     """A run's settings and its metrics, one dict a phase."""
-    settings, rows = read_settings(run), read_jsonl(run / "metrics.jsonl", torn_ok=True)
-    require(bool(rows), f"{run}: holds no metrics.jsonl with at least one phase")
-    return settings, [metrics for _, metrics in rows]
-
-
-def average(histories: list[list[dict]]) -> list[dict]:
-    """Phase by phase, as far as all go: each key's mean, and its range as key_low and key_high.
-
-    >>> average([[{"kl": 1.0}], [{"kl": 2.0}, {"kl": 5.0}]])
-    [{'kl': 1.5, 'kl_low': 1.0, 'kl_high': 2.0}]
-    """
-    statistics = {"": np.mean, "_low": min, "_high": max}
-    return [
-        {
-            f"{key}{name}": float(of([metrics[key] for metrics in phases]))
-            for key in set.intersection(*map(set, phases))
-            for name, of in statistics.items()
-        }
-        for phases in zip(*histories, strict=False)
-    ]
+    return read_settings(run), [metrics for _, metrics in read_jsonl(run / "metrics.jsonl")]
 
 
 # ---- 19 Command line ---------------------------------------------------------------------------------------
