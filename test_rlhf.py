@@ -47,10 +47,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import
 
 # The shapes in the signatures are held to: under this hook each call of each function is checked against
-# them.
+# them. What is first imported within it is compiled anew, so all that rlhf.py imports is imported before it;
+# and kernels.py before that, since transformers imports whatever is called `kernels`.
 with jaxtyping.install_import_hook(["kernels", "rlhf"], "beartype.beartype"):
     import kernels
-import transformer_lens.model_bridge  # noqa: F401  (it would take long within the hook, and itself imports `kernels`)
+lesson_file = Path(__file__).with_name("rlhf.py")
+imports = ast.parse(lesson_file.read_text("utf-8"), lesson_file)
+imports.body = [one for one in imports.body if isinstance(one, ast.Import | ast.ImportFrom)]
+exec(compile(imports, lesson_file, "exec"), {})
 
 with jaxtyping.install_import_hook(["kernels", "rlhf"], "beartype.beartype"):
     import rlhf
@@ -2666,17 +2670,19 @@ def collapsed(gpt2, tmp_path_factory) -> Path:  # noqa: F811
 
 
 ARCHITECTURES = {
-    "gpt2": transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2),
-    "llama": transformers.LlamaConfig(
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2,
+    ),
+    "llama": lambda: transformers.LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64, initializer_range=0.2, attention_bias=True,
     ),
-    "neox": transformers.GPTNeoXConfig(
+    "neox": lambda: transformers.GPTNeoXConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, initializer_range=0.2,
     ),
-    "qwen": transformers.Qwen2Config(
+    "qwen": lambda: transformers.Qwen2Config(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False,
@@ -2686,7 +2692,7 @@ ARCHITECTURES = {
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, architecture):
-    path = save_model(tmp_path, ARCHITECTURES[architecture])
+    path = save_model(tmp_path, ARCHITECTURES[architecture]())
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():  # gains that are not 1, biases that are not 0
