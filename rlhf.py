@@ -71,7 +71,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
@@ -470,7 +469,7 @@ class LoRALinear(nn.Module):
         return self.scale * self.lora_b @ self.lora_a
 
 
-def choose_trained(bridge: TransformerBridge, args: RLHFArgs) -> None:
+def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
     """Freezes all but what is to be trained: adapters, or the weights themselves, of all blocks or the last
     few.
 
@@ -1222,7 +1221,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import datetime
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import matplotlib.style
 import psutil
@@ -1235,8 +1234,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, random_split
-from transformer_lens import ActivationCache
-from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 
 console = Console(highlight=False, markup=False, emoji=False)  # what a model writes is no markup
 
@@ -1578,7 +1575,7 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     return [examples[i] for i in np.concatenate(orders)[skip : skip + count]]
 
 
-def check_context(bridge: TransformerBridge, examples: list[dict], gen_len: int) -> None:
+def check_context(bridge: nn.Module, examples: list[dict], gen_len: int) -> None:
     """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context."""
     longest = max(len(token_ids(bridge.tokenizer, example["prompt"])) for example in examples)
     room = f"at most {bridge.cfg.n_ctx - longest}, which the context of {bridge.cfg.n_ctx} leaves"
@@ -1586,14 +1583,15 @@ def check_context(bridge: TransformerBridge, examples: list[dict], gen_len: int)
     require(1 <= gen_len <= bridge.cfg.n_ctx - longest, message)
 
 
-def load_bridge(
-    base_model: str, device: str, dtype: str = "float32"
-) -> tuple[TransformerBridge, dict[str, Tensor]]:
-    """Boots `tiny`, a name that TransformerLens knows, a hub id or a local directory.
+def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[nn.Module, dict[str, Tensor]]:
+    """The TransformerBridge of `tiny`, a name that TransformerLens knows, a hub id or a local directory.
 
     Never runs a model's own code. Also returns the weights under the names that they have in the model's
     files: the bridge renames what it wraps.
     """
+    # TransformerLens takes seconds to import, so only where it is needed: `--help` or a formula does without.
+    from transformer_lens.model_bridge import TransformerBridge
+
     with explained(f"--base-model {base_model}: cannot be loaded"):
         name = model_name(base_model)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
@@ -1607,7 +1605,7 @@ def load_bridge(
 
 
 @torch.no_grad()
-def check_cache(bridge: TransformerBridge) -> None:
+def check_cache(bridge: nn.Module) -> None:
     """Raises SettingError if the KV cache stays empty, as it does from transformers 5.24 on, which renames
     the argument that TransformerLens 4.3 looks for: completions would ignore their prompts, silently."""
     cache = transformers.DynamicCache(config=bridge.original_model.config)
@@ -1619,7 +1617,7 @@ def check_cache(bridge: TransformerBridge) -> None:
 
 
 @torch.no_grad()
-def read_head(bridge: TransformerBridge) -> tuple[float, float | None]:
+def read_head(bridge: nn.Module) -> tuple[float, float | None]:
     """Scale and soft cap of the output layer, cap tanh(scale unembed(x) / cap), from the model's config.
 
     A small model's logits do not reach its cap. So the formula is held to the model's own logits of features
@@ -1646,6 +1644,8 @@ def read_head(bridge: TransformerBridge) -> tuple[float, float | None]:
 
 def model_name(base_model: str) -> str:
     """What transformers calls it: a directory or a hub id."""
+    from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
+
     return str(tiny_model()) if base_model == "tiny" else resolve_model_alias(base_model) or base_model
 
 
@@ -2470,9 +2470,9 @@ class Reading(NamedTuple):
     """What one model makes of the texts."""
 
     name: str  # base or trained
-    bridge: TransformerBridge
+    bridge: nn.Module
     logits: Float[Tensor, "B T V"]
-    cache: ActivationCache
+    cache: Any  # an ActivationCache of TransformerLens
 
 
 Readings = tuple[Reading, Reading]  # of the base and of the trained model
@@ -2543,7 +2543,7 @@ def draw_texts(
 
 
 @torch.no_grad()
-def read(name: str, bridge: TransformerBridge, texts: Texts) -> Reading:
+def read(name: str, bridge: nn.Module, texts: Texts) -> Reading:
     """Logits, and the activations that the rest of this section looks at."""
     wanted = "resid_pre resid_post _z mlp_out pattern hook_embed pos_embed final.hook_scale".split()
     results = bridge.run_with_cache(texts.tokens, names_filter=lambda hook: hook.endswith(tuple(wanted)))
@@ -2633,6 +2633,8 @@ def attribute(reading: Reading, texts: Texts) -> dict[str, float]:
     in it: Σ_c x_c / s · γ w, plus what the model says of x = 0. So the places can be averaged first, with
     weights 1 / s; of s itself that is the harmonic mean, as it should be.
     """
+    from transformer_lens import ActivationCache
+
     bridge, cache = reading.bridge, reading.cache
     norm, w = bridge.ln_final, bridge.unembed.original_component.weight[texts.token_id]
     gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
@@ -2651,7 +2653,7 @@ def attribute(reading: Reading, texts: Texts) -> dict[str, float]:
 
 
 @torch.no_grad()
-def logit_without(part: str, bridge: TransformerBridge, texts: Texts) -> float:
+def logit_without(part: str, bridge: nn.Module, texts: Texts) -> float:
     """The token's logit where a head (L1H0) or an MLP (1_mlp_out) writes zeros."""
     layer, *head = map(int, re.findall(r"\d+", part))
 
@@ -2688,7 +2690,7 @@ def what_moved(axes, readings: Readings) -> dict[tuple[str, int], tuple[float, f
     return updates
 
 
-def named_matrices(bridge: TransformerBridge) -> dict[tuple[str, int], Float[Tensor, "_ _"]]:
+def named_matrices(bridge: nn.Module) -> dict[tuple[str, int], Float[Tensor, "_ _"]]:
     """Every matrix by name and layer; an unembedding tied to the embedding is none of its own."""
     parts = {("embed", 0): bridge.embed}
     for layer, block in enumerate(bridge.blocks):
