@@ -89,8 +89,7 @@ Repeatable = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # --reward A
 class RLHFArgs:
     """Trains a language model by reinforcement learning; every field is a flag.
 
-    >>> RLHFArgs(algo="grpo", batch_size=32).samples_per_prompt  # one prompt, so one group
-    32
+    The other commands are label, inspect and compare: `python rlhf.py label --help` and so on.
     """
 
     # The experiment
@@ -168,8 +167,12 @@ class RLHFArgs:
 
     @property
     def samples_per_prompt(self) -> int:
-        """The size K of a group: as given; or of one prompt all completions, of many 8, and 1 with a
-        critic."""
+        """The size K of a group: as given; or all completions of the one prompt, and of many prompts 8 each
+        (fewer, where the batch is not divisible by 8), or 1 with a critic.
+
+        >>> RLHFArgs(algo="grpo", batch_size=32).samples_per_prompt
+        32
+        """
         if self.group_size is not None:
             return self.group_size
         if self.prompts is None:
@@ -1026,8 +1029,8 @@ class RLHFTrainer:
         metrics |= term_means(scores, self.rewards)
         if args.advantage == "critic":
             metrics["explained_variance"] = explained_variance(per_token, values, mask, args)
-        own_rewards, likely = own_share(rewards, accelerator).tolist(), ref_logprobs.sum(dim=1).tolist()
-        shown = records(prompt=prompts, completion=texts, reward=own_rewards, ref_logprob=likely)
+        own_rewards = own_share(rewards, accelerator).tolist()
+        shown = records(prompt=prompts, completion=texts, reward=own_rewards)
         if args.truncated == "mask":  # from here on they are padding
             samples.attention_mask[~own_share(ended, accelerator), samples.prompt_width :] = False
         memory = ReplayMemory(
@@ -2432,7 +2435,8 @@ def dropout_and_lora(model: nn.Module, dropout: float = 0.3, rank: int = 16) -> 
     """Within, all but the head is frozen, and each matrix of the attention is replaced by dropout and a
     LoRALinear; afterwards what they have learned is part of the matrix.
 
-    Two hundred pairs are few: LoRA on the attention alone, and dropout before it, overfit the least.
+    Two hundred pairs are few: LoRA on the attention alone, and dropout before the whole of it (not before the
+    adapter alone, as in PEFT), overfit the least of what was tried.
     """
     model.base_model.requires_grad_(False)
     replaced = {
@@ -2757,8 +2761,8 @@ def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, label: str, **loo
 
 
 def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
-    """Draws the curves of several runs over each other, and reward against KL; seeds of one setting become a
-    band.
+    """Draws the curves of several runs over each other, and reward against KL, and prints where they ended;
+    seeds of one setting become a band.
 
     Args:
         runs: run directories
@@ -2770,7 +2774,12 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     differing = [name for name in names if len({str(record.get(name)) for record in settings}) > 1]
     groups: dict[tuple[str, ...], list[list[dict]]] = {}
     for record, history in zip(settings, histories, strict=True):
-        values = tuple(f"{name} {record.get(name)}" for name in differing)
+        row = ALGORITHMS.get(record.get("algo"), {}) if "algo" in differing else {}  # the name says these
+        values = tuple(
+            f"{name} {record.get(name)}"
+            for name in differing
+            if name not in row or record.get(name) != row[name]
+        )
         groups.setdefault(values, []).append(history)
     colors, styles, curves, looks = {}, {}, {}, {}
     for values, group in groups.items():
@@ -2781,8 +2790,20 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         style = styles.setdefault(values[1:], len(styles)) + color // 6
         curves[label] = group
         looks[label] = {"color": f"C{color}", "linestyle": ["-", "--", ":", "-."][style % 4]}
+        console.print(label, *(last_phases(name, group) for name in ("reward", "kl", "distinct_2")), sep="  ")
     plot_curves(curves, looks, output, columns=len(colors) if len(styles) > 1 else 1)
     console.print(f"wrote {output}", soft_wrap=True)
+
+
+def last_phases(name: str, group: list[list[dict]]) -> str:
+    """Mean over the last five phases, and its range where there are several runs.
+
+    >>> last_phases("kl", [[{"kl": 1.0}], [{"kl": 2.0}]])
+    'kl 1.50 (1.00 to 2.00)'
+    """
+    means = [np.mean([metrics[name] for metrics in history[-5:]]) for history in group]
+    spread = f" ({min(means):.2f} to {max(means):.2f})" if len(means) > 1 else ""
+    return f"{name} {np.mean(means):.2f}{spread}"
 
 
 def read_run(run: Path) -> tuple[dict, list[dict]]:
