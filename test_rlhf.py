@@ -46,6 +46,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+torch.set_num_threads(1)  # the models are so small that a second thread costs more than it does
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import
 
@@ -1155,7 +1156,9 @@ def metrics_of(run_dir: Path) -> list[dict]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 @pytest.mark.parametrize("algo, lora", [("ppo", True), ("grpo", False)])
-def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_path, algo, lora):
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_path, request, algo, lora):
+    if not lora:  # with a picture, kills hit its drawing; without, more of them the phases
+        request.getfixturevalue("no_pictures")
     flags = f"--algo {algo} --batch-size 8 --gen-len 6".split()
     flags += "--num-minibatches 2 --total-phases 6 --warmup-steps 1".split()
     flags += ["--base-model", gpt2, "--prompts", str(prompts_file), "--group-size", "4", "--reward", "char:e"]
@@ -1174,7 +1177,7 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_
     assert os.waitpid(start(*flags, "--run-dir", str(tmp_path / "whole")), 0)[1] == 0
     whole_seconds = time.monotonic() - begin
     torn, kills, delays = tmp_path / "torn", 0, random.Random(0)
-    for share in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, math.inf):  # of that time it gets, at most
+    for share in (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, math.inf):  # of that time it gets, at most
         goes_on = (torn / "args.json").exists()
         child = start("--resume", str(torn)) if goes_on else start(*flags, "--run-dir", str(torn))
         deadline = time.monotonic() + delays.uniform(0.5, 1) * share * whole_seconds
@@ -1415,13 +1418,13 @@ def test_two_processes_make_the_update_of_one_and_none_outlives_the_other(gpt2, 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]  # which is free once it is closed
     children = []
-    for rank in range(2):  # forked, so that they need not import anything; one thread, as in torchrun's
+    for rank in range(2):  # forked, so that they need not import anything
         if (child := os.fork()) == 0:
             try:
-                torch.set_num_threads(1)
+                torch.set_num_threads(1)  # the parent's threads do not survive a fork
                 AcceleratorState._reset_state(reset_partial_state=True)  # there is but one process so far
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
                 results = PartialState(cpu=True).num_processes, one_update_each(gpt2, tmp_path / "both")
                 torch.save(results, tmp_path / f"{rank}.pt")
                 os._exit(rlhf.main(flags))
@@ -1430,14 +1433,19 @@ def test_two_processes_make_the_update_of_one_and_none_outlives_the_other(gpt2, 
             finally:
                 os._exit(3)
         children.append(child)
-    assert os.WTERMSIG(os.waitpid(children[1], 0)[1]) == signal.SIGKILL
-    os.kill(children[0], signal.SIGTERM)  # as torchrun does then
-    deadline = time.monotonic() + 60
-    while (status := os.waitpid(children[0], os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if status[0] == 0:
-        os.kill(children[0], signal.SIGKILL)
-    assert status[0] and status[1] != 0 and (tmp_path / "dead" / "args.json").exists()
+    ended, deadline = {}, time.monotonic() + 120
+    while len(ended) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+        for child in set(children) - ended.keys():
+            if (status := os.waitpid(child, os.WNOHANG))[0]:
+                for other in set(children) - ended.keys() - {child}:
+                    os.kill(other, signal.SIGTERM)  # as torchrun does
+                ended[child] = os.waitstatus_to_exitcode(status[1])
+    for child in set(children) - ended.keys():
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended.get(children[1]) == -signal.SIGKILL and ended.get(children[0], 0) != 0, ended
+    assert (tmp_path / "dead" / "args.json").exists()
     for rank in range(2):
         world, both = torch.load(tmp_path / f"{rank}.pt")
         assert world == 2 and both.keys() == alone.keys()
@@ -3008,26 +3016,18 @@ assert unchanged() and "matplotlib.pyplot" not in sys.modules, "plotting"
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_sample_steers_no_terminal_and_stays_on_its_line():
+def test_a_sample_steers_no_terminal_and_stays_on_its_line(monkeypatch, capsys):
     """Nor is it markup; and it is whole, however narrow the terminal."""
     text = "\x1b[31m\nThis [bold]is :smile: "
     assert rlhf.one_line(text) == "�[31m⏎This [bold]is :smile: "
-    code = f"""
-import importlib, os
-import rlhf
-for columns in ("20", "200"):
-    os.environ["COLUMNS"] = columns
-    importlib.reload(rlhf)  # its console reads the width
-    assert rlhf.console.width == int(columns)
     log = rlhf.RunLog.__new__(rlhf.RunLog)
     log.is_main = False
-    log.samples("before", [{{"prompt": "red", "completion": {text * 9!r}, "reward": 2.0}}] * 9)
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(rlhf.__file__).parent,
-        env=os.environ | {"TERM": "dumb", "PYTHONIOENCODING": "utf-8"}, encoding="utf-8",
-    )  # fmt: skip
-    assert run.stdout == f"sample before  reward 2  red{rlhf.one_line(text) * 9}\n" * 8
+    monkeypatch.setenv("TERM", "dumb")
+    for columns in (20, 200):
+        monkeypatch.setattr(rlhf.console, "width", columns)
+        log.samples("before", [{"prompt": "red", "completion": text * 9, "reward": 2.0}] * 9)
+        expected = f"sample before  reward 2  red{rlhf.one_line(text) * 9}\n" * 4
+        assert capsys.readouterr().out == expected
 
 
 def test_peak_memory_is_the_most_that_ever_was():
