@@ -312,21 +312,34 @@ def test_of_a_torn_file_the_whole_lines_count(tmp_path):
         rlhf.read_jsonl(path, torn_ok=True)
 
 
-def test_it_starts_without_what_windows_lacks(tmp_path):
-    """And in any directory, without a home, in any terminal."""
+def test_a_fresh_process_leaves_matplotlib_alone_and_needs_little(tmp_path):
+    """Neither importing the script nor drawing a run changes settings, chooses a backend or loads pyplot. And
+    it starts in any directory, without a home, in any terminal, without what Windows lacks."""
     program = """
-import os, runpy, sys
+import os, sys, matplotlib
+settings = [matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)]
+def unchanged():
+    now = [matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)]
+    return now[1] == settings[1] and all(dict.get(now[0], key) == x for key, x in dict.items(settings[0]))
 sys.argv = [sys.argv[1], "--help"]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import rlhf  # and the libraries, which know how to do without these
+import rlhf
+assert unchanged() and "matplotlib.pyplot" not in sys.modules, "import"
+history = [{"phase": 1, "reward": 1.0, "kl": 0.0, "entropy": 1.0, "distinct_2": 1.0}]
+rlhf.plot_curves({"run": history}, {}, rlhf.Path("c.png"))
+assert unchanged() and "matplotlib.pyplot" not in sys.modules, "plotting"
+
+import runpy  # the libraries, loaded by now, know how to do without these
 sys.modules |= dict.fromkeys(("resource", "termios", "tty", "select", "fcntl"))
 del os.sysconf
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    environment = os.environ | {"HOME": "/nowhere", "TERM": "dumb", "COLUMNS": "100"}
+    environment = {name: x for name, x in os.environ.items() if name != "MPLBACKEND"}
+    environment |= {"HOME": "/nowhere", "TERM": "dumb", "COLUMNS": "100"}
     command = [sys.executable, "-c", program, rlhf.__file__]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and "--low-gpu-mem" in run.stdout, run.stderr
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- Tokens, model, padding --------------------------------------------------------------------------------
@@ -935,10 +948,12 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
     for name in ("first", "second"):
         flags = f"--algo {algo} --batch-size 8 --gen-len 6 --total-phases 4 --device cpu".split()
         argv = ["--base-model", gpt2, "--run-dir", str(tmp_path / name), *flags, *["--lora"] * lora]
-        assert rlhf.main(argv) == 0
+        draw = rlhf.plot_curves if name == "first" else lambda *_, **__: None  # once is enough
+        with unittest.mock.patch.object(rlhf, "plot_curves", draw):
+            assert rlhf.main(argv) == 0
         assert {p.name for p in (tmp_path / name).iterdir()} == {
-            "args.json", "metrics.jsonl", "samples.jsonl", "curves.png", "checkpoint", "model",
-            *["adapter"] * lora,
+            "args.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "model",
+            *["curves.png"] * (name == "first"), *["adapter"] * lora,
         }  # fmt: skip
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert [line["phase"] for line in lines] == [1, 2, 3, 4] and all(
@@ -2317,7 +2332,7 @@ print(len(cases))
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compilations(tmp_path_factory):
     """A compiling process for each target (its capability, and the bytes of shared memory a block may have),
     side by side. TRITON_DUMP_PTXAS_LOG makes Triton print what the assembler says of registers."""
@@ -2339,6 +2354,14 @@ def compilations(tmp_path_factory):
     yield running
     for process in running.values():
         process.kill()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_beside(request) -> None:
+    """Compiling takes longest: begun first, it goes on beside all tests that stand before its own."""
+    asked = any("compilations" in getattr(test, "fixturenames", ()) for test in request.session.items)
+    if asked and kernels.triton and "PYTEST_XDIST_WORKER" not in os.environ:
+        request.getfixturevalue("compilations")
 
 
 @needs_triton
@@ -2612,7 +2635,7 @@ def learned(gpt2, tmp_path_factory) -> tuple[Path, Path]:  # noqa: F811
     rng, path = random.Random(0), tmp_path_factory.mktemp("learned")
     texts = [
         " ".join(rng.choices("it has words and a longer test".split(), k=rng.randint(1, 6)))
-        for _ in range(120)
+        for _ in range(80)
     ]
     rows = [
         {"prompt": "This is ", "chosen": a + ".", "rejected": b + ","} for a, b in itertools.pairwise(texts)
@@ -2920,13 +2943,16 @@ def save_run(path: Path, metrics: list[dict], **settings) -> str:
 
 @pytest.fixture
 def figures(monkeypatch) -> list:
-    """The figures that were drawn; their lines and texts stay readable."""
+    """The figures that were made; their lines and texts stay readable. Nothing is drawn, which takes long."""
     kept = []
 
     class Kept(Figure):
         def __init__(self, **settings):
             super().__init__(**settings)
             kept.append(self)
+
+        def savefig(self, path, **settings):
+            path.touch()
 
     monkeypatch.setattr(rlhf, "Figure", Kept)
     return kept
@@ -2943,7 +2969,6 @@ def test_compare_makes_one_line_of_seeds_and_names_what_differs(tmp_path, figure
         save_run(tmp_path / "c", history(5), seed=0, kl_coef=0.2, run_dir=tmp_path / "c"),
     ]
     assert rlhf.main(["compare", *runs, "--output", str(tmp_path / "c.png")]) == 0
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     (figure,) = figures
     reward = panels(figure)["mean reward"]
     mean, other = reward.lines
@@ -2994,26 +3019,6 @@ def test_a_gold_reward_has_a_panel_of_its_own(tmp_path, figures):
     assert list(gold.lines[0].get_ydata()) == [7, 14, 21, 28] and gold.get_ylim()[0] == 0
     assert not gold.get_shared_y_axes().joined(gold, reward)
     assert panels(figures[0]).keys() - panels(figures[1]).keys() == {"gold reward"}
-
-
-def test_matplotlib_stays_the_importers_own(tmp_path):
-    """Neither importing the script nor drawing a run changes settings, chooses a backend or loads pyplot."""
-    code = f"""
-import sys, matplotlib
-settings = [matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)]
-def unchanged():
-    now = [matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)]
-    return now[1] == settings[1] and all(dict.get(now[0], key) == x for key, x in dict.items(settings[0]))
-import rlhf
-from pathlib import Path
-assert unchanged() and "matplotlib.pyplot" not in sys.modules, "import"
-history = [{{"phase": 1, "reward": 1.0, "kl": 0.0, "entropy": 1.0, "distinct_2": 1.0}}]
-rlhf.plot_curves({{"run": history}}, {{}}, Path({str(tmp_path / "c.png")!r}))
-assert unchanged() and "matplotlib.pyplot" not in sys.modules, "plotting"
-"""
-    environment = {name: x for name, x in os.environ.items() if name != "MPLBACKEND"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(rlhf.__file__).parent, env=environment)
-    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_sample_steers_no_terminal_and_stays_on_its_line(monkeypatch, capsys):
