@@ -1394,13 +1394,14 @@ def one_update_each(base: str, out: Path) -> dict[str, tuple[dict, dict]]:
         trainer = RLHFTrainer(
             small_args(base, algo=algo, lora=True, reward=("char:e",), batch_size=12, group_size=group,
                        num_minibatches=1, batches_per_learning_phase=1, warmup_steps=0, loss_average=average,
-                       temperature=1.5, normalize_reward=False, run_dir=out / algo)
+                       gen_len=20, temperature=2.0, normalize_reward=False, run_dir=out / algo)
         )  # fmt: skip
         world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
         sample, generator = trainer.sample, torch.Generator().manual_seed(3)
 
         def share_of_one_batch(rows, _, sample=sample, generator=generator, world=world, rank=rank):
             drawn, texts = sample(["This is"] * 12, generator)
+            assert drawn.mask[:6].sum() != drawn.mask[6:].sum()  # one process has more tokens than the other
             mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
             return rlhf.Samples(*(x[mine] for x in vars(drawn).values())), texts[mine]
 
