@@ -32,6 +32,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import beartype.vale  # noqa: F401
 import jaxtyping
 import numpy
 import psutil
@@ -51,14 +52,17 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before the import
 
 # The shapes in the signatures are held to: under this hook each call of each function is checked against
-# them. What is first imported within it is compiled anew, so all that rlhf.py imports is imported before it;
-# and kernels.py before that, since transformers imports whatever is called `kernels`.
+# them. What is first imported within it is compiled anew, so all that the two import is imported before it;
+# and kernels.py before what rlhf.py imports, since transformers imports whatever is called `kernels`.
+with contextlib.suppress(ImportError):
+    import triton.language  # noqa: F401
 with jaxtyping.install_import_hook(["kernels", "rlhf"], "beartype.beartype"):
     import kernels
 lesson_file = Path(__file__).with_name("rlhf.py")
 imports = ast.parse(lesson_file.read_text("utf-8"), lesson_file)
 imports.body = [one for one in imports.body if isinstance(one, ast.Import | ast.ImportFrom)]
 exec(compile(imports, lesson_file, "exec"), {})
+transformers.PreTrainedTokenizerBase  # noqa: B018  (transformers imports what it is asked for)
 
 with jaxtyping.install_import_hook(["kernels", "rlhf"], "beartype.beartype"):
     import rlhf
