@@ -73,7 +73,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from kernels import linear_token_logprobs, lora_linear
+from kernels import float32_linear, linear_token_logprobs, lora_linear
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
@@ -356,8 +356,10 @@ class TransformerWithValueHead(nn.Module):
         return output.last_hidden_state, self.values  # which the hook read_values left there just now
 
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """The output layer: one matrix, in some models times a scale, in Gemma 2 under a soft cap."""
-        logits = self.logit_scale * self.bridge.unembed(features)
+        """The output layer: one matrix, in some models times a scale, in Gemma 2 under a soft cap. In float32
+        even where the weights are not, as in `score`: else the two would disagree on π_old by their rounding.
+        """
+        logits = self.logit_scale * float32_linear(features, *self.output_layer)
         return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap else logits
 
     @property

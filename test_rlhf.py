@@ -1106,6 +1106,50 @@ def test_frozen_weights_in_bfloat16(gpt2):
     assert all(math.isfinite(value) for value in metrics.values()) and metrics["grad_norm"] > 0
 
 
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_does_not_round_logits_that_share_an_offset(gpt2, tmp_path, monkeypatch, autocast):
+    """GPT-2's logits lie at -35 to -100, where bfloat16 counts in steps of 0.25 and 0.5."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
+    norm, weight = model.transformer.ln_f, model.transformer.wte.weight  # tied to the output layer
+    norm.weight.data[0], norm.bias.data[0], weight.data[:, 0] = 0.0, -40.0, 2.0
+    shutil.copytree(gpt2, tmp_path / "offset")
+    model.save_pretrained(tmp_path / "offset")
+    precision = {} if autocast else {"dtype": "bfloat16"}
+    settings = dict(algo="grpo", lora=True, reward=("char:e",), temperature=0.7)
+    trainer = RLHFTrainer(small_args(str(tmp_path / "offset"), **settings, **precision))
+    policy, seen = trainer.policy, []
+    randomize_adapters(policy)
+    output_layer = policy.logits
+
+    def spy(features):
+        seen.append((features, output_layer(features)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(policy, "logits", spy)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens, mask = rlhf.tokenize(trainer.tokenizer, 32 * ["This is a test."], "cpu")
+        samples = rlhf.get_samples(policy, tokens, mask, 20, 0.7)
+        features, logits = (torch.stack(one, dim=1) for one in zip(*seen, strict=True))
+        # The features that the sampler saw: with the KV cache the blocks before round otherwise than without.
+        logprobs, entropy, _ = policy.score(features, samples.completion, 0.7)
+        whole, _ = policy.completion_features(samples)
+        scored, *_ = policy.score(whole, samples.completion, 0.7)
+    assert -90 < logits.mean() < -70
+    exact = features.bfloat16().double() @ policy.output_layer[0].bfloat16().double().T / 0.7
+    exact = exact.log_softmax(-1)
+    kept = samples.completion != -100
+    truth = exact.gather(2, samples.completion.clamp(min=0)[..., None]).squeeze(2)
+    for ours, theirs in ((samples.logprobs, truth), (logprobs, truth), (logprobs, samples.logprobs)):
+        assert rms((ours.double() - theirs).exp()[kept] - 1) < 1e-4
+    assert rms((entropy + (exact.exp() * exact).sum(-1))[kept]) < 1e-4
+    # What is left of a ratio is what the blocks round: well within the clip range.
+    assert rms((scored - samples.logprobs).exp()[kept] - 1) < 0.05
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_train_layers_trains_only_the_last_blocks(gpt2, lora):
     trainer = RLHFTrainer(
