@@ -326,7 +326,8 @@ class TransformerWithValueHead(nn.Module):
         if self.value_head is None:
             self.values = torch.zeros(normalized_residual.shape[:2], device=normalized_residual.device)
         else:
-            self.values = self.value_head(normalized_residual.float()).squeeze(-1)
+            with torch.autocast(normalized_residual.device.type, enabled=False):  # float32 there too
+                self.values = self.value_head(normalized_residual.float()).squeeze(-1)
 
     def forward(
         self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"] | None = None

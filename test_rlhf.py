@@ -1150,6 +1150,18 @@ def test_bfloat16_does_not_round_logits_that_share_an_offset(gpt2, tmp_path, mon
     assert rms((scored - samples.logprobs).exp()[kept] - 1) < 0.05
 
 
+def test_autocast_does_not_reach_the_critic(gpt2):
+    model = TransformerWithValueHead(gpt2, has_critic=True)
+    nn.init.normal_(model.value_head[-1].weight)
+    features, values = torch.randn(4, 9, 32), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model.read_values(features, None)
+        values.append(model.values)
+    assert values[1].dtype == torch.float32 and values[0].std() > 0.1
+    torch.testing.assert_close(*values, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_train_layers_trains_only_the_last_blocks(gpt2, lora):
     trainer = RLHFTrainer(
