@@ -141,7 +141,7 @@ class RLHFArgs:
 
     # The machine
     device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of the weights that LoRA freezes
+    dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the weights that LoRA freezes
     run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
     resume: Path | None = None  # a run directory: go on from its last checkpoint, with its settings
     save_every: Count = 10  # phases between checkpoints; Ctrl-C and SIGTERM leave one too

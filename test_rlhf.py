@@ -175,6 +175,7 @@ def test_every_setting_is_read():
         ("--prompts nowhere.txt", "no such file"),
         ("--base-model ./nowhere", "nowhere.*cannot be loaded"),
         ("--device tpu9", "tpu9.*not available"),
+        ("--dtype float16", "float16.*'float32', 'bfloat16'"),
     ],
 )
 def test_bad_settings_end_with_one_line_and_status_2(gpt2, tmp_path, capsys, flags, expected):
