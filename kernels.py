@@ -4,6 +4,7 @@ and its test.
 
     token_logprobs         log p(token) and H(p), from logits that are read once
     linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, logits h Uᵀ + b never held as a whole
+    float32_linear         x Wᵀ + b in float32: the logits above, for a sampler that needs them whole
     lora_linear            x Wᵀ + b + s (x Aᵀ) Bᵀ, x read once
 
     N tokens (all leading axes, flattened)  x, y   logits of policy and reference, over the temperature τ
@@ -14,11 +15,12 @@ and its test.
 
     8,192 tokens, V = 50,257, D = 1,024, bf16:   forward         backward        beside the inputs
     token_logprobs         bound by bandwidth    reads 0.8 GB    moves 1.6 GB    0.8 GB, the result
-    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       13 MB, one chunk
+    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       39 MB, one chunk
 
 Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. A chunk of rows bounds all of
 them here. CUDA tensors take the Triton kernels, all others the torch path, which is as correct and as frugal
-(`path_taken`).
+(`path_taken`). Whatever the dtype of what comes in, logits and statistics are float32 (`float32_linear` says
+why), or float64 for gradcheck; a gradient has the dtype of what it is to.
 Left out: a gradient to W (LoRA freezes it) and to the reference, float8, second derivatives.
 """
 
@@ -46,7 +48,7 @@ except ImportError:  # macOS and Windows have no Triton
 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
-CHUNK_NUMBERS = 128 * 50257  # logits in memory at a time: 26 MB in float32, 13 MB in bf16
+CHUNK_NUMBERS = 128 * 50257  # logits in memory at a time: 26 MB; their gradient in bf16: 13 MB more
 BLOCK_NUMBERS = 4 * 50257  # of these, what the torch path takes at a time, so that it stays in a cache
 
 
@@ -61,7 +63,7 @@ def path_taken(tensor: Tensor) -> str:
     >>> path_taken(torch.zeros(1))
     'torch'
     """
-    supported = tensor.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    supported = tensor.dtype != torch.float64
     return "triton" if triton and supported and (tensor.is_cuda or _interpreted) else "torch"
 
 
@@ -141,12 +143,44 @@ def _outside_autocast(backward):
     return run
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """The dtype of logits and statistics: float32 at least; float64 stays, for gradcheck."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def float32_linear(
+    x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, "d_out"] | None
+) -> Float[Tensor, "... d_out"]:
+    """x Wᵀ + b, added up and returned in float32, even if the inputs are bf16 or fp16.
+
+    Why not returned in their dtype? bf16 has 8 bits: from 64 to 128 it counts in steps of 0.5. A softmax does
+    not see an offset that all logits share, but rounding does, and GPT-2's lie at -35 to -100.
+
+    >>> half = torch.ones(1, 1).bfloat16()
+    >>> float32_linear(half, -80 * half, half[0] / 8)  # in bf16: -80
+    tensor([[-79.8750]])
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        if x.is_cuda and x.dim() == 2 and not torch.is_grad_enabled():  # mm into a dtype has no derivative
+            out = torch.mm(x, weight.T, out_dtype=_wide(x))
+        else:
+            x = x.to(_wide(x))
+            # In parts: a cast of all of W would cost half as much again as the product. W first: MKL takes a
+            # fifth longer for x Wᵀ than for W xᵀ.
+            parts = [torch.einsum("oi,...i->...o", rows.to(x.dtype), x) for rows in weight.split(8192)]
+            out = torch.cat(parts, dim=-1)
+    if bias is not None:
+        out += bias
+    return out
+
+
 # Token log-probability: the references
 
 
 def _tempered(logits: Float[Tensor, "... V"], temperature: float) -> Float[Tensor, "... V"]:
-    """logits / τ, in float32 at least; float64 stays, for gradcheck."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    """logits / τ, in float32 at least."""
+    return logits.to(_wide(logits)) / temperature
 
 
 def _mean(log_p: Float[Tensor, "... V"], values: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
@@ -190,6 +224,7 @@ def linear_token_logprobs_reference(
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."], Float[Tensor, "..."] | None]:
     """`token_logprobs` of hidden Uᵀ + b and, with `ref_hidden`, the exact KL = Σ p (log p - log q) to the
     reference (no gradient into it), whose head is `ref_unembed` and `ref_bias` or else the policy's own.
+    Rounds bf16 and fp16 logits, as plain torch does.
 
     >>> h, U = torch.tensor([0.0]), torch.tensor([[0.0], [1.0]])
     >>> linear_token_logprobs_reference(h, U, torch.tensor(1), ref_hidden=h + 1)[2]  # p = 1/2, q₁ = 0.731
@@ -342,7 +377,7 @@ def _statistics(
 ) -> Float[Tensor, "7 N"]:
     """log p(token), H, KL, and the four rows from which the backward kernel makes p and q again."""
     N, V = logits.shape
-    rows = logits.new_zeros(7, N, dtype=torch.promote_types(logits.dtype, torch.float32))
+    rows = logits.new_zeros(7, N, dtype=_wide(logits))
     if path_taken(logits) == "triton":
         inputs = logits, logits if ref_logits is None else ref_logits, tokens, rows, N, V, 1 / temperature
         token_logprobs_forward_kernel[(N,)](*inputs, HAS_REF=ref_logits is not None, **_launch(V))
@@ -441,13 +476,7 @@ def _chunk_of_logits(
     unembed: Float[Tensor, "V D"] | None,
     bias: Float[Tensor, "V"] | None,
 ) -> Float[Tensor, "n V"] | None:
-    if hidden is None:
-        return None
-    if path_taken(hidden) == "triton":
-        return linear(hidden[part], unembed, bias)
-    transposed = hidden[part].t()  # MKL takes a fifth longer for h Uᵀ than for U hᵀ
-    logits = unembed @ transposed if bias is None else torch.addmm(bias[:, None], unembed, transposed)
-    return logits.t().contiguous()
+    return None if hidden is None else float32_linear(hidden[part], unembed, bias)
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
@@ -470,8 +499,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         temperature: float,
         reference: tuple,  # hidden [N, D_ref], unembed [V, D_ref], bias [V] or None; three None: no KL
     ):
-        (N, _), V = hidden.shape, len(unembed)
-        rows = hidden.new_empty(7, N, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        N, V = len(hidden), len(unembed)
+        rows = hidden.new_empty(7, N, dtype=_wide(hidden))
         for part in _slices(N, CHUNK_NUMBERS // V):
             chunks = _chunk_of_logits(part, hidden, unembed, bias), _chunk_of_logits(part, *reference)
             rows[:, part] = _statistics(*chunks, tokens[part], temperature)
@@ -492,14 +521,14 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             logits = _chunk_of_logits(part, hidden, unembed, bias)
             inputs = logits, _chunk_of_logits(part, *reference), tokens[part], rows[:, part]
             _write_gradient(logits, *inputs, coefficients[:, part], ctx.temperature)
-            dlogits = logits  # the same memory
+            if wants_bias:
+                dbias += logits.sum(0)  # the gradient is where the logits were
+            dlogits = logits.to(hidden.dtype)  # in float32 the same memory
             del logits, inputs
             if wants_hidden:
                 dhidden[part] = dlogits @ unembed
             if wants_unembed:
-                dunembed += dlogits.t() @ hidden[part]
-            if wants_bias:
-                dbias += dlogits.sum(0, dtype=dbias.dtype)
+                dunembed += dlogits.T @ hidden[part]
             del dlogits  # before the next one is made
         dunembed, dbias = (None if one is None else one.to(hidden.dtype) for one in (dunembed, dbias))
         return dhidden, dunembed, dbias, None, None, None

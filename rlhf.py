@@ -74,7 +74,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from kernels import linear_token_logprobs, lora_linear
+from kernels import float32_linear, linear_token_logprobs, lora_linear
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
@@ -153,7 +153,7 @@ class RLHFArgs:
 
     # The machine
     device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # precision of the weights that LoRA freezes
+    dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the weights that LoRA freezes
     run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
     resume: Path | None = None  # a run directory: go on from its last checkpoint, with its settings
     save_every: Count = 10  # phases between checkpoints; Ctrl-C and SIGTERM leave one too
@@ -345,7 +345,8 @@ class TransformerWithValueHead(nn.Module):
         if self.value_head is None:
             self.values = torch.zeros(normalized_residual.shape[:2], device=normalized_residual.device)
         else:
-            self.values = self.value_head(normalized_residual.float()).squeeze(-1)
+            with torch.autocast(normalized_residual.device.type, enabled=False):  # float32 there too
+                self.values = self.value_head(normalized_residual.float()).squeeze(-1)
 
     def forward(
         self, tokens: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"] | None = None
@@ -375,8 +376,10 @@ class TransformerWithValueHead(nn.Module):
         return output.last_hidden_state, self.values  # which the hook read_values left there just now
 
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """The output layer: one matrix, in some models times a scale, in Gemma 2 under a soft cap."""
-        logits = self.logit_scale * self.bridge.unembed(features)
+        """The output layer: one matrix, in some models times a scale, in Gemma 2 under a soft cap. In float32
+        even where the weights are not, as in `score`: else the two would disagree on π_old by their rounding.
+        """
+        logits = self.logit_scale * float32_linear(features, *self.output_layer)
         return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap else logits
 
     @property

@@ -67,7 +67,7 @@ transformers.PreTrainedTokenizerBase  # noqa: B018  (transformers imports what i
 with jaxtyping.install_import_hook(["kernels", "rlhf"], "beartype.beartype"):
     import rlhf
 
-from kernels import linear_token_logprobs, lora_linear, token_logprobs
+from kernels import float32_linear, linear_token_logprobs, lora_linear, token_logprobs
 from rlhf import (
     LoRALinear,
     PolicyOutput,
@@ -193,6 +193,7 @@ def test_every_setting_is_read():
         ("--prompts nowhere.txt", "no such file"),
         ("--base-model ./nowhere", "nowhere.*cannot be loaded"),
         ("--device tpu9", "tpu9.*not available"),
+        ("--dtype float16", "float16.*'float32', 'bfloat16'"),
     ],
 )
 def test_bad_settings_end_with_one_line_and_status_2(gpt2, tmp_path, capsys, flags, expected):
@@ -1404,6 +1405,62 @@ def test_frozen_weights_in_bfloat16(gpt2):
     assert all(math.isfinite(value) for value in metrics.values()) and metrics["grad_norm"] > 0
 
 
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_does_not_round_logits_that_share_an_offset(gpt2, tmp_path, monkeypatch, autocast):
+    """GPT-2's logits lie at -35 to -100, where bfloat16 counts in steps of 0.25 and 0.5."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
+    norm, weight = model.transformer.ln_f, model.transformer.wte.weight  # tied to the output layer
+    norm.weight.data[0], norm.bias.data[0], weight.data[:, 0] = 0.0, -40.0, 2.0
+    shutil.copytree(gpt2, tmp_path / "offset")
+    model.save_pretrained(tmp_path / "offset")
+    precision = {} if autocast else {"dtype": "bfloat16"}
+    settings = dict(algo="grpo", lora=True, reward=("char:e",), temperature=0.7)
+    trainer = RLHFTrainer(small_args(str(tmp_path / "offset"), **settings, **precision))
+    policy, seen = trainer.policy, []
+    randomize_adapters(policy)
+    output_layer = policy.logits
+
+    def spy(features):
+        seen.append((features, output_layer(features)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(policy, "logits", spy)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens, mask = rlhf.tokenize(trainer.tokenizer, 32 * ["This is a test."], "cpu")
+        samples = rlhf.get_samples(policy, tokens, mask, 20, 0.7)
+        features, logits = (torch.stack(one, dim=1) for one in zip(*seen, strict=True))
+        # The features that the sampler saw: with the KV cache the blocks before round otherwise than without.
+        logprobs, entropy, _ = policy.score(features, samples.completion, 0.7)
+        whole, _ = policy.completion_features(samples)
+        scored, *_ = policy.score(whole, samples.completion, 0.7)
+    assert -90 < logits.mean() < -70
+    exact = features.bfloat16().double() @ policy.output_layer[0].bfloat16().double().T / 0.7
+    exact = exact.log_softmax(-1)
+    kept = samples.completion != -100
+    truth = exact.gather(2, samples.completion.clamp(min=0)[..., None]).squeeze(2)
+    for ours, theirs in ((samples.logprobs, truth), (logprobs, truth), (logprobs, samples.logprobs)):
+        assert rms((ours.double() - theirs).exp()[kept] - 1) < 1e-4
+    assert rms((entropy + (exact.exp() * exact).sum(-1))[kept]) < 1e-4
+    # What is left of a ratio is what the blocks round: well within the clip range.
+    assert rms((scored - samples.logprobs).exp()[kept] - 1) < 0.05
+
+
+def test_autocast_does_not_reach_the_critic(gpt2):
+    model = TransformerWithValueHead(gpt2, has_critic=True)
+    nn.init.normal_(model.value_head[-1].weight)
+    features, values = torch.randn(4, 9, 32), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model.read_values(features, None)
+        values.append(model.values)
+    assert values[1].dtype == torch.float32 and values[0].std() > 0.1
+    torch.testing.assert_close(*values, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("lora", [True, False])
 def test_train_layers_trains_only_the_last_blocks(gpt2, lora):
     trainer = RLHFTrainer(
@@ -2092,8 +2149,6 @@ def linear_inputs(leading, D, V, dtype, temperature, bias, reference, layout, de
 def test_linear_token_logprobs_is_as_exact_as_plain_torch(path, case, trained, monkeypatch):
     leading, D, V, dtype, *rest = case
     if path == "triton" and not CUDA:
-        if dtype == torch.bfloat16:
-            pytest.skip("Triton's interpreter holds bfloat16 as integers")
         leading = tuple(min(size, 9) for size in leading)
         V = min(V, 5 * 2048 + 1)  # six blocks; token_logprobs, of the same kernels, takes the largest V
     if path != "torch":
@@ -2221,7 +2276,7 @@ def test_a_second_backward_pass_gives_the_same_gradients():
 
 
 class Recorder(TorchDispatchMode):
-    """The largest storage, in bytes, that any operation makes, and the shapes of all results."""
+    """The largest storage, in bytes, that any operation makes, and the shapes of all results but views."""
 
     def __init__(self):
         super().__init__()
@@ -2229,10 +2284,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        known = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
         for one in result if isinstance(result, tuple | list) else [result]:
             if isinstance(one, torch.Tensor):
                 self.largest = max(self.largest, one.untyped_storage().nbytes())
-                self.shapes.add(tuple(one.shape))
+                if one.untyped_storage().data_ptr() not in known:
+                    self.shapes.add(tuple(one.shape))
         return result
 
 
@@ -2486,6 +2543,49 @@ def test_errors_name_the_argument(message, kind, function, inputs, change, monke
 
 
 # -- mixed precision
+
+
+@pytest.mark.parametrize("offset", ["feature", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", ["torch", "chunks", pytest.param("triton", marks=needs_triton)])
+def test_logits_that_share_an_offset_are_not_rounded(path, dtype, offset, monkeypatch):
+    """At -80 bfloat16 counts in steps of 0.5 and float16 in steps of 1/16; the softmax does not see it."""
+    if path != "torch":
+        monkeypatch.setattr(kernels, "CHUNK_NUMBERS", 5 * 300)
+    inputs = linear_inputs((24,), 32, 300, dtype, 1.0, True, "shared", "plain", device_of(path))
+    inputs["ref_hidden"] = inputs["hidden"] + 0.3 * inputs["ref_hidden"]
+    if offset == "bias":
+        inputs["bias"] -= 80
+    else:
+        inputs["hidden"][:, 0], inputs["ref_hidden"][:, 0], inputs["unembed"][:, 0] = 8, 8, -10
+    with on_path(path):
+        ours = values_and_gradients(linear_token_logprobs, inputs, ["hidden", "unembed", "bias"])
+    exact = values_and_gradients(
+        true_linear_token_logprobs, inputs, ["hidden", "unembed", "bias"], to_float64
+    )
+    kept, eps = inputs["tokens"] != -100, torch.finfo(dtype).eps
+    assert ((ours[0] - exact[0]).exp()[kept] - 1).square().mean().sqrt() < 1e-4
+    for mine, true in zip(ours[1:3], exact[1:3], strict=True):
+        assert (mine - true).square().mean().sqrt() < 1e-4
+        assert true.mean() > 0.05
+    for mine, true in zip(ours[3:], exact[3:], strict=True):  # of these the results and dlogits are rounded
+        assert (mine - true).norm() < 4 * eps * true.norm()
+
+
+def test_float32_linear_is_exact_of_any_shape_and_has_a_gradient():
+    torch.manual_seed(0)
+    for leading, d_out in itertools.product([(), (3,), (2, 3)], [7, 8193]):  # the weight is cast in parts
+        inputs = {"x": draw(*leading, 5), "weight": draw(d_out, 5), "bias": draw(d_out) - 80}
+        inputs = {name: one.bfloat16() for name, one in inputs.items()}
+        ours = values_and_gradients(float32_linear, inputs, [*inputs])
+        exact = values_and_gradients(nn.functional.linear, inputs, [*inputs], to_float64)
+        torch.testing.assert_close(ours[0], exact[0], rtol=1e-6, atol=1e-6)
+        for mine, true in zip(ours[1:], exact[1:], strict=True):
+            torch.testing.assert_close(mine, true, rtol=0.01, atol=0.01)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # rounds the inputs, not the result
+            halves = float32_linear(**{name: one.float() for name, one in inputs.items()})
+        assert halves.dtype == torch.float32
+        torch.testing.assert_close(halves.double(), exact[0], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1 << 20, 20])
