@@ -2367,7 +2367,9 @@ def inspect(
     settings = saved_settings(run)
     require((run / "model").is_dir(), f"{run}: holds no model; training writes it at the end")
     require(samples >= 1, f"--samples {samples}: must be at least 1")
-    base, trained = (TransformerWithValueHead(str(model)) for model in (settings.base_model, run / "model"))
+    # Training began with the base rounded to --dtype. Both compute in float32, so that only weights differ.
+    base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype).float()
+    trained = TransformerWithValueHead(str(run / "model"))
     if prompt is None:
         prompt = load_examples(settings.prefix, settings.prompts)[0]["prompt"]
     check_context(trained.bridge, [{"prompt": prompt}], gen_len)
@@ -2383,7 +2385,7 @@ def inspect(
         where_they_differ(axes[0, 0], readings, texts)
         when_it_is_decided(axes[0, 1], readings, texts)
         who_writes_it(axes[1], readings, texts)
-        what_moved(axes[2], readings)
+        what_moved(axes[2], readings, settings.lora_rank if settings.lora else None)
         where_they_look(axes[3], readings, texts)
     console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
 
@@ -2530,10 +2532,12 @@ def logit_without(part: str, bridge: TransformerBridge, texts: Texts) -> float:
     return token_logit(bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)]), texts)
 
 
-def what_moved(axes, readings: Readings) -> dict[tuple[str, int], tuple[float, float]]:
+def what_moved(
+    axes, readings: Readings, lora_rank: int | None = None
+) -> dict[tuple[str, int], tuple[float, float]]:
     """Size and effective rank of the update of every matrix, by name and layer."""
     before, after = (named_matrices(one.bridge) for one in readings)
-    updates = {key: weight_update(before[key], after[key]) for key in before}
+    updates = {key: weight_update(before[key], after[key], lora_rank) for key in before}
     largest = sorted(updates, key=updates.get, reverse=True)[:3]
     moved = (f"{name} of layer {layer} by {updates[name, layer][0]:.1%}" for name, layer in largest)
     console.print(f"of the matrices these moved most: {', '.join(moved)}", soft_wrap=True)
@@ -2550,8 +2554,8 @@ def what_moved(axes, readings: Readings) -> dict[tuple[str, int], tuple[float, f
     )  # fmt: skip
     heatmap(axes[1], rank, names, layers, "effective rank", vmin=0)
     caption(
-        axes[1], "In how many directions", "Layer. 1: the whole update is one direction in, one out. LoRA "
-        "cannot exceed its rank; full training can.",
+        axes[1], "In how many directions", "Layer. 1: the whole update is one direction in, one out. Of "
+        "LoRA's as many directions count as its rank allows; the others are rounding.",
     )  # fmt: skip
     return updates
 
@@ -2566,9 +2570,12 @@ def named_matrices(bridge: TransformerBridge) -> dict[tuple[str, int], Float[Ten
     return {key: part.original_component.weight.detach() for key, part in parts.items()}
 
 
-def weight_update(before: Float[Tensor, "m n"], after: Float[Tensor, "m n"]) -> tuple[float, float]:
+def weight_update(
+    before: Float[Tensor, "m n"], after: Float[Tensor, "m n"], lora_rank: int | None = None
+) -> tuple[float, float]:
     """‖ΔW‖ / ‖W‖ (Frobenius), and the effective rank of ΔW: exp of the entropy of its singular values, their
-    sum taken as 1 (Roy & Vetterli 2007).
+    sum taken as 1 (Roy & Vetterli 2007). LoRA's update has lora_rank of them: those that follow are what
+    rounding made of the sum.
 
     >>> [round(x, 2) for x in weight_update(torch.ones(3, 3), torch.ones(3, 3) + 0.5 * torch.eye(3))]
     [0.29, 3.0]
@@ -2576,7 +2583,7 @@ def weight_update(before: Float[Tensor, "m n"], after: Float[Tensor, "m n"]) -> 
     difference = (after - before).float()
     if not difference.any():
         return 0.0, 0.0
-    shares = torch.linalg.svdvals(difference)
+    shares = torch.linalg.svdvals(difference)[:lora_rank]
     entropy = torch.special.entr(shares / shares.sum()).sum()
     return (difference.norm() / before.float().norm()).item(), entropy.exp().item()
 

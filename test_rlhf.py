@@ -2809,6 +2809,27 @@ def test_weight_updates_know_size_and_rank(gpt2, tmp_path, capsys):  # noqa: F81
     assert size == pytest.approx(expected, rel=1e-4)
 
 
+def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run, moved = tmp_path / "run", []
+    flags = "--algo grpo --lora --lora-rank 2 --dtype bfloat16 --batch-size 8 --gen-len 4 --total-phases 3"
+    flags += " --warmup-steps 1 --reward char:e --base-lr 1e-2 --device cpu"
+    assert rlhf.main([*flags.split(), "--base-model", gpt2, "--run-dir", str(run)]) == 0
+    original = rlhf.what_moved
+    monkeypatch.setattr(rlhf, "what_moved", lambda *args: moved.append(original(*args)))
+    assert rlhf.main(["inspect", str(run), "--samples", "2", "--gen-len", "4"]) == 0
+    adapter = safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
+    for (name, layer), (size, rank) in moved[0].items():
+        if name in ("embed", "in", "out"):
+            assert (size, rank) == (0.0, 0.0), name
+        else:
+            assert size > 0 and rank <= 2 + 1e-3
+        if name == "o":
+            key = f"base_model.model.transformer.h.{layer}.attn.c_proj.lora_"
+            s = torch.linalg.svdvals(adapter[f"{key}B.weight"] @ adapter[f"{key}A.weight"])[:2]
+            s = s / s.sum()
+            assert rank == pytest.approx(math.exp(-(s * s.log()).sum()), rel=0.05)
+
+
 def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsys):
     shutil.copy(collapsed / "args.json", tmp_path)
     (tmp_path / "empty").mkdir()
