@@ -2459,15 +2459,16 @@ def when_it_is_decided(axis, readings: Readings, texts: Texts) -> list[Float[Ten
 
 def who_writes_it(axes, readings: Readings, texts: Texts) -> list[str]:
     """Direct logit attribution, and beside it ablation, since what the model computes later may mend what is
-    missing. Returns the heads and MLPs without which the token's logit is lower, of those that gained
-    most."""
+    missing. Both speak of the token's logit above the mean logit of the vocabulary: what is added to all
+    logits alike changes no probability, so nobody gets credit for it. Returns the heads and MLPs without
+    which it is lower, of those that gained most."""
     bridge, logit = readings[1].bridge, token_logit(readings[1].logits, texts)
     L, H = bridge.cfg.n_layers, bridge.cfg.n_heads
     parts = [[*(f"L{layer}H{head}" for head in range(H)), f"{layer}_mlp_out"] for layer in range(L)]
     before, after = (attribute(one, texts) for one in readings)
     gain = {part: after[part] - before[part] for part in itertools.chain(*parts)}
     carriers = []
-    console.print(f"\nwho writes the logit of {texts.token!r}; L1H0 is head 0 of layer 1")
+    console.print(f"\nwho writes the logit of {texts.token!r}, above the mean logit; L1H0: layer 1, head 0")
     console.print(f"{'':12}{'base':>9}{'trained':>9}{'gain':>9}  drop when ablated")
     for part in sorted(gain, key=gain.get, reverse=True)[:6]:
         drop = logit - logit_without(part, bridge, texts)
@@ -2482,29 +2483,37 @@ def who_writes_it(axes, readings: Readings, texts: Texts) -> list[str]:
         heatmap(axis, grid, range(L), columns, "share of the logit", cmap="PuOr", vmin=-limit, vmax=limit)
         caption(
             axis, f"Who writes the logit of {texts.token!r}: {one.name}", "Heads by number, then the MLP. "
-            f"Purple pushes the logit up, orange down; with embedding and biases, {total - grid.sum():.1f}, "
-            f"they add up to {total:.1f}. One tenth lies beyond the scale, and has its last colours.",
+            "Shares of the logit above the mean logit; purple pushes it up, orange down. With embedding and "
+            f"biases, {total - grid.sum():.1f}, they add up to {total:.1f}. One tenth lies beyond the scale, "
+            "and has its last colours.",
             "layer",
         )  # fmt: skip
     return carriers
 
 
+def above_mean(logits: Float[Tensor, "*rows V"], token_id: int) -> Float[Tensor, "*rows"]:
+    """The token's logit, less the mean logit of the vocabulary."""
+    return logits[..., token_id] - logits.mean(dim=-1)
+
+
 def token_logit(logits: Float[Tensor, "B T V"], texts: Texts) -> float:
-    """The token's logit, mean over the places."""
-    return logits[texts.where][:, texts.token_id].mean().item()
+    """The token's logit above the mean logit; mean over the places."""
+    return above_mean(logits[texts.where], texts.token_id).mean().item()
 
 
 @torch.no_grad()
 def attribute(reading: Reading, texts: Texts) -> dict[str, float]:
-    """Shares of the token's logit by their writers: heads, MLPs, embeddings, and biases that belong to no
-    head; means over the places (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits).
+    """Shares of the token's logit above the mean logit by their writers: heads, MLPs, embeddings, and biases
+    that belong to no head; means over the places (Elhage et al. 2021, A Mathematical Framework for
+    Transformer Circuits).
 
     The residual stream is a sum x = Σ_c x_c, and with the final norm's scale s held fixed the logit is linear
-    in it: Σ_c x_c / s · γ w, plus what the model says of x = 0. So the places can be averaged first, with
-    weights 1 / s; of s itself that is the harmonic mean, as it should be.
+    in it: Σ_c x_c / s · γ w, plus what the model says of x = 0; w is the token's row of the unembedding less
+    the mean of all rows. So the places can be averaged first, with weights 1 / s; of s itself that is the
+    harmonic mean, as it should be.
     """
     bridge, cache = reading.bridge, reading.cache
-    norm, w = bridge.ln_final, bridge.unembed.original_component.weight[texts.token_id]
+    norm, w = bridge.ln_final, above_mean(bridge.W_U, texts.token_id)
     gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
     weights = 1 / cache["ln_final.hook_scale"][texts.where]  # [n, 1]
     streams = {name: x[texts.where] for name, x in cache.items() if "pattern" not in name}
@@ -2513,7 +2522,7 @@ def attribute(reading: Reading, texts: Texts) -> dict[str, float]:
         expand_neurons=False, apply_ln=True, project_output_onto=gain * w, return_labels=True
     )
     shares = dict(zip(names, shares[:, 0].tolist(), strict=True))
-    shares["bias"] += bridge.unembed(norm(torch.zeros(1, 1, len(w))))[0, 0, texts.token_id].item()
+    shares["bias"] += above_mean(bridge.unembed(norm(torch.zeros(1, 1, len(w)))), texts.token_id).item()
     logit = token_logit(reading.logits, texts)
     is_sum = abs(sum(shares.values()) - logit) < 1e-3 * (1 + abs(logit))
     require(is_sum, "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
@@ -2522,7 +2531,7 @@ def attribute(reading: Reading, texts: Texts) -> dict[str, float]:
 
 @torch.no_grad()
 def logit_without(part: str, bridge: TransformerBridge, texts: Texts) -> float:
-    """The token's logit where a head (L1H0) or an MLP (1_mlp_out) writes zeros."""
+    """The token's logit above the mean, where a head (L1H0) or an MLP (1_mlp_out) writes zeros."""
     layer, *head = map(int, re.findall(r"\d+", part))
 
     def zero(x, hook):

@@ -2685,12 +2685,14 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
     reading = rlhf.read("base", bridge, texts)
     shares = rlhf.attribute(reading, texts)
     with torch.no_grad():
-        truth = model(tokens).logits[where][:, token_id].mean().item()
+        logits = model(tokens).logits[where]
+        truth = (logits[:, token_id] - logits.mean(dim=-1)).mean().item()
     assert sum(shares.values()) == pytest.approx(truth, abs=1e-3)
     assert abs(shares["embed"]) + abs(shares["bias"]) > 0.01
     # A head's own: what is missing from the residual stream without it, through the norm as it was.
     heads, norm = bridge.cfg.n_heads, bridge.ln_final.original_component
-    direction = bridge.unembed.original_component.weight[token_id]
+    rows = bridge.unembed.original_component.weight
+    direction = rows[token_id] - rows.mean(dim=0)
     for head in range(heads):
         written = []
 
@@ -2709,6 +2711,25 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
         assert shares[f"L1H{head}"] == pytest.approx(expected.mean().item(), abs=1e-4)
 
 
+def test_what_all_logits_share_is_nobodys(tmp_path):
+    """One vector added to all rows of the unembedding changes all logits alike, no probability, no share."""
+    bridge = rlhf.load_bridge(save_model(tmp_path, ARCHITECTURES["qwen"]), "cpu")[0]
+    tokens, where = torch.randint(1, 250, (3, 9)), torch.rand(3, 9) < 0.5
+    texts = rlhf.Texts(tokens, where, where, "?", 17)
+    reading = rlhf.read("base", bridge, texts)
+    shares = rlhf.attribute(reading, texts)
+    parts = ["L1H0", "L1H1", "L1H2", "L1H3", "1_mlp_out"]
+    ablated = [rlhf.logit_without(part, bridge, texts) for part in parts]
+    weight = bridge.unembed.original_component.weight.data
+    weight += torch.randn(weight.shape[1])
+    shifted = rlhf.read("base", bridge, texts)
+    assert (shifted.logits - reading.logits).abs().mean() > 1
+    torch.testing.assert_close(shifted.logits.softmax(-1), reading.logits.softmax(-1), atol=1e-4, rtol=0)
+    assert rlhf.attribute(shifted, texts) == pytest.approx(shares, abs=1e-4)
+    again = [rlhf.logit_without(part, bridge, texts) for part in parts]
+    assert again == pytest.approx(ablated, abs=1e-4) and len(set(ablated)) == 5
+
+
 def test_named_components_do_lower_the_logit(collapsed, gpt2, capsys):  # noqa: F811
     """Ablated in Hugging Face's model, by zeroing weights, without any hook."""
     assert rlhf.main(["inspect", str(collapsed), "--samples", "8", "--gen-len", "10"]) == 0
@@ -2724,7 +2745,8 @@ def test_named_components_do_lower_the_logit(collapsed, gpt2, capsys):  # noqa: 
 
     def logit(model) -> float:
         with torch.no_grad():
-            return model(texts.tokens).logits[texts.where][:, texts.token_id].mean().item()
+            logits = model(texts.tokens).logits[texts.where]
+        return (logits[:, texts.token_id] - logits.mean(dim=-1)).mean().item()
 
     for name in names:
         layer, *head = map(int, re.findall(r"\d+", name))
