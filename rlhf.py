@@ -2467,8 +2467,8 @@ class Texts:
     """What both models read: completions that the trained model drew after one prompt."""
 
     tokens: Int[Tensor, "B T"]
-    is_completion: Bool[Tensor, "B T"]  # at columns that predict a completion's token
-    where: Bool[Tensor, "B T"]  # those of them that predict the token in question; if it never came, all
+    predicted: Int[Tensor, "B T"]  # the token of the completion that the column predicts; -100 where none
+    where: Bool[Tensor, "B T"]  # columns that predict the token in question; if it never came, all that do
     token: str
     token_id: int
 
@@ -2480,9 +2480,6 @@ class Reading(NamedTuple):
     bridge: nn.Module
     logits: Float[Tensor, "B T V"]
     cache: Any  # an ActivationCache of TransformerLens
-
-
-Readings = tuple[Reading, Reading]  # of the base and of the trained model
 
 
 def inspect(
@@ -2506,14 +2503,16 @@ def inspect(
     settings = saved_settings(run)
     require((run / "model").is_dir(), f"{run}: holds no model; training writes it at the end")
     require(samples >= 1, f"--samples {samples}: must be at least 1")
-    base, trained = (TransformerWithValueHead(str(model)) for model in (settings.base_model, run / "model"))
+    # Training began with the base rounded to --dtype. Both compute in float32, so that only weights differ.
+    base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype).float()
+    trained = TransformerWithValueHead(str(run / "model"))
     if prompt is None:
         prompt = load_examples(settings.prefix, settings.prompts)[0]["prompt"]
     check_context(trained.bridge, [{"prompt": prompt}], gen_len)
     texts = draw_texts(trained, prompt, token, samples, gen_len, seed)
     console.print(
         f"{run / 'model'} against {settings.base_model}, on its own {samples} completions of {prompt!r};",
-        f"the logit of {token!r} is read before {texts.where.sum()} of {texts.is_completion.sum()} tokens",
+        f"the logit of {token!r} is read before {texts.where.sum()} of {(texts.predicted >= 0).sum()} tokens",
         soft_wrap=True,
     )
     readings = read("base", base.bridge, texts), read("trained", trained.bridge, texts)
@@ -2522,31 +2521,22 @@ def inspect(
         where_they_differ(axes[0, 0], readings, texts)
         when_it_is_decided(axes[0, 1], readings, texts)
         who_writes_it(axes[1], readings, texts)
-        what_moved(axes[2], readings)
+        what_moved(axes[2], readings, settings.lora_rank if settings.lora else None)
         where_they_look(axes[3], readings, texts)
     console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
-
-
-def single_token(tokenizer, text: str) -> int:
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    parts = ", ".join(repr(tokenizer.decode([one])) for one in ids) or "nothing"
-    message = f"is no single token but {len(ids)} ({parts}); a leading space may matter"
-    require(len(ids) == 1, f"--token {text!r}: {message}")
-    return ids[0]
 
 
 def draw_texts(
     model: TransformerWithValueHead, prompt: str, token: str, samples: int, gen_len: int, seed: int
 ) -> Texts:
     """Completions of the one prompt, so no row is padded on the left, and the right no causal model sees."""
-    tokenizer = model.bridge.tokenizer
-    token_id = single_token(tokenizer, token)
-    tokens, mask = tokenize(tokenizer, [prompt] * samples, "cpu")
+    with explained(f"--token {token!r}: must be a single token; a leading space may matter"):
+        token_id = model.bridge.to_single_token(token)
+    tokens, mask = tokenize(model.bridge.tokenizer, [prompt] * samples, "cpu")
     drawn = get_samples(model, tokens, mask, gen_len, generator=torch.Generator().manual_seed(seed))
-    predicted = nn.functional.pad(drawn.completion, (drawn.prompt_width - 1, 1), value=-100)  # [B, T]
+    predicted = nn.functional.pad(drawn.completion, (drawn.prompt_width - 1, 1), value=-100)
     where = predicted == token_id
-    is_completion = predicted != -100
-    return Texts(drawn.tokens, is_completion, where if where.any() else is_completion, token, token_id)
+    return Texts(drawn.tokens, predicted, where if where.any() else predicted >= 0, token, token_id)
 
 
 @torch.no_grad()
@@ -2557,26 +2547,29 @@ def read(name: str, bridge: nn.Module, texts: Texts) -> Reading:
     return Reading(name, bridge, *results)
 
 
-def where_they_differ(axis, readings: Readings, texts: Texts) -> Float[Tensor, "C"]:
+def where_they_differ(axis, readings: tuple[Reading, Reading], texts: Texts) -> Float[Tensor, "C"]:
     """KL(trained ‖ base) over the whole vocabulary at each of the completion's tokens, mean over rows that
     reach it."""
-    log_base, log_trained = (one.logits.log_softmax(dim=-1) for one in readings)
-    kl = (log_trained.exp() * (log_trained - log_base)).sum(dim=-1) * texts.is_completion
-    rows = texts.is_completion.sum(dim=0)
+    base, trained = readings
+    _, _, kl = get_logprobs(trained.logits, texts.predicted, ref_logits=base.logits)
+    rows = (texts.predicted >= 0).sum(dim=0)
     kl = (kl.sum(dim=0) / rows)[rows > 0]
-    most = kl.argmax().item()
-    peak = f"most at token {most + 1}: {kl[most]:.3g}"
-    console.print(f"KL(trained ‖ base): mean {kl.mean():.3g} nats a token, {peak}", soft_wrap=True)
+    peak = f"most at token {kl.argmax() + 1}: {kl.max():.3g}"
+    console.print(f"KL(trained ‖ base): mean {kl.mean():.3g} nats a token, {peak}")
     axis.plot(range(1, len(kl) + 1), kl, marker=".")
     axis.set_ylim(bottom=0)
     caption(
-        axis, "KL(trained ‖ base) by position", "Token of the completion, from left to right. High: there "
-        "the two models would write different things. Mean over all completions.", "nats",
-    )  # fmt: skip
+        axis,
+        "KL(trained ‖ base) by position, nats",
+        "Token of the completion, from left to right. High: there the two models would write different "
+        "things. Mean over all completions.",
+    )
     return kl
 
 
-def when_it_is_decided(axis, readings: Readings, texts: Texts) -> list[Float[Tensor, "states"]]:
+def when_it_is_decided(
+    axis, readings: tuple[Reading, Reading], texts: Texts
+) -> list[Float[Tensor, "states"]]:
     """Logit lens (nostalgebraist 2020): log-probability of the token if the model ended after 0, 1, … L
     blocks, of both models; means over the places."""
     lenses = []
@@ -2587,113 +2580,137 @@ def when_it_is_decided(axis, readings: Readings, texts: Texts) -> list[Float[Ten
     axis.locator_params("x", integer=True)
     axis.legend()
     caption(
-        axis, f"Logit lens: {texts.token!r} after each block", f"Blocks passed. How likely {texts.token!r} "
-        "would be if the model ended there. Where the curves part, training has changed the computation.",
-        "log-probability",
-    )  # fmt: skip
+        axis,
+        f"Logit lens: log-probability of {texts.token!r}",
+        f"Blocks passed. How likely {texts.token!r} would be if the model ended there. Where the curves "
+        "part, training has changed the computation.",
+    )
     return lenses
 
 
-def who_writes_it(axes, readings: Readings, texts: Texts) -> list[str]:
-    """Direct logit attribution, and beside it ablation, since what the model computes later may mend what is
-    missing. Returns the heads and MLPs without which the token's logit is lower, of those that gained
-    most."""
-    bridge, logit = readings[1].bridge, token_logit(readings[1].logits, texts)
-    L, H = bridge.cfg.n_layers, bridge.cfg.n_heads
-    parts = [[*(f"L{layer}H{head}" for head in range(H)), f"{layer}_mlp_out"] for layer in range(L)]
-    before, after = (attribute(one, texts) for one in readings)
-    gain = {part: after[part] - before[part] for part in itertools.chain(*parts)}
-    carriers = []
-    console.print(f"\nwho writes the logit of {texts.token!r}; L1H0 is head 0 of layer 1")
+def who_writes_it(axes, readings: tuple[Reading, Reading], texts: Texts) -> None:
+    """Direct logit attribution for all heads and MLPs, and ablation for those that gained most, since what
+    the model computes later may mend what is missing. Both speak of the token's logit above the mean logit of
+    the vocabulary: what is added to all logits alike changes no probability, so nobody gets credit for it."""
+    (before, _), (after, _) = shares = [attribute(one, texts) for one in readings]
+    gain, trained = after - before, readings[1]
+    columns = [*(f"H{head}" for head in range(gain.shape[1] - 1)), "MLP"]
+    console.print(f"\nwho writes the logit of {texts.token!r}, above the mean logit; L1H0: layer 1, head 0")
     console.print(f"{'':12}{'base':>9}{'trained':>9}{'gain':>9}  drop when ablated")
-    for part in sorted(gain, key=gain.get, reverse=True)[:6]:
-        drop = logit - logit_without(part, bridge, texts)
-        console.print(f"{part:12}{before[part]:9.3g}{after[part]:9.3g}{gain[part]:9.3g}{drop:9.3g}")
-        if drop > 0:
-            carriers.append(part)
-    console.print(f"ablated, these lower the logit: {', '.join(carriers) or 'none of them'}\n")
-    shares = torch.tensor([[[one[part] for part in row] for row in parts] for one in (before, after)])
-    limit = shares.abs().quantile(0.9).item() + 1e-6
-    for axis, grid, one in zip(axes, shares, readings, strict=True):
-        columns, total = [*range(H), "MLP"], token_logit(one.logits, texts)
-        heatmap(axis, grid, range(L), columns, "share of the logit", cmap="PuOr", vmin=-limit, vmax=limit)
-        caption(
-            axis, f"Who writes the logit of {texts.token!r}: {one.name}", "Heads by number, then the MLP. "
-            f"Purple pushes the logit up, orange down; with embedding and biases, {total - grid.sum():.1f}, "
-            f"they add up to {total:.1f}. One tenth lies beyond the scale, and has its last colours.",
-            "layer",
-        )  # fmt: skip
-    return carriers
+    for part in gain.flatten().argsort(descending=True)[:6].tolist():
+        layer, column = at = divmod(part, len(columns))
+        drop = token_logit(trained.logits, texts) - logit_without(layer, column, trained.bridge, texts)
+        name, figures = f"L{layer}{columns[column]}", f"{gain[at]:9.3g}{drop:9.3g}"
+        remark = "" if drop > 0 else "  no lower without it"
+        console.print(f"{name:12}{before[at]:9.3g}{after[at]:9.3g}{figures}{remark}")
+    limit = torch.cat([before, after]).abs().quantile(0.9) + 1e-6
+    for axis, (grid, rest), one in zip(axes, shares, readings, strict=True):
+        heatmap(
+            axis,
+            grid,
+            range(len(grid)),
+            columns,
+            f"Who writes the logit of {texts.token!r}: {one.name}",
+            "Rows: layers. Shares of the logit above the mean logit; purple pushes it up, orange down. With "
+            f"embedding and biases, {rest:.1f}, they add up to {rest + grid.sum():.1f}. One tenth lies "
+            "beyond the scale, and has its last colours.",
+            cmap="PuOr",
+            vmin=-limit,
+            vmax=limit,
+        )
+
+
+def above_mean(logits: Float[Tensor, "*rows V"], token_id: int) -> Float[Tensor, "*rows"]:
+    """The token's logit, less the mean logit of the vocabulary."""
+    return logits[..., token_id] - logits.mean(dim=-1)
 
 
 def token_logit(logits: Float[Tensor, "B T V"], texts: Texts) -> float:
-    """The token's logit, mean over the places."""
-    return logits[texts.where][:, texts.token_id].mean().item()
+    """The token's logit above the mean logit; mean over the places."""
+    return above_mean(logits[texts.where], texts.token_id).mean().item()
 
 
 @torch.no_grad()
-def attribute(reading: Reading, texts: Texts) -> dict[str, float]:
-    """Shares of the token's logit by their writers: heads, MLPs, embeddings, and biases that belong to no
-    head; means over the places (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits).
+def attribute(reading: Reading, texts: Texts) -> tuple[Float[Tensor, "L parts"], float]:
+    """Shares of the token's logit above the mean logit by their writers: a row a layer, its heads and then
+    its MLP; and embeddings and biases together. Means over the places (Elhage et al. 2021, A Mathematical
+    Framework for Transformer Circuits).
 
     The residual stream is a sum x = Σ_c x_c, and with the final norm's scale s held fixed the logit is linear
-    in it: Σ_c x_c / s · γ w, plus what the model says of x = 0. So the places can be averaged first, with
-    weights 1 / s; of s itself that is the harmonic mean, as it should be.
+    in it: Σ_c x_c / s · γ w, plus what the model says of x = 0; w is the token's row of the unembedding less
+    the mean of all rows. So the places can be averaged first, with weights 1 / s; of s itself that is the
+    harmonic mean, as it should be.
     """
     from transformer_lens import ActivationCache
 
-    bridge, cache = reading.bridge, reading.cache
-    norm, w = bridge.ln_final, bridge.unembed.original_component.weight[texts.token_id]
-    gain = norm.weight + 1 if norm.uses_weight_offset else norm.weight
-    weights = 1 / cache["ln_final.hook_scale"][texts.where]  # [n, 1]
-    streams = {name: x[texts.where] for name, x in cache.items() if "pattern" not in name}
-    mean = {name: torch.tensordot(weights.T / weights.sum(), x, 1) for name, x in streams.items()}
-    shares, names = ActivationCache(mean, bridge, has_batch_dim=False).get_full_resid_decomposition(
-        expand_neurons=False, apply_ln=True, project_output_onto=gain * w, return_labels=True
+    _, bridge, logits, cache = reading
+    L, H, norm = bridge.cfg.n_layers, bridge.cfg.n_heads, bridge.ln_final
+    gain = norm.weight + norm.uses_weight_offset  # γ; some models store γ - 1
+    direction = gain * above_mean(bridge.W_U, texts.token_id)
+    weights = 1 / cache["ln_final.hook_scale"][texts.where].T  # [1, n]
+    mean = {
+        name: torch.tensordot(weights / weights.sum(), x[texts.where], 1)
+        for name, x in cache.items()
+        if "pattern" not in name
+    }
+    shares = ActivationCache(mean, bridge, has_batch_dim=False).get_full_resid_decomposition(
+        expand_neurons=False, apply_ln=True, project_output_onto=direction
     )
-    shares = dict(zip(names, shares[:, 0].tolist(), strict=True))
-    shares["bias"] += bridge.unembed(norm(torch.zeros(1, 1, len(w))))[0, 0, texts.token_id].item()
-    logit = token_logit(reading.logits, texts)
-    is_sum = abs(sum(shares.values()) - logit) < 1e-3 * (1 + abs(logit))
+    heads, mlps, rest = shares.tensor_split([L * H, L * H + L])
+    grid = torch.cat([heads.view(L, H), mlps], dim=1)
+    of_zero = above_mean(bridge.unembed(norm(torch.zeros(1, 1, len(direction)))), texts.token_id)
+    rest = (rest.sum() + of_zero).item()
+    is_sum = math.isclose(grid.sum() + rest, token_logit(logits, texts), rel_tol=1e-3, abs_tol=1e-3)
     require(is_sum, "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
-    return shares
+    return grid, rest
 
 
 @torch.no_grad()
-def logit_without(part: str, bridge: nn.Module, texts: Texts) -> float:
-    """The token's logit where a head (L1H0) or an MLP (1_mlp_out) writes zeros."""
-    layer, *head = map(int, re.findall(r"\d+", part))
+def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> float:
+    """The token's logit where a head or, behind the last head, the MLP of the layer writes zeros."""
+    is_head = part < bridge.cfg.n_heads
 
     def zero(x, hook):
-        return x.index_fill(2, torch.tensor(head), 0.0) if head else torch.zeros_like(x)
+        x[:, :, part if is_head else slice(None)] = 0
+        return x
 
-    name = f"blocks.{layer}.attn.o.hook_in" if head else f"blocks.{layer}.mlp.hook_out"
+    name = f"blocks.{layer}.{'attn.o.hook_in' if is_head else 'mlp.hook_out'}"
     return token_logit(bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)]), texts)
 
 
-def what_moved(axes, readings: Readings) -> dict[tuple[str, int], tuple[float, float]]:
+def what_moved(
+    axes, readings: tuple[Reading, Reading], lora_rank: int | None = None
+) -> dict[tuple[str, int], tuple[float, float]]:
     """Size and effective rank of the update of every matrix, by name and layer."""
     before, after = (named_matrices(one.bridge) for one in readings)
-    updates = {key: weight_update(before[key], after[key]) for key in before}
-    largest = sorted(updates, key=updates.get, reverse=True)[:3]
-    moved = (f"{name} of layer {layer} by {updates[name, layer][0]:.1%}" for name, layer in largest)
-    console.print(f"of the matrices these moved most: {', '.join(moved)}", soft_wrap=True)
+    updates = {key: weight_update(before[key], after[key], lora_rank) for key in before}
+    name, layer = max(updates, key=updates.get)
+    console.print(f"moved most: {name} of layer {layer}, by {updates[name, layer][0]:.1%} of its size")
     names = list(dict.fromkeys(name for name, _ in updates))
     layers = range(readings[0].bridge.cfg.n_layers)
-    nothing = (math.nan, math.nan)
-    size, rank = torch.tensor(
-        [[updates.get((name, layer), nothing) for layer in layers] for name in names]
-    ).unbind(dim=-1)
-    heatmap(axes[0], size, names, layers, "‖ΔW‖ / ‖W‖", vmin=0)
-    caption(
-        axes[0], "How far each matrix moved", "Layer. Size of the update, as a share of the matrix that it "
-        "changes. White: there is no such matrix.",
-    )  # fmt: skip
-    heatmap(axes[1], rank, names, layers, "effective rank", vmin=0)
-    caption(
-        axes[1], "In how many directions", "Layer. 1: the whole update is one direction in, one out. LoRA "
-        "cannot exceed its rank; full training can.",
-    )  # fmt: skip
+    table = torch.full((2, len(names), len(layers)), math.nan)
+    for (name, layer), update in updates.items():
+        table[:, names.index(name), layer] = torch.tensor(update)
+    heatmap(
+        axes[0],
+        table[0],
+        names,
+        layers,
+        "How far each matrix moved",
+        "Layer. ‖ΔW‖ / ‖W‖, the size of the update as a share of the matrix that it changes. White: there is "
+        "no such matrix.",
+        vmin=0,
+    )
+    heatmap(
+        axes[1],
+        table[1],
+        names,
+        layers,
+        "In how many directions",
+        "Layer. Effective rank of the update. 1: all of it is one direction in, one out. Of LoRA's as many "
+        "directions count as its rank allows; the others are rounding.",
+        vmin=0,
+    )
     return updates
 
 
@@ -2704,58 +2721,67 @@ def named_matrices(bridge: nn.Module) -> dict[tuple[str, int], Float[Tensor, "_ 
         parts |= {(name, layer): part for name, part in block_matrices(block).items()}
     if bridge.unembed.original_component.weight is not bridge.embed.original_component.weight:
         parts["unembed", layer] = bridge.unembed
-    return {key: part.original_component.weight.detach() for key, part in parts.items()}
+    return {key: part.original_component.weight.data for key, part in parts.items()}
 
 
-def weight_update(before: Float[Tensor, "m n"], after: Float[Tensor, "m n"]) -> tuple[float, float]:
+def weight_update(
+    before: Float[Tensor, "m n"], after: Float[Tensor, "m n"], lora_rank: int | None = None
+) -> tuple[float, float]:
     """‖ΔW‖ / ‖W‖ (Frobenius), and the effective rank of ΔW: exp of the entropy of its singular values, their
-    sum taken as 1 (Roy & Vetterli 2007).
+    sum taken as 1 (Roy & Vetterli 2007). LoRA's update has lora_rank of them: those that follow are what
+    rounding made of the sum.
 
     >>> [round(x, 2) for x in weight_update(torch.ones(3, 3), torch.ones(3, 3) + 0.5 * torch.eye(3))]
     [0.29, 3.0]
     """
-    difference = (after - before).float()
+    difference = after - before
     if not difference.any():
         return 0.0, 0.0
-    shares = torch.linalg.svdvals(difference)
+    shares = torch.linalg.svdvals(difference)[:lora_rank]
     entropy = torch.special.entr(shares / shares.sum()).sum()
-    return (difference.norm() / before.float().norm()).item(), entropy.exp().item()
+    return (difference.norm() / before.norm()).item(), entropy.exp().item()
 
 
-def where_they_look(axes, readings: Readings, texts: Texts) -> None:
-    """The first text's attention in the head whose attention has moved most, in all texts."""
+def where_they_look(axes, readings: tuple[Reading, Reading], texts: Texts) -> None:
+    """The longest text's attention in the head whose attention has moved most, in all texts."""
     before, after = (one.cache.stack_activation("pattern") for one in readings)  # [L, B, H, T, T]
     moved = (after - before).abs().sum(dim=-1) / 2  # of each token's attention this share
-    moved = rearrange(moved, "L B H T -> L H B T")[:, :, texts.is_completion].mean(dim=-1)
+    moved = moved.transpose(1, 2)[:, :, texts.predicted >= 0].mean(dim=-1)  # [L, H]
     layer, head = divmod(moved.argmax().item(), moved.shape[1])
-    T = texts.is_completion[0].nonzero().max().item() + 1
-    tokenizer = readings[0].bridge.tokenizer
-    words = [one_line(tokenizer.decode([token])) for token in texts.tokens[0, :T].tolist()]
+    longest = (texts.predicted >= 0).sum(dim=1).argmax()
+    words = [one_line(word) for word in readings[0].bridge.to_str_tokens(texts.tokens[longest])]
     for axis, one in zip(axes, readings, strict=True):
-        pattern = one.cache["pattern", layer][0, head, :T, :T]
-        heatmap(axis, pattern, words, words, "attention", cmap="Blues", vmin=0, vmax=1)
+        heatmap(
+            axis,
+            one.cache["pattern", layer][longest, head],
+            words,
+            words,
+            f"Attention of layer {layer} head {head}: {one.name}",
+            "Each row is a token and says where it looks; rows add up to 1. Of all heads this one moved "
+            f"most: {moved.max():.0%} of its attention, on average.",
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+        )
         axis.tick_params(axis="x", labelrotation=90)
-        caption(
-            axis, f"Attention of layer {layer} head {head}: {one.name}", "Each row is a token and says where "
-            "it looks; rows add up to 1. Of all heads this one moved most: "
-            f"{moved.max():.0%} of its attention, on average.",
-        )  # fmt: skip
 
 
-def caption(axis, title: str, text: str, ylabel: str = "") -> None:
+def caption(axis, title: str, text: str) -> None:
     """A panel's title, and below it how to read it."""
-    axis.set(title=title, ylabel=ylabel)
+    axis.set_title(title)
     axis.set_xlabel(textwrap.fill(text, 56), loc="left")
 
 
-def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, label: str, **look) -> None:
-    """Rows and columns have names; of many, every second or third is shown."""
-    image = axis.imshow(values.numpy(), aspect="auto", **look)
+def heatmap(
+    axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text: str, cmap: str = "viridis", **limits
+) -> None:
+    """Rows and columns have names; the more there are, the smaller they are written."""
+    axis.figure.colorbar(axis.imshow(values.numpy(), cmap, aspect="auto", **limits), ax=axis)
     axis.grid(False)
-    for set_ticks, names in ((axis.set_yticks, rows), (axis.set_xticks, columns)):
-        step = math.ceil(len(names) / 40)
-        set_ticks(range(0, len(names), step), names[::step], fontsize=8 if len(names) < 20 else 5)
-    axis.figure.colorbar(image, ax=axis, shrink=0.8, format="%.3g", label=label)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.tick_params(labelsize=min(8, 220 / max(values.shape)))
+    caption(axis, title, text)
 
 
 # ---- 18 Comparing runs -------------------------------------------------------------------------------------

@@ -3127,16 +3127,18 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
     bridge, token_id = rlhf.load_bridge(path, "cpu")[0], 17
     tokens = torch.randint(1, 250, (3, 9))
     where = torch.rand(3, 9) < 0.5
-    texts = rlhf.Texts(tokens, where, where, "?", token_id)
+    texts = rlhf.Texts(tokens, tokens, where, "?", token_id)
     reading = rlhf.read("base", bridge, texts)
-    shares = rlhf.attribute(reading, texts)
+    grid, rest = rlhf.attribute(reading, texts)
     with torch.no_grad():
-        truth = model(tokens).logits[where][:, token_id].mean().item()
-    assert sum(shares.values()) == pytest.approx(truth, abs=1e-3)
-    assert abs(shares["embed"]) + abs(shares["bias"]) > 0.01
+        logits = model(tokens).logits[where]
+        truth = (logits[:, token_id] - logits.mean(dim=-1)).mean().item()
+    assert grid.sum().item() + rest == pytest.approx(truth, abs=1e-3)
+    assert abs(rest) > 0.01
     # A head's own: what is missing from the residual stream without it, through the norm as it was.
     heads, norm = bridge.cfg.n_heads, bridge.ln_final.original_component
-    direction = bridge.unembed.original_component.weight[token_id]
+    rows = bridge.unembed.original_component.weight
+    direction = rows[token_id] - rows.mean(dim=0)
     for head in range(heads):
         written = []
 
@@ -3152,54 +3154,80 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
         x = (written[0] - written[1])[where]
         x = x - x.mean(-1, keepdim=True) if architecture in ("gpt2", "neox") else x
         expected = (x / reading.cache["ln_final.hook_scale"][where] * norm.weight) @ direction
-        assert shares[f"L1H{head}"] == pytest.approx(expected.mean().item(), abs=1e-4)
+        assert grid[1, head].item() == pytest.approx(expected.mean().item(), abs=1e-4)
 
 
-def test_named_components_do_lower_the_logit(collapsed, gpt2, capsys):  # noqa: F811
+def test_what_all_logits_share_is_nobodys(tmp_path):
+    """One vector added to all rows of the unembedding changes all logits alike, no probability, no share."""
+    bridge = rlhf.load_bridge(save_model(tmp_path, ARCHITECTURES["qwen"]), "cpu")[0]
+    tokens, where = torch.randint(1, 250, (3, 9)), torch.rand(3, 9) < 0.5
+    texts = rlhf.Texts(tokens, tokens, where, "?", 17)
+    reading = rlhf.read("base", bridge, texts)
+    grid, rest = rlhf.attribute(reading, texts)
+    ablated = [rlhf.logit_without(1, part, bridge, texts) for part in range(5)]
+    weight = bridge.unembed.original_component.weight.data
+    weight += torch.randn(weight.shape[1])
+    shifted = rlhf.read("base", bridge, texts)
+    assert (shifted.logits - reading.logits).abs().mean() > 1
+    torch.testing.assert_close(shifted.logits.softmax(-1), reading.logits.softmax(-1), atol=1e-4, rtol=0)
+    new_grid, new_rest = rlhf.attribute(shifted, texts)
+    torch.testing.assert_close(new_grid, grid, atol=1e-4, rtol=0)
+    assert new_rest == pytest.approx(rest, abs=1e-4)
+    again = [rlhf.logit_without(1, part, bridge, texts) for part in range(5)]
+    assert again == pytest.approx(ablated, abs=1e-4) and len(set(ablated)) == 5
+
+
+def rows_of_the_table(output: str) -> dict[str, list[str]]:
+    lines = output.split("drop when ablated\n")[1].splitlines()
+    return {line.split()[0]: line.split(maxsplit=5)[1:] for line in lines if line.startswith("L")}
+
+
+def test_the_drop_is_what_the_logit_loses(collapsed, gpt2, capsys):  # noqa: F811
     """Ablated in Hugging Face's model, by zeroing weights, without any hook."""
     assert rlhf.main(["inspect", str(collapsed), "--samples", "8", "--gen-len", "10"]) == 0
-    output = capsys.readouterr().out
+    table = rows_of_the_table(capsys.readouterr().out)
     assert (collapsed / "inspect.png").read_bytes().startswith(b"\x89PNG")
-    names = output.split("ablated, these lower the logit: ")[1].splitlines()[0].split(", ")
-    shown = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line}
-    assert set(names) <= shown.keys()
-    trained = rlhf.TransformerWithValueHead(str(collapsed / "model"))
-    texts = rlhf.draw_texts(trained, "This is", ".", 8, 10, 0)
+    assert table.keys() == {"L0H0", "L0H1", "L0MLP", "L1H0", "L1H1", "L1MLP"}
+    texts, (_, trained) = read_both(gpt2, collapsed, samples=8, gen_len=10)
     assert (texts.tokens[:, 1:][texts.where[:, :-1]] == texts.token_id).all()  # the column before each stop
-    truth = transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model")
 
     def logit(model) -> float:
         with torch.no_grad():
-            return model(texts.tokens).logits[texts.where][:, texts.token_id].mean().item()
+            logits = model(texts.tokens).logits[texts.where]
+        return (logits[:, texts.token_id] - logits.mean(dim=-1)).mean().item()
 
-    for name in names:
-        layer, *head = map(int, re.findall(r"\d+", name))
+    truth = logit(transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model"))
+    for name, (base, after, gain, drop, *remark) in table.items():
+        layer, part = int(name[1]), 2 if name.endswith("MLP") else int(name[3])
         model = transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model")
         block = model.transformer.h[layer]
         with torch.no_grad():
-            if head:
-                block.attn.c_proj.weight[16 * head[0] : 16 * head[0] + 16] = 0
+            if part < 2:
+                block.attn.c_proj.weight[16 * part : 16 * part + 16] = 0
             else:
                 block.mlp.c_proj.weight.zero_()
                 block.mlp.c_proj.bias.zero_()
-        assert rlhf.logit_without(name, trained.bridge, texts) == pytest.approx(logit(model), abs=1e-3)
-        drop = logit(truth) - logit(model)
-        assert drop > 0 and float(shown[name][-1]) == pytest.approx(drop, rel=0.01, abs=2e-3)
+        assert rlhf.logit_without(layer, part, trained.bridge, texts) == pytest.approx(logit(model), abs=1e-3)
+        expected = truth - logit(model)
+        assert float(drop) == pytest.approx(expected, rel=0.01, abs=2e-3)
+        assert remark == ([] if float(drop) > 0 else ["no lower without it"])
+        assert float(after) - float(base) == pytest.approx(float(gain), rel=0.01, abs=0.02)
 
 
-def test_what_does_not_lower_the_logit_is_not_named(collapsed, gpt2, monkeypatch, capsys):  # noqa: F811
+def test_what_does_not_lower_the_logit_is_marked(collapsed, gpt2, monkeypatch, capsys):  # noqa: F811
     texts, readings = read_both(gpt2, collapsed)
     intact = rlhf.token_logit(readings[1].logits, texts)
-    drops = {"L0H0": 0.5, "L0H1": -0.1, "0_mlp_out": 0.0, "L1H0": 1.5, "L1H1": -1.0, "1_mlp_out": 0.25}
-    monkeypatch.setattr(rlhf, "logit_without", lambda part, bridge, texts: intact - drops[part])
-    named = rlhf.who_writes_it(Figure().subplots(1, 2), readings, texts)
-    assert set(named) == {"L0H0", "L1H0", "1_mlp_out"}
-    assert f"these lower the logit: {', '.join(named)}\n" in capsys.readouterr().out
+    drops = [[0.5, -0.1, 0.0], [1.5, -1.0, 0.25]]
+    monkeypatch.setattr(rlhf, "logit_without", lambda layer, part, bridge, texts: intact - drops[layer][part])
+    rlhf.who_writes_it(Figure().subplots(1, 2), readings, texts)
+    table = rows_of_the_table(capsys.readouterr().out)
+    marked = {name for name, (*_, last) in table.items() if last == "no lower without it"}
+    assert len(table) == 6 and marked == {"L0H1", "L0MLP", "L1H1"}
 
 
-def read_both(base: str, run: Path, token: str = ".") -> tuple:
+def read_both(base: str, run: Path, token: str = ".", samples: int = 4, gen_len: int = 6) -> tuple:
     models = [rlhf.TransformerWithValueHead(str(path)) for path in (base, run / "model")]
-    texts = rlhf.draw_texts(models[1], "This is", token, 4, 6, 0)
+    texts = rlhf.draw_texts(models[1], "This is", token, samples, gen_len, 0)
     return texts, tuple(rlhf.read("model", model.bridge, texts) for model in models)
 
 
@@ -3213,7 +3241,7 @@ def test_lens_and_kl_by_brute_force(collapsed, gpt2, token):  # noqa: F811
     for position in range(len(kl)):
         values = []
         for row in range(4):
-            if texts.is_completion[row, P - 1 + position]:
+            if texts.predicted[row, P - 1 + position] != -100:
                 a, b = (x[row, P - 1 + position].double().softmax(-1) for x in (p, base.logits))
                 values.append(float((a * (a / b).log()).sum()))
         assert kl[position].item() == pytest.approx(sum(values) / len(values), rel=1e-3)
@@ -3239,7 +3267,7 @@ def test_weight_updates_know_size_and_rank(gpt2, tmp_path, capsys):  # noqa: F81
     assert (
         rlhf.main(["inspect", str(run), "--token", "$", "--samples", "2", "--gen-len", "4"]) == 0
     )  # no mathematics
-    assert "moved most: in of layer 1 by " in capsys.readouterr().out
+    assert "moved most: in of layer 1, by " in capsys.readouterr().out
     _, readings = read_both(gpt2, run)
     updates = rlhf.what_moved(Figure().subplots(1, 2), readings)
     assert len(updates) == 1 + 2 * 6
@@ -3255,6 +3283,27 @@ def test_weight_updates_know_size_and_rank(gpt2, tmp_path, capsys):  # noqa: F81
     assert size == pytest.approx(expected, rel=1e-4)
 
 
+def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, monkeypatch, capsys):  # noqa: F811
+    run, moved = tmp_path / "run", []
+    flags = "--algo grpo --lora --lora-rank 2 --dtype bfloat16 --batch-size 8 --gen-len 4 --total-phases 3"
+    flags += " --warmup-steps 1 --reward char:e --base-lr 1e-2 --device cpu"
+    assert rlhf.main([*flags.split(), "--base-model", gpt2, "--run-dir", str(run)]) == 0
+    original = rlhf.what_moved
+    monkeypatch.setattr(rlhf, "what_moved", lambda *args: moved.append(original(*args)))
+    assert rlhf.main(["inspect", str(run), "--samples", "2", "--gen-len", "4"]) == 0
+    adapter = safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
+    for (name, layer), (size, rank) in moved[0].items():
+        if name in ("embed", "in", "out"):
+            assert (size, rank) == (0.0, 0.0), name
+        else:
+            assert size > 0 and rank <= 2 + 1e-3
+        if name == "o":
+            key = f"base_model.model.transformer.h.{layer}.attn.c_proj.lora_"
+            s = torch.linalg.svdvals(adapter[f"{key}B.weight"] @ adapter[f"{key}A.weight"])[:2]
+            s = s / s.sum()
+            assert rank == pytest.approx(math.exp(-(s * s.log()).sum()), rel=0.05)
+
+
 def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsys):
     shutil.copy(collapsed / "args.json", tmp_path)
     (tmp_path / "empty").mkdir()
@@ -3264,8 +3313,8 @@ def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsy
         ([str(tmp_path / "empty")], "holds no settings"),
         ([str(tmp_path)], "holds no model"),
         ([str(collapsed), "--gen-len", "0"], "must be at least 1"),
-        ([str(collapsed), "--token", "zqj"], "is no single token but 3 ('z', 'q', 'j')"),
-        ([str(collapsed), "--token", ""], "is no single token but 0"),
+        ([str(collapsed), "--token", "zqj"], "--token 'zqj': must be a single token"),
+        ([str(collapsed), "--token", ""], "--token '': must be a single token"),
         ([str(collapsed), "--gen-len", "100"], "context of 64"),
         ([str(collapsed / "model")], "is no run directory"),
     ]:
