@@ -131,9 +131,7 @@ class RLHFArgs:
     # Learning phase: the policy is moved towards what was better than expected
     batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs)
     num_minibatches: Count = 4  # optimizer steps in each pass
-    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = (
-        "full"  # exact, or from the sampled token
-    )
+    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or estimated
     kl_target: float | None = None  # adapt β from phase to phase until the KL is this, in nats a token
     ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: Amount = 0.15  # weight of the value loss (critic)
@@ -2321,7 +2319,8 @@ def ask(file: Path, pairs: int, draw: Callable[[int, list[dict]], tuple[str, str
 
 def read_answers(file: Path) -> list[dict]:
     """The answers in a file that need not exist; one that holds anything else is refused."""
-    rows = read_jsonl(file, "prompt", "chosen", "rejected") if file.exists() else []
+    holds_any = file.exists() and file.stat().st_size > 0  # not after the undo of the only answer
+    rows = read_jsonl(file, "prompt", "chosen", "rejected") if holds_any else []
     with explained(f'{file}: a "pair" is no number'):  # older files hold none, and then its place does
         return [row | {"pair": int(row.get("pair", i))} for i, (_, row) in enumerate(rows)]
 
@@ -2799,15 +2798,16 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     require(len(runs) > 0, "compare: expected at least one run directory")
     settings, histories = zip(*map(read_run, runs), strict=True)
     names = [field.name for field in dataclasses.fields(RLHFArgs) if field.name not in ("run_dir", "seed")]
-    differing = [name for name in names if len({str(record.get(name)) for record in settings}) > 1]
+    implied = [ALGORITHMS.get(record.get("algo"), {}) for record in settings]  # by the algorithm's name
+    differing = [
+        name
+        for name in names
+        if len({str(record.get(name)) for record in settings}) > 1
+        and any(record.get(name) != row.get(name) for record, row in zip(settings, implied, strict=True))
+    ]
     groups: dict[tuple[str, ...], list[list[dict]]] = {}
     for record, history in zip(settings, histories, strict=True):
-        row = ALGORITHMS.get(record.get("algo"), {}) if "algo" in differing else {}  # the name says these
-        values = tuple(
-            f"{name} {record.get(name)}"
-            for name in differing
-            if name not in row or record.get(name) != row[name]
-        )
+        values = tuple(f"{name} {record.get(name)}" for name in differing)
         groups.setdefault(values, []).append(history)
     colors, styles, curves, looks = {}, {}, {}, {}
     for values, group in groups.items():

@@ -175,7 +175,7 @@ def test_every_setting_is_read():
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("--algo dpo", "'dpo'.*'ppo', 'grpo', 'rloo'"),
+        ("--algo dpo", "'dpo'.*'ppo', 'grpo', 'dr_grpo'"),
         ("--no-such-flag 1", "no-such-flag"),
         ("--reward lengthh", "lengthh.*expected `periods`"),
         ("--reward char:", "char:.*expected"),
@@ -3159,7 +3159,7 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
 
 def test_what_all_logits_share_is_nobodys(tmp_path):
     """One vector added to all rows of the unembedding changes all logits alike, no probability, no share."""
-    bridge = rlhf.load_bridge(save_model(tmp_path, ARCHITECTURES["qwen"]), "cpu")[0]
+    bridge = rlhf.load_bridge(save_model(tmp_path, ARCHITECTURES["qwen"]()), "cpu")[0]
     tokens, where = torch.randint(1, 250, (3, 9)), torch.rand(3, 9) < 0.5
     texts = rlhf.Texts(tokens, tokens, where, "?", 17)
     reading = rlhf.read("base", bridge, texts)
@@ -3445,7 +3445,10 @@ def test_peak_memory_is_the_most_that_ever_was():
 def test_what_cannot_be_compared_says_so_in_one_line(tmp_path, capsys):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "args.json").write_text("{}")
-    for path, expected in [(tmp_path, "is no run directory"), (tmp_path / "half", "holds no metrics.jsonl")]:
+    for path, expected in [
+        (tmp_path, "is no run directory"),
+        (tmp_path / "half", "metrics.jsonl: no such file"),
+    ]:
         assert rlhf.main(["compare", str(path)]) == 2
         complaint = capsys.readouterr().err
         assert complaint.count("\n") == 1 and expected in complaint, complaint
