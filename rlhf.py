@@ -225,9 +225,7 @@ class Samples:
 
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
-    logprobs: Float[
-        Tensor, "B C"
-    ]  # of π_old, at the temperature used, over the whole vocabulary; 0 where masked
+    logprobs: Float[Tensor, "B C"]  # of π_old, over the whole vocabulary, at its temperature; 0 if masked
     values: Float[Tensor, "B C"]  # of the critic, 0 without one
 
     @property
@@ -445,7 +443,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         if not self.enabled:
             return self.base(x)
-        # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T, with x read once
+        # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T; in Triton with x read once
         return lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)
 
     def merged(self) -> Tensor:
@@ -1707,7 +1705,8 @@ def low_memory(args: RLHFArgs) -> RLHFArgs:
 
 # ---- 13 What outlives the run ------------------------------------------------------------------------------
 # In: the trainer. Out: its run directory: checkpoints to go on from, and the result as PEFT and transformers
-# load it. What replaces a file is written whole, then renamed: a kill at any moment leaves one or the other.
+# load it. What replaces a file is written whole, then renamed: a kill at any moment leaves one or the other
+# (of a directory, between two renames, for a moment neither; `--resume` writes model and adapter again).
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
