@@ -80,8 +80,20 @@ from rlhf import (
 
 pytestmark = [pytest.mark.filterwarnings("error:::rlhf"), pytest.mark.filterwarnings("error:::kernels")]
 
+CUDA = torch.cuda.is_available()
+forks = pytest.mark.skipif(
+    not hasattr(os, "fork") or CUDA, reason="forks; what CUDA started, no fork survives"
+)
+
 TEXT = "This is a test. It has words and stops. Here is a longer sentence, with a comma, that goes on. No."
 TIMINGS = {"rollout_seconds", "learning_seconds", "tokens_per_second", "peak_memory_mb"}
+
+
+@pytest.fixture(autouse=True)
+def device_of_each_test() -> None:
+    """One process uses the GPU in some tests and the CPU in others, which accelerate does not expect."""
+    if CUDA:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # ---- Small models ------------------------------------------------------------------------------------------
@@ -230,7 +242,7 @@ def test_a_directory_of_the_users_is_never_deleted(gpt2, tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_weights_that_are_no_longer_finite_are_not_saved(gpt2, tmp_path, capsys):
-    flags = "--batch-size 4 --gen-len 4 --num-minibatches 2".split()
+    flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --reward char:e --whiten none".split()
     flags += "--total-phases 6 --warmup-steps 0 --save-every 1".split()
     run = tmp_path / "run"
     assert rlhf.main([*flags, "--base-model", gpt2, "--base-lr", "1e30", "--run-dir", str(run)]) == 2
@@ -1493,7 +1505,7 @@ def metrics_of(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@forks
 @pytest.mark.parametrize("algo, lora", [("ppo", True), ("grpo", False)])
 def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_path, request, algo, lora):
     if not lora:  # with a picture, kills hit its drawing; without, more of them the phases
@@ -1507,8 +1519,11 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_
         """A child process; one thread, since the parent's do not survive a fork."""
         if (child := os.fork()) == 0:
             torch.set_num_threads(1)
-            with contextlib.redirect_stdout(io.StringIO()):
-                os._exit(rlhf.main(list(argv)))
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    os._exit(rlhf.main(list(argv)))
+            finally:
+                os._exit(1)  # an exception must not go on with the parent's tests
         return child
 
     rlhf.load_bridge(gpt2, "cpu")  # so that what this imports is imported once, and not in each child
@@ -1737,6 +1752,7 @@ def one_update_each(base: str, out: Path) -> dict[str, tuple[dict, dict]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
 def test_two_processes_make_the_update_of_one_and_none_outlives_the_other(gpt2, tmp_path):
     """Groups of 4 straddle the processes' halves of 12 completions; a group of 12 is spread over both. Then
     the second dies in its reward function."""
@@ -1801,7 +1817,7 @@ def test_a_whole_run_under_torchrun(gpt2, tmp_path):
     command += [*"--total-phases 3 --warmup-steps 1 --base-model".split(), gpt2]
     command += ["--run-dir", str(tmp_path / "run")]
     # and no --device: on the CPU, too, the processes have to find each other
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert [line["phase"] for line in metrics_of(tmp_path / "run")] == [1, 2, 3]
@@ -1973,7 +1989,6 @@ def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, cap
 needs_triton = pytest.mark.skipif(
     kernels.triton is None, reason="Triton is not installed (it exists for Linux alone)"
 )
-CUDA = torch.cuda.is_available()
 ARGUMENTS = ["hidden", "unembed", "tokens", "bias", "temperature", "ref_hidden", "ref_unembed", "ref_bias"]
 
 
@@ -2018,8 +2033,8 @@ def to_float64(one: torch.Tensor) -> torch.Tensor:
 
 def assert_as_good_as_torch(function, reference, truth, inputs: dict, wanted: list[str], path: str) -> None:
     """The error against float64 is at most that of plain torch in the same dtype and the rounding of the
-    result (of the upstream gradients, about 1, where it is smaller); a quarter more, as either error has its
-    luck."""
+    result (of the upstream gradients, about 1, where it is smaller); half as much again, as either error
+    has its luck."""
     with on_path(path):
         ours = values_and_gradients(function, inputs, wanted)
     plain = values_and_gradients(reference, inputs, wanted)
@@ -2028,7 +2043,7 @@ def assert_as_good_as_torch(function, reference, truth, inputs: dict, wanted: li
     eps = torch.finfo(next(iter(inputs.values())).dtype).eps
     for i, (mine, theirs, true) in enumerate(zip(ours, plain, exact, strict=True)):
         error, scale = (mine - true).abs().max(), true.abs().max().clamp(min=1)
-        allowed = 1.25 * (theirs - true).abs().max() + 2 * eps * scale
+        allowed = 1.5 * (theirs - true).abs().max() + 2 * eps * scale
         assert error <= allowed, f"result {i}: error {error:.2e}, allowed {allowed:.2e}"
         assert true.abs().max() > 0
 
