@@ -1906,11 +1906,16 @@ def test_classifier_labels_are_checked(classifier, suffix, expected):
 
 
 def test_kl_coefficient_follows_its_target():
-    """Ziegler et al.: e = clip(KL/target - 1, ±0.2), β ← β (1 + e n / horizon)."""
-    args = RLHFArgs(kl_target=0.5)
-    for kl, error in ((0.55, 0.1), (5.0, 0.2), (0.0, -0.2), (0.5, 0.0)):
-        assert rlhf.adapt_kl_coef(0.3, kl, args) == pytest.approx(0.3 * (1 + error))
-    assert rlhf.adapt_kl_coef(0.3, 9.9, RLHFArgs()) == 0.3
+    """The KL answers slowly: after β changes, it takes ten phases to come near what β allows, here c / β²."""
+    for start in (0.012, 1.2):
+        for target in (0.05, 0.5):
+            args = RLHFArgs(kl_target=target)
+            kl_coef, kl, last_kl = start, 0.0, 0.0
+            for _ in range(40):
+                kl, last_kl = kl + 0.1 * (0.5 * (0.12 / kl_coef) ** 2 - kl), kl
+                kl_coef = rlhf.adapt_kl_coef(kl_coef, kl, last_kl, args)
+            assert kl == pytest.approx(target, rel=0.2)
+    assert rlhf.adapt_kl_coef(0.3, 9.9, 1.0, RLHFArgs()) == 0.3
 
 
 def test_prompts_of_any_length_and_alphabet(gpt2, tmp_path):
@@ -3999,10 +4004,20 @@ def test_exercise_ppo_objective():
 
 def test_exercise_adapt_kl_coef():
     args = lesson.RLHFArgs(kl_target=2.0)
-    for kl, error in [(9.0, 0.2), (2.2, 0.1), (2.0, 0.0), (1.8, -0.1), (0.1, -0.2)]:
-        formula = "β ← β (1 + clip(KL/target - 1, ±0.2)); β = 0.5, target 2"
-        expect(lesson.adapt_kl_coef(0.5, kl, args), 0.5 * (1 + error), f"{formula}, KL = {kl}")
-    expect(lesson.adapt_kl_coef(0.5, 9.0, lesson.RLHFArgs()), 0.5, "without a target β stays as it is")
+    formula = "β ← β exp(clip(0.4 log(ahead / target), ±0.6)), ahead = KL (KL / last KL)⁵; β = 0.5, target 2"
+    for kl, last_kl, ratio in [
+        (4.0, 4.0, 2**0.4),  # too high
+        (1.0, 1.0, 0.5**0.4),  # too low
+        (2.0, 2.0, 1.0),
+        (2.2, 2.0, 1.1**2.4),  # it rises: six times log 1.1
+        (1.8, 2.0, 0.9**2.4),
+        (9.0, 2.0, math.exp(0.6)),
+        (0.1, 2.0, math.exp(-0.6)),
+        (0.01, 1e-9, math.exp(-0.6)),  # both below a hundredth of the target: neither tells anything
+    ]:
+        told = f"{formula}, KL = {kl}, last KL = {last_kl}"
+        expect(lesson.adapt_kl_coef(0.5, kl, last_kl, args), 0.5 * ratio, told)
+    expect(lesson.adapt_kl_coef(0.5, 9.0, 1.0, lesson.RLHFArgs()), 0.5, "without a target β stays as it is")
 
 
 def test_exercise_lr_scale():
@@ -4201,14 +4216,16 @@ WRONG_ANSWERS = {
         ("policy_objective(new, old, kl_coef, args)", "policy_objective(new, old, args.kl_coef, args)"),
     ],
     "adapt_kl_coef": [
-        ("min(max(kl / args.kl_target - 1, -0.2), 0.2)", "min(kl / args.kl_target - 1, 0.2)"),
-        ("min(max(kl / args.kl_target - 1, -0.2), 0.2)", "max(kl / args.kl_target - 1, -0.2)"),
-        ("kl / args.kl_target - 1", "args.kl_target / kl - 1"),
+        ("min(max(step, -0.6), 0.6)", "min(step, 0.6)"),
+        ("min(max(step, -0.6), 0.6)", "max(step, -0.6)"),
+        ("(kl / last_kl) ** 5", "(last_kl / kl) ** 5"),
+        ("math.log(kl * (kl / last_kl) ** 5)", "math.log(kl)"),
+        ("max(one / args.kl_target, 0.01)", "one / args.kl_target"),
         (
             "if args.kl_target is None:\n        return kl_coef\n",
             "if args.kl_target is None:\n        return args.kl_coef\n",
         ),
-        ("(1 + min", "(1 - min"),
+        ("math.exp(min", "math.exp(-min"),
     ],
     "lr_scale": [
         ("(phase + 1) / (warmup + 1)", "phase / warmup"),
