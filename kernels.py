@@ -50,8 +50,6 @@ IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
 CHUNK_ROWS = 256  # tokens whose logits are made at a time: enough of them to be worth reading U
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
-    2**26
-)  # logits kept from forward to backward, 268 MB, the first tokens'; the rest are made again
 BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
 
 
