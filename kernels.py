@@ -15,11 +15,13 @@ and its test.
 
     8,192 tokens, V = 50,257, D = 1,024, bf16:   forward         backward        beside the inputs
     token_logprobs         bound by bandwidth    reads 0.8 GB    moves 1.6 GB    0.8 GB, the result
-    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       77 MB, one chunk, and 268 kept
+    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       77 MB, one chunk
 
 Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. A chunk of rows bounds all of
-them here, but for the logits of the first tokens, which are kept from forward to backward as far as a budget
-goes: the logits of a reinforcement learning minibatch are never made twice. CUDA tensors take the Triton kernels, all others the torch path, which is as correct and as frugal
+them here, but for the logits of the first rows: these are kept for the backward pass as far as a budget goes,
+and of a minibatch of reinforcement learning that is usually all.
+
+CUDA tensors take the Triton kernels, all others the torch path, which is as correct and as frugal
 (`path_taken`). Whatever the dtype of what comes in, logits and statistics are float32 (`float32_linear` says
 why), or float64 for gradcheck; a gradient has the dtype of what it is to.
 Left out: a gradient to W (LoRA freezes it) and to the reference, float8, second derivatives.
