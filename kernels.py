@@ -15,10 +15,13 @@ and its test.
 
     8,192 tokens, V = 50,257, D = 1,024, bf16:   forward         backward        beside the inputs
     token_logprobs         bound by bandwidth    reads 0.8 GB    moves 1.6 GB    0.8 GB, the result
-    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       39 MB, one chunk
+    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       77 MB, one chunk
 
 Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. A chunk of rows bounds all of
-them here. CUDA tensors take the Triton kernels, all others the torch path, which is as correct and as frugal
+them here, but for the logits of the first rows: these are kept for the backward pass as far as a budget goes,
+and of a minibatch of reinforcement learning that is usually all.
+
+CUDA tensors take the Triton kernels, all others the torch path, which is as correct and as frugal
 (`path_taken`). Whatever the dtype of what comes in, logits and statistics are float32 (`float32_linear` says
 why), or float64 for gradcheck; a gradient has the dtype of what it is to.
 Left out: a gradient to W (LoRA freezes it) and to the reference, float8, second derivatives.
@@ -48,8 +51,9 @@ except ImportError:  # macOS and Windows have no Triton
 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
-CHUNK_NUMBERS = 128 * 50257  # logits in memory at a time: 26 MB; their gradient in bf16: 13 MB more
-BLOCK_NUMBERS = 4 * 50257  # of these, what the torch path takes at a time, so that it stays in a cache
+CHUNK_ROWS = 256  # tokens whose logits are made at a time: enough of them to be worth reading U
+KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
+BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
 
 
 # Choosing a path
@@ -470,23 +474,19 @@ def token_logprobs(
 # Token log-probability from hidden states
 
 
-def _chunk_of_logits(
-    part: slice,
-    hidden: Float[Tensor, "N D"] | None,
-    unembed: Float[Tensor, "V D"] | None,
-    bias: Float[Tensor, "V"] | None,
-) -> Float[Tensor, "n V"] | None:
-    return None if hidden is None else float32_linear(hidden[part], unembed, bias)
+def _logits_of(part: slice, *heads: Tensor | None) -> tuple[Float[Tensor, "n V"] | None, ...]:
+    """Logits of policy and reference; heads: of each hidden states, unembedding and bias, or three None."""
+    return tuple(h if h is None else float32_linear(h[part], U, b) for h, U, b in (heads[:3], heads[3:]))
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     """Chunks of tokens: a matmul by the vendor's library, then the row operations above on what it made.
-    Backward makes each chunk of logits again, writes their gradient over it, and multiplies that by U.
+    Backward takes a chunk of logits that was kept, or makes it again, writes their gradient over it, and
+    multiplies that by U.
 
     Why not one kernel over vocabulary tiles (CCE, arXiv 2411.09009)? dh = dx U would need D accumulators a
     row, or atomics, and a KL two tiles of logits at once; chunks let both operations share their row kernels.
-    The price on a GPU: U is read once a chunk, so small chunks are bound by bandwidth; a larger CHUNK_NUMBERS
-    trades memory for time.
+    The price on a GPU: U is read once a chunk, so a chunk of few tokens is bound by bandwidth.
     """
 
     @staticmethod
@@ -501,11 +501,14 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     ):
         N, V = len(hidden), len(unembed)
         rows = hidden.new_empty(7, N, dtype=_wide(hidden))
-        for part in _slices(N, CHUNK_NUMBERS // V):
-            chunks = _chunk_of_logits(part, hidden, unembed, bias), _chunk_of_logits(part, *reference)
-            rows[:, part] = _statistics(*chunks, tokens[part], temperature)
-            del chunks  # before the next ones are made
-        ctx.temperature = temperature
+        ctx.temperature, ctx.kept = temperature, {}
+        to_keep = KEPT_NUMBERS // V if any(ctx.needs_input_grad) else 0
+        for part in _slices(N, CHUNK_ROWS):
+            logits = _logits_of(part, hidden, unembed, bias, *reference)
+            rows[:, part] = _statistics(*logits, tokens[part], temperature)
+            if part.stop <= to_keep:
+                ctx.kept[part.start] = logits
+            del logits  # before the next ones are made
         ctx.save_for_backward(hidden, unembed, bias, tokens, rows, *reference)
         return tuple(row.clone() for row in rows[:3])
 
@@ -517,14 +520,15 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dunembed = torch.zeros_like(unembed, dtype=rows.dtype) if wants_unembed else None
         dbias = torch.zeros_like(bias, dtype=rows.dtype) if wants_bias else None
-        for part in _slices(len(hidden), CHUNK_NUMBERS // len(unembed)):
-            logits = _chunk_of_logits(part, hidden, unembed, bias)
-            inputs = logits, _chunk_of_logits(part, *reference), tokens[part], rows[:, part]
-            _write_gradient(logits, *inputs, coefficients[:, part], ctx.temperature)
+        for part in _slices(len(hidden), CHUNK_ROWS):
+            kept = ctx.kept.pop(part.start, None)
+            logits, ref_logits = kept or _logits_of(part, hidden, unembed, bias, *reference)
+            inputs = logits, ref_logits, tokens[part], rows[:, part], coefficients[:, part]
+            _write_gradient(logits, *inputs, ctx.temperature)
             if wants_bias:
                 dbias += logits.sum(0)  # the gradient is where the logits were
             dlogits = logits.to(hidden.dtype)  # in float32 the same memory
-            del logits, inputs
+            del kept, logits, ref_logits, inputs
             if wants_hidden:
                 dhidden[part] = dlogits @ unembed
             if wants_unembed:
@@ -849,10 +853,12 @@ def measure_memory(which: str) -> tuple[float, float]:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return torch.cuda.max_memory_allocated() if cuda else resident
 
-    before, start = peak(), time.perf_counter()
-    outputs = function(hidden.requires_grad_(), unembed, tokens, ref_hidden=ref_hidden)
-    sum(one.sum() for one in outputs if one is not None).backward()
-    hidden.grad[0, 0].item()  # waits for the device
+    for rows in (2, 4096):  # the first, small, has kernels compiled
+        before, start = peak(), time.perf_counter()
+        inputs = hidden[:rows].requires_grad_(), unembed, tokens[:rows]
+        outputs = function(*inputs, ref_hidden=None if ref_hidden is None else ref_hidden[:rows])
+        (gradient,) = torch.autograd.grad(sum(one.sum() for one in outputs if one is not None), inputs[0])
+        gradient[0, 0].item()  # waits for the device
     return (peak() - before) / 1e6, time.perf_counter() - start
 
 

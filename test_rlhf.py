@@ -2141,6 +2141,12 @@ LINEAR_CASES = [
 ]
 
 
+def in_chunks(monkeypatch, rows: int, V: int, kept: int | None = None) -> None:
+    """linear_token_logprobs works in chunks of so many rows; the logits of the first are kept, or so many."""
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(kernels, "KEPT_NUMBERS", (rows + 1) * V if kept is None else kept)
+
+
 def linear_inputs(leading, D, V, dtype, temperature, bias, reference, layout, device="cpu") -> dict:
     torch.manual_seed(0)
     like = {"dtype": dtype, "device": device}
@@ -2172,7 +2178,7 @@ def test_linear_token_logprobs_is_as_exact_as_plain_torch(path, case, trained, m
         leading = tuple(min(size, 9) for size in leading)
         V = min(V, 5 * 2048 + 1)  # six blocks; token_logprobs, of the same kernels, takes the largest V
     if path != "torch":
-        monkeypatch.setattr(kernels, "CHUNK_NUMBERS", 4 * V + 1)
+        in_chunks(monkeypatch, 4, V)
     inputs = linear_inputs(leading, D, V, dtype, *rest, device=device_of(path))
     wanted = (
         ["hidden"] if trained == "hidden" else ["hidden", "unembed"] + ["bias"] * (inputs["bias"] is not None)
@@ -2237,9 +2243,9 @@ def test_values_written_out_by_hand():
 # -- gradients
 
 
-@pytest.mark.parametrize("chunk", [1 << 20, 14])
+@pytest.mark.parametrize("chunk", [100, 2])
 def test_gradients_against_finite_differences(chunk, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", chunk)
+    in_chunks(monkeypatch, chunk, 9)
     torch.manual_seed(0)
     tokens = torch.tensor([[0, 6, -100], [3, -100, 2]])
 
@@ -2266,9 +2272,9 @@ def test_gradients_against_finite_differences(chunk, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("chunk", [1 << 20, 20])
+@pytest.mark.parametrize("chunk", [100, 2])
 def test_each_output_has_its_own_gradient_and_unused_ones_cost_nothing(chunk, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", chunk)
+    in_chunks(monkeypatch, chunk, 9)
     inputs = linear_inputs((6,), 4, 9, torch.float64, 1.3, True, "shared", "plain")
     for trained, output in itertools.product((["hidden"], ["hidden", "unembed", "bias"]), range(3)):
         results = []
@@ -2317,7 +2323,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("reference", [None, "shared", "own"])
 def test_no_logits_of_all_tokens_exist_in_either_direction(wanted, reference, monkeypatch):
     N, D, V = 64, 6, 500
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", 4 * V)
+    in_chunks(monkeypatch, 4, V, kept=0)
     inputs = linear_inputs((N,), D, V, torch.float32, 0.7, True, reference, "plain")
     with Recorder() as plain:
         values_and_gradients(kernels.linear_token_logprobs_reference, inputs, wanted)
@@ -2370,8 +2376,8 @@ def test_chunk_boundaries_do_not_show(path, monkeypatch):
         inputs = linear_inputs((N,), 6, V, torch.float32, 0.9, True, reference, "plain", device_of(path))
         results = []
         # one chunk, the last chunk shorter, one row left over, one row each, all equal
-        for rows in (100, 3, N - 0.1) if slow else (100, 3, N - 0.1, 1, 5):
-            monkeypatch.setattr(kernels, "CHUNK_NUMBERS", int(rows * V))
+        for rows in (100, 3, N - 1) if slow else (100, 3, N - 1, 1, 5):
+            in_chunks(monkeypatch, rows, V)
             for wanted in (["hidden"], ["hidden", "unembed", "bias"]):
                 with on_path(path):
                     result = values_and_gradients(linear_token_logprobs, inputs, wanted)
@@ -2385,9 +2391,9 @@ def test_chunk_boundaries_do_not_show(path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
-@pytest.mark.parametrize("chunk", [1 << 20, 20])
+@pytest.mark.parametrize("chunk", [100, 2])
 def test_masked_tokens_give_zero_and_no_gradient(path, chunk, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", chunk)
+    in_chunks(monkeypatch, chunk, 9)
     for tokens in (torch.tensor([1, -100, 8, -100]), torch.full((4,), -100)):
         inputs = linear_inputs((4,), 5, 9, torch.float32, 1.0, True, "shared", "plain", device_of(path))
         inputs["tokens"], masked = (
@@ -2571,7 +2577,7 @@ def test_errors_name_the_argument(message, kind, function, inputs, change, monke
 def test_logits_that_share_an_offset_are_not_rounded(path, dtype, offset, monkeypatch):
     """At -80 bfloat16 counts in steps of 0.5 and float16 in steps of 1/16; the softmax does not see it."""
     if path != "torch":
-        monkeypatch.setattr(kernels, "CHUNK_NUMBERS", 5 * 300)
+        in_chunks(monkeypatch, 5, 300)
     inputs = linear_inputs((24,), 32, 300, dtype, 1.0, True, "shared", "plain", device_of(path))
     inputs["ref_hidden"] = inputs["hidden"] + 0.3 * inputs["ref_hidden"]
     if offset == "bias":
@@ -2608,9 +2614,9 @@ def test_float32_linear_is_exact_of_any_shape_and_has_a_gradient():
         torch.testing.assert_close(halves.double(), exact[0], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [1 << 20, 20])
+@pytest.mark.parametrize("chunk", [100, 2])
 def test_under_autocast_matmuls_are_in_bfloat16_and_gradients_in_float32(chunk, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK_NUMBERS", chunk)
+    in_chunks(monkeypatch, chunk, 9)
     inputs = linear_inputs((6,), 8, 9, torch.float32, 1.0, True, "shared", "plain")
     with torch.autocast("cpu", torch.bfloat16):
         mixed = values_and_gradients(linear_token_logprobs, inputs, ["hidden", "unembed"])
