@@ -51,6 +51,7 @@ except ImportError:  # macOS and Windows have no Triton
 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
+FUSED_OUTPUTS = 2**22  # up to so many numbers one fused launch beats the vendor's three
 CHUNK_ROWS = 256  # tokens whose logits are made at a time: enough of them to be worth reading U
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
 BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
@@ -167,7 +168,11 @@ def float32_linear(
     x, weight, bias = _autocast(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         if x.is_cuda and x.dim() == 2 and not torch.is_grad_enabled():  # mm into a dtype has no derivative
-            out = torch.mm(x, weight.T, out_dtype=_wide(x))
+            # Rows begin at multiples of 64 numbers: with GPT-2's odd V = 50,257 they would not be aligned,
+            # and tensor cores several times slower.
+            V = len(weight)
+            out = x.new_empty(len(x), -(-V // 64) * 64, dtype=_wide(x))[:, :V]
+            torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
         else:
             x = x.to(_wide(x))
             # In parts: a cast of all of W would cost half as much again as the product. W first: MKL takes a
@@ -248,12 +253,13 @@ def linear_token_logprobs_reference(
 
 @kernel
 def token_logprobs_forward_kernel(
-    x_ptr,  # [N, V] policy logits, not yet divided by τ, contiguous like all here
+    x_ptr,  # [N, V] policy logits, not yet divided by τ
     y_ptr,  # [N, V] reference logits, likewise; read only with HAS_REF
     tokens_ptr,  # [N]
     rows_ptr,  # [7, N] float32 out: log p(token), H, KL, max x, log Σ exp(x - max x), and the last two of y
     N,
     V,
+    stride,  # from one row of logits to the next
     inv_temperature,  # 1/τ
     HAS_REF: constexpr,
     BLOCK_V: constexpr,
@@ -276,7 +282,7 @@ def token_logprobs_forward_kernel(
     for start in range(0, V, BLOCK_V):
         cols = start + lanes
         # other=-inf: a lane past the end is an impossible token
-        x = tl.load(x_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+        x = tl.load(x_ptr + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
         x = x * inv_temperature
         m_new = tl.maximum(m, tl.max(x))
         # nothing to rescale before the first finite logit
@@ -284,7 +290,7 @@ def token_logprobs_forward_kernel(
         x = x - tl.where(m_new == -float("inf"), 0.0, m_new)
         shrink, e = tl.exp(-delta), tl.exp(x)
         if HAS_REF:
-            y = tl.load(y_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+            y = tl.load(y_ptr + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
             y = y * inv_temperature
             m_q_new = tl.maximum(m_q, tl.max(y))
             delta_q = tl.where(m_q == -float("inf"), 0.0, m_q_new - m_q)
@@ -302,7 +308,7 @@ def token_logprobs_forward_kernel(
     token = tl.load(tokens_ptr + row)
     kept = token != -100
     in_vocabulary = (token >= 0) & (token < V)
-    x_token = tl.load(x_ptr + row * V + token, mask=in_vocabulary, other=float("nan")).to(tl.float32)
+    x_token = tl.load(x_ptr + row * stride + token, mask=in_vocabulary, other=float("nan")).to(tl.float32)
     tl.store(rows_ptr + row, tl.where(kept, x_token * inv_temperature - m - log_s, 0.0))
     tl.store(rows_ptr + N + row, tl.where(kept, log_s - tl.sum(t) / total, 0.0))
     tl.store(rows_ptr + 3 * N + row, m)
@@ -316,14 +322,15 @@ def token_logprobs_forward_kernel(
 
 @kernel
 def token_logprobs_backward_kernel(
-    x_ptr,  # [N, V] policy logits, not yet divided by τ, contiguous like all here
+    x_ptr,  # [N, V] policy logits, not yet divided by τ
     y_ptr,  # [N, V] reference logits, likewise; read only with HAS_REF
     tokens_ptr,  # [N]
     rows_ptr,  # [7, N] float32, written by the forward kernel
     coefficients_ptr,  # [4, N] float32: g_l, a, g_H, g_KL
-    out_ptr,  # [N, V] out: dx / τ; may be the policy logits themselves
+    out_ptr,  # [N, V] out: dx / τ, in rows `stride` apart like the logits; may be these themselves
     N,
     V,
+    stride,  # from one row of logits to the next
     inv_temperature,  # 1/τ
     HAS_REF: constexpr,
     BLOCK_V: constexpr,
@@ -338,16 +345,18 @@ def token_logprobs_backward_kernel(
     g_H, g_KL = tl.load(coefficients_ptr + 2 * N + row), tl.load(coefficients_ptr + 3 * N + row)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        x = tl.load(x_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+        x = tl.load(x_ptr + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
         log_p = x * inv_temperature - m - log_s
         p = tl.exp(log_p)
         slope = a - g_H * log_p
         if HAS_REF:
-            y = tl.load(y_ptr + row * V + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+            y = tl.load(y_ptr + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
             m_q, log_s_q = tl.load(rows_ptr + 5 * N + row), tl.load(rows_ptr + 6 * N + row)
             slope = slope + g_KL * (log_p - (y * inv_temperature - m_q - log_s_q))
         dx = tl.where(p > 0, p * slope, 0.0) + tl.where(cols == token, g_l, 0.0)  # p log p → 0
-        tl.store(out_ptr + row * V + cols, (dx * inv_temperature).to(out_ptr.dtype.element_ty), mask=cols < V)
+        tl.store(
+            out_ptr + row * stride + cols, (dx * inv_temperature).to(out_ptr.dtype.element_ty), mask=cols < V
+        )
 
 
 def _launch(V: int) -> dict:
@@ -383,8 +392,9 @@ def _statistics(
     N, V = logits.shape
     rows = logits.new_zeros(7, N, dtype=_wide(logits))
     if path_taken(logits) == "triton":
-        inputs = logits, logits if ref_logits is None else ref_logits, tokens, rows, N, V, 1 / temperature
-        token_logprobs_forward_kernel[(N,)](*inputs, HAS_REF=ref_logits is not None, **_launch(V))
+        inputs = logits, logits if ref_logits is None else ref_logits, tokens, rows, N, V, logits.stride(0)
+        config = {"HAS_REF": ref_logits is not None, **_launch(V)}
+        token_logprobs_forward_kernel[(N,)](*inputs, 1 / temperature, **config)
         return rows
     for part in _slices(N, BLOCK_NUMBERS // V):
         log_q = None if ref_logits is None else _log_softmax(ref_logits[part], temperature)
@@ -412,13 +422,15 @@ def _write_gradient(
     coefficients: Float[Tensor, "4 N"],
     temperature: float,
 ) -> None:
-    """Writes the gradient to the logits, dx / τ with the dx of `_coefficients`; `out` may be the logits."""
+    """Writes the gradient to the logits, dx / τ with the dx of `_coefficients`; `out` may be the logits, and
+    has their strides."""
     N, V = logits.shape
     if path_taken(logits) == "triton":
         inputs = logits, logits if ref_logits is None else ref_logits, tokens, rows.contiguous()
         config = {"HAS_REF": ref_logits is not None, **_launch(V)}
+        sizes = N, V, logits.stride(0)
         token_logprobs_backward_kernel[(N,)](
-            *inputs, coefficients.contiguous(), out, N, V, 1 / temperature, **config
+            *inputs, coefficients.contiguous(), out, *sizes, 1 / temperature, **config
         )
         return
     for part in _slices(N, BLOCK_NUMBERS // V):
@@ -525,11 +537,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             kept = ctx.kept.pop(part.start, None)
             logits, ref_logits = kept or _logits_of(part, hidden, unembed, bias, *reference)
             inputs = logits, ref_logits, tokens[part], rows[:, part], coefficients[:, part]
-            _write_gradient(logits, *inputs, ctx.temperature)
-            if wants_bias:
-                dbias += logits.sum(0)  # the gradient is where the logits were
-            dlogits = logits.to(hidden.dtype)  # in float32 the same memory
+            dlogits = logits  # in float32 their gradient takes their place
+            if hidden.dtype != logits.dtype:
+                dlogits = hidden.new_empty_strided(logits.shape, logits.stride())
+            _write_gradient(dlogits, *inputs, ctx.temperature)
             del kept, logits, ref_logits, inputs
+            if wants_bias:
+                dbias += dlogits.sum(0, dtype=dbias.dtype)
             if wants_hidden:
                 dhidden[part] = dlogits @ unembed
             if wants_unembed:
@@ -668,18 +682,18 @@ def lora_linear_kernel(
 
 
 def _lora_launch(dtype: torch.dtype, rank: int) -> dict:
-    """Tensor cores want large tiles and three stages of loads in flight; exact float32 has none to feed.
-    A large rank takes registers, so its tiles are shallower: no configuration spills on sm_80 or sm_90.
+    """Small tiles, since only small products come here (FUSED_OUTPUTS): they are many enough to fill a GPU.
+    Tensor cores want stages of loads in flight; exact float32 has none to feed. A large rank takes registers,
+    so its tiles are shallower: no configuration spills on sm_80 or sm_90.
     """
-    half = dtype != torch.float32
-    tile, depth, stages = (128, 64, 3) if half else (64, 32, 2)
+    depth, warps, stages = (64, 4, 4) if dtype != torch.float32 else (32, 8, 2)
     return {
         "RANK": rank,
         "BLOCK_RANK": max(16, 1 << (rank - 1).bit_length()),
-        "BLOCK_N": tile,
-        "BLOCK_OUT": tile,
+        "BLOCK_N": 64,
+        "BLOCK_OUT": 64,
         "BLOCK_IN": depth if rank <= 16 else depth // 2,
-        "num_warps": 8,
+        "num_warps": warps,
         "num_stages": stages,
     }
 
@@ -726,7 +740,8 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
-        if path_taken(x) == "triton" and len(lora_a) <= MAX_RANK:
+        is_small = len(lora_a) <= MAX_RANK and len(x) * len(weight) <= FUSED_OUTPUTS
+        if path_taken(x) == "triton" and is_small:
             out, xa = _lora_triton(x, weight, bias, lora_a, lora_b, scale)
         else:
             xa = x @ lora_a.t()
@@ -754,7 +769,8 @@ def lora_linear(
     lora_b: Float[Tensor, "d_out rank"],
     scale: float,
 ) -> Float[Tensor, "... d_out"]:
-    """`lora_linear_reference` with x read once; a rank above MAX_RANK takes the torch path.
+    """`lora_linear_reference` with x read once; a rank above MAX_RANK or more than FUSED_OUTPUTS numbers take
+    the torch path.
 
     >>> one = torch.ones(1, 1)
     >>> lora_linear(one, one, None, 2 * one, 3 * one, 0.5)  # 1 + 0.5 · 2 · 3
