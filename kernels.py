@@ -51,7 +51,7 @@ except ImportError:  # macOS and Windows have no Triton
 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
-FUSED_OUTPUTS = 2**22  # up to so many numbers one fused launch beats the vendor's three
+FUSED_OUTPUTS = 2**21  # up to so many numbers one fused launch beats the vendor's three
 CHUNK_ROWS = 256  # tokens whose logits are made at a time: enough of them to be worth reading U
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
 BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
@@ -153,6 +153,17 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _even_parts(V: int) -> list[slice]:
+    """0 to V as a multiple of 8, which tensor cores want, and the rest: GPT-2's V = 50,257 is odd, and in one
+    piece its products take six times as long.
+
+    >>> _even_parts(50257)
+    [slice(0, 50256, None), slice(50256, 50257, None)]
+    """
+    even = V // 8 * 8
+    return [part for part in (slice(0, even), slice(even, V)) if part.start < part.stop]
+
+
 def float32_linear(
     x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, "d_out"] | None
 ) -> Float[Tensor, "... d_out"]:
@@ -168,11 +179,11 @@ def float32_linear(
     x, weight, bias = _autocast(x, weight, bias)
     with torch.autocast(x.device.type, enabled=False):
         if x.is_cuda and x.dim() == 2 and not torch.is_grad_enabled():  # mm into a dtype has no derivative
-            # Rows begin at multiples of 64 numbers: with GPT-2's odd V = 50,257 they would not be aligned,
-            # and tensor cores several times slower.
             V = len(weight)
-            out = x.new_empty(len(x), -(-V // 64) * 64, dtype=_wide(x))[:, :V]
-            torch.mm(x, weight.T, out_dtype=out.dtype, out=out)
+            stride = -(-V // 64) * 64  # so that each row is aligned
+            out = x.new_empty(len(x), stride, dtype=_wide(x))[:, :V]
+            for part in _even_parts(V):
+                torch.mm(x, weight[part].T, out_dtype=out.dtype, out=out[:, part])
         else:
             x = x.to(_wide(x))
             # In parts: a cast of all of W would cost half as much again as the product. W first: MKL takes a
@@ -530,7 +541,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         hidden, unembed, bias, tokens, rows, *reference = ctx.saved_tensors
         coefficients = _coefficients(g, rows, tokens)
         wants_hidden, wants_unembed, wants_bias = ctx.needs_input_grad[:3]
-        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dhidden = torch.zeros_like(hidden) if wants_hidden else None
         dunembed = torch.zeros_like(unembed, dtype=rows.dtype) if wants_unembed else None
         dbias = torch.zeros_like(bias, dtype=rows.dtype) if wants_bias else None
         for part in _slices(len(hidden), CHUNK_ROWS):
@@ -544,10 +555,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             del kept, logits, ref_logits, inputs
             if wants_bias:
                 dbias += dlogits.sum(0, dtype=dbias.dtype)
-            if wants_hidden:
-                dhidden[part] = dlogits @ unembed
-            if wants_unembed:
-                dunembed += dlogits.T @ hidden[part]
+            for ids in _even_parts(len(unembed)):
+                if wants_hidden:
+                    dhidden[part] += dlogits[:, ids] @ unembed[ids]
+                if wants_unembed:
+                    dunembed[ids] += dlogits[:, ids].T @ hidden[part]
             del dlogits  # before the next one is made
         dunembed, dbias = (None if one is None else one.to(hidden.dtype) for one in (dunembed, dbias))
         return dhidden, dunembed, dbias, None, None, None
