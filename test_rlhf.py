@@ -1035,6 +1035,37 @@ def test_kl_estimate_gradients_equal_finite_differences(estimator):
     )
 
 
+@pytest.mark.parametrize(
+    "top_k, top_p, off", [(3, 1.0, 0.10), (2, 1.0, 0.20), (None, 0.9, 0.06), (None, 0.7, 0.18)]
+)
+def test_what_top_k_and_top_p_do_to_the_gradient(top_k, top_p, off):
+    """Over all texts of three tokens of four: the gradient of the surrogate at ρ = 1, whose log-probabilities
+    are those of the whole vocabulary, against that of the mean reward of what is drawn."""
+    texts = list(itertools.product(range(4), repeat=3))
+    states = [text[:n] for n in range(3) for text in itertools.product(range(4), repeat=n)]
+    reward = torch.tensor([sum(text) for text in texts]).double()
+
+    def of_texts(logprobs):
+        return torch.stack(
+            [sum(logprobs[states.index(text[:t]), text[t]] for t in range(3)) for text in texts]
+        )
+
+    errors = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        logits = torch.randn(len(states), 4).double().requires_grad_()
+        logprobs = logits.log_softmax(-1)
+        drawn = of_texts(rlhf.keep_likeliest(logprobs, top_k, top_p).log_softmax(-1).clamp(min=-1e9))
+        chance = drawn.detach().exp()
+        advantage = reward - (chance * reward).sum()
+        (ours,) = torch.autograd.grad(
+            (chance * advantage * of_texts(logprobs)).sum(), logits, retain_graph=True
+        )
+        (true,) = torch.autograd.grad((drawn.exp() * reward).sum(), logits)
+        errors.append(((ours - true).norm() / true.norm()).item())
+    assert statistics.mean(errors) == pytest.approx(off, abs=0.005)
+
+
 def test_kl_estimates_by_enumeration():
     """Σ_a π(a) k(a) over a vocabulary of 50: k1 and k3 are the KL; of the gradients only k2's is right."""
     torch.manual_seed(0)
