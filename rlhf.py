@@ -197,8 +197,9 @@ class RLHFArgs:
 # The transformer's output in column t speaks of column t + 1: what scores the completion comes from columns
 # P-1 to T-2. That shift is made once, in `TransformerWithValueHead.completion_features`; all [B, C] tensors
 # below are aligned with the completion: logprobs[b, c] is of completion token c, values[b, c] of the state in
-# which it was chosen. BOS, EOS and pad (beginning of text, end of text, filler) are one and the same token
-# here, as in GPT-2: only the masks tell them apart.
+# which it was chosen. Columns 0 to P-2 are the same for all completions of a prompt, and computed once for
+# all. BOS, EOS and pad (beginning of text, end of text, filler) are one and the same token here, as in
+# GPT-2: only the masks tell them apart.
 
 
 def token_ids(tokenizer, prompt: str) -> list[int]:
@@ -224,6 +225,18 @@ def positions(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     tensor([[0, 0, 1, 2]])
     """
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def distinct_prompts(
+    tokens: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]
+) -> tuple[Int[Tensor, "prompts P"], Int[Tensor, "B"]]:
+    """Each prompt once, -1 where it is padded, and which of them each row has.
+
+    >>> distinct_prompts(torch.tensor([[5, 7], [5, 6], [5, 7]]), torch.ones(3, 2).bool())
+    (tensor([[5, 6],
+            [5, 7]]), tensor([1, 0, 1]))
+    """
+    return tokens.masked_fill(~mask, -1).unique(dim=0, return_inverse=True)
 
 
 def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[int]]:
@@ -384,11 +397,21 @@ class TransformerWithValueHead(nn.Module):
         layer = self.bridge.unembed.original_component
         return layer.weight, layer.bias
 
+    def prompt_cache(self, tokens: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]) -> DynamicCache:
+        """Keys and values of columns 0 to P-2. Prompts that are equal are computed once, and the gradients of
+        all their completions flow back through that one computation."""
+        prompts, of_row = distinct_prompts(tokens, mask)
+        cache = DynamicCache(config=self.bridge.original_model.config)
+        if prompts.shape[1] > 1:
+            self.features(prompts[:, :-1].clamp(min=0), prompts[:, :-1] >= 0, cache)
+            cache.batch_select_indices(of_row)
+        return cache
+
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
-        features, values = self.features(samples.tokens, samples.attention_mask)
-        columns = slice(samples.prompt_width - 1, -1)
-        return features[:, columns], values[:, columns]
+        P, mask = samples.prompt_width, samples.attention_mask
+        cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
+        return self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
 
     def score(
         self,
@@ -529,11 +552,10 @@ def get_samples(
     tokens = torch.cat([prompt_tokens, prompt_tokens.new_full((B, gen_len), eos)], dim=1)
     mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, gen_len)], dim=1)
     logprobs, values = torch.zeros(2, B, gen_len, device=device)
-    cache = DynamicCache(config=policy.bridge.original_model.config)
+    cache = policy.prompt_cache(prompt_tokens, prompt_mask)
     alive = torch.ones(B, dtype=torch.bool, device=device)
     for t in range(P, P + gen_len):
-        new = slice(0 if t == P else t - 1, t)  # the whole prompt first, then the token just drawn
-        features, state_values = policy.features(tokens[:, new], mask[:, :t], cache)
+        features, state_values = policy.features(tokens[:, t - 1 : t], mask[:, :t], cache)
         distribution = (policy.logits(features[:, -1]).float() / temperature).log_softmax(dim=-1)
         drawable = (
             distribution if top_k is None and top_p == 1 else keep_likeliest(distribution, top_k, top_p)
@@ -772,7 +794,8 @@ class ReplayMemory(Samples):
     def get_minibatches(
         self, passes: int, count: int, generator: torch.Generator
     ) -> Iterator["ReplayMemory"]:
-        """Goes through all rows `passes` times, each time in a new order and in `count` parts.
+        """Goes through all rows `passes` times, each time in a new order and in `count` parts. Completions of
+        a prompt stay together, behind the first of them, for they share its computation.
 
         >>> zeros, tokens = torch.zeros(4, 1), torch.zeros(4, 2).long()
         >>> samples = tokens, tokens == 0, zeros, zeros
@@ -780,9 +803,14 @@ class ReplayMemory(Samples):
         >>> [m.advantages.T.tolist() for m in memory.get_minibatches(1, 2, torch.Generator().manual_seed(0))]
         [[[0.0, 1.0]], [[3.0, 2.0]]]
         """
+        P = self.prompt_width
+        _, prompt_of = distinct_prompts(self.tokens[:, :P], self.attention_mask[:, :P])
         for _ in range(passes):
             order = torch.randperm(len(self.tokens), generator=generator, device=generator.device)
-            for rows in order.to(self.tokens.device).chunk(count):
+            order = order.to(self.tokens.device)
+            prompts = prompt_of[order]
+            first = (prompts[:, None] == prompts).int().argmax(dim=1)  # of its prompt, in this order
+            for rows in order[first.argsort(stable=True)].chunk(count):
                 yield self[rows]
 
 
@@ -1611,6 +1639,9 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=load_tokenizer(name)
         )
+    for block in bridge.blocks:
+        # A row of padding attends to nothing, as in HookedTransformer; else it is NaN under autocast.
+        block.attn.compatibility_mode = True
     check_cache(bridge)
     return bridge.eval(), published
 

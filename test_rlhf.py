@@ -571,7 +571,7 @@ def test_ratio_is_one_on_the_first_minibatch(gpt2, prompts_file, algo, lora, tem
     )
     for _ in range(3):
         memory, *_ = trainer.rollout_phase()
-        minibatch = next(memory.get_minibatches(1, 2, trainer.generator))
+        minibatch = next(memory.get_minibatches(1, 1, trainer.generator))
         assert len({tuple(row) for row in minibatch.attention_mask[:, : memory.prompt_width].tolist()}) == 2
         new = trainer.evaluate(minibatch)
         ratio = (new.logprobs - minibatch.logprobs).exp()[minibatch.mask]
@@ -1490,6 +1490,21 @@ def test_bfloat16_does_not_round_logits_that_share_an_offset(gpt2, tmp_path, mon
     assert rms((entropy + (exact.exp() * exact).sum(-1))[kept]) < 1e-4
     # What is left of a ratio is what the blocks round: well within the clip range.
     assert rms((scored - samples.logprobs).exp()[kept] - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_padding_is_not_nan_under_autocast(name, tmp_path):
+    """A prompt of one token beside a longer one: padding attends to nothing, and 0 times NaN is NaN."""
+    policy = TransformerWithValueHead(save_model(tmp_path, ARCHITECTURES[name]()), has_critic=True)
+    tokens, mask = rlhf.tokenize(policy.bridge.tokenizer, ["", "This is a test."], "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        samples = rlhf.get_samples(policy, tokens, mask, 4)
+        features, values = policy.completion_features(samples)
+    weights = [one for one in policy.parameters() if one.requires_grad]
+    loss = features[samples.mask].float().sum() + values[samples.mask].sum()
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    finite = [samples.logprobs, features, *(one for one in gradients if one is not None)]
+    assert all(one.isfinite().all() for one in finite)
 
 
 def test_autocast_does_not_reach_the_critic(gpt2):
@@ -3153,23 +3168,69 @@ def collapsed(gpt2, tmp_path_factory) -> Path:  # noqa: F811
 
 ARCHITECTURES = {
     "gpt2": lambda: transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        initializer_range=0.2,
     ),
     "llama": lambda: transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64, initializer_range=0.2, attention_bias=True,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        attention_bias=True,
     ),
     "neox": lambda: transformers.GPTNeoXConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, initializer_range=0.2,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
     ),
     "qwen": lambda: transformers.Qwen2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64, initializer_range=0.2, tie_word_embeddings=False,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
     ),
-}  # fmt: skip
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_prompt_computed_once_is_the_same_as_whole_rows(name, tmp_path):
+    """Features and all gradients, in float64, of rows in any order; prompts of unequal length, one of
+    a single token, and two that only the mask tells apart."""
+    model = TransformerWithValueHead(save_model(tmp_path, ARCHITECTURES[name]()))
+    model.double()
+    P, C = 6, 5
+    lengths = torch.tensor([6, 3, 1, 6, 3, 6, 1, 4])
+    tokens = torch.randint(1, 250, (8, P + C))
+    tokens[:, :P] = torch.arange(11, 11 + P)  # so rows of equal length have equal prompts
+    mask = torch.arange(P + C) >= P - lengths[:, None]
+    mask[0, P + 2 :] = False  # ended early
+    samples = rlhf.Samples(tokens, mask, torch.zeros(8, C), torch.zeros(8, C))
+    weights = [one for one in model.parameters() if one.requires_grad]
+
+    def judged(features):
+        torch.manual_seed(0)
+        loss = (features * torch.randn(features.shape) * samples.mask[..., None]).sum()
+        return [features[samples.mask], *torch.autograd.grad(loss, weights, allow_unused=True)]
+
+    once = judged(model.completion_features(samples)[0])
+    whole = judged(model.features(tokens, mask)[0][:, P - 1 : -1])
+    for ours, theirs in zip(once, whole, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # RMSNorm is in float32
+    assert sum(one is not None for one in whole) > 10
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -3600,21 +3661,31 @@ def test_exercise_get_logprobs():
 
 def test_exercise_completion_features():
     class Columns(lesson.TransformerWithValueHead):
-        """Of each column the feature is its number, and the value a hundred more."""
+        """A token is the number of its column, and so is its feature; its value is a hundred more."""
 
         def __init__(self):
             nn.Module.__init__(self)
 
+        def prompt_cache(self, tokens, mask):
+            self.cache, self.prompt = transformers.DynamicCache(), tokens
+            return self.cache
+
         def features(self, tokens, attention_mask, cache=None):
-            columns = torch.arange(float(tokens.shape[1])).expand(tokens.shape)
-            return columns[..., None], columns + 100
+            assert cache is self.cache, "expected keys and values of the prompt from prompt_cache"
+            expect(
+                attention_mask.shape[1], 6, "the mask is of all columns so far, the prompt's too: 0 to T-2"
+            )
+            return tokens[..., None].float(), tokens + 100.0
 
     zeros = torch.zeros(2, 3)  # C = 3
-    samples = lesson.Samples(torch.full((2, 7), 5), torch.ones(2, 7).bool(), logprobs=zeros, values=zeros)
-    features, values = Columns().completion_features(samples)
+    mask = torch.ones(2, 7).bool()
+    samples = lesson.Samples(torch.arange(7).expand(2, 7), mask, logprobs=zeros, values=zeros)
+    columns = Columns()
+    features, values = columns.completion_features(samples)
     formula = "column t speaks of token t + 1: tokens P to T-1 are scored by columns P-1 to T-2; P = 4, T = 7"
     expect(features, [[[3.0], [4.0], [5.0]]] * 2, f"features: {formula}")
     expect(values, [[103.0, 104.0, 105.0]] * 2, f"values (100 + column): {formula}")
+    expect(columns.prompt, [[0, 1, 2, 3]] * 2, "prompt_cache gets the prompt: columns 0 to P-1")
 
 
 def lora_layer(kind: type[nn.Module], dtype: torch.dtype = torch.float32):
@@ -3883,6 +3954,26 @@ def test_exercise_get_minibatches():
     assert len(set(map(tuple, runs[0]))) > 1, f"expected each pass in a new order; {case}, got {runs[0]}"
 
 
+def test_prompts_stay_together_in_minibatches():
+    """Each minibatch begins a prompt at most once, whatever the order of the rows; with one prompt, or with
+    one completion of each, the order is the plain random one."""
+    for prompts in (
+        torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]),
+        torch.zeros(12).long(),
+        torch.arange(12),
+    ):
+        memory = memory_case(advantages=torch.arange(12.0)[:, None])
+        memory.tokens[:, 0] = prompts
+        generator = torch.Generator().manual_seed(1)
+        taken = [m.advantages[:, 0].long() for m in memory.get_minibatches(1, 4, generator)]
+        plain = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+        if len(prompts.unique()) in (1, 12):
+            assert torch.cat(taken).equal(plain)
+        runs = prompts[torch.cat(taken)].unique_consecutive()
+        assert len(runs) == len(prompts.unique())
+        assert len({*map(tuple, map(torch.Tensor.tolist, taken))}) == 4
+
+
 def test_exercise_importance_ratio():
     rho, mask = torch.tensor([[2.0, 0.5, 8.0], [3.0, 9.0, 9.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     old = torch.full((2, 3), -2.0)
@@ -4097,9 +4188,11 @@ WRONG_ANSWERS = {
         ("tokens.clamp(min=0)", "tokens.clamp(min=0).roll(1, -1)"),
     ],
     "TransformerWithValueHead.completion_features": [
-        ("prompt_width - 1, -1)", "prompt_width, None)"),
-        ("prompt_width - 1, -1)", "prompt_width - 1, None)"),
-        ("values[:, columns]", "values[:, samples.prompt_width :]"),
+        ("tokens[:, P - 1 : -1], mask[:, :-1]", "tokens[:, P:], mask"),
+        ("tokens[:, P - 1 : -1]", "tokens[:, P - 1 :]"),
+        ("mask[:, :-1], cache", "mask[:, P - 1 : -1], cache"),
+        ("mask[:, :-1], cache", "mask[:, :-1]"),
+        ("tokens[:, :P], mask[:, :P]", "tokens, mask"),
     ],
     "LoRALinear.forward": [
         ("self.lora_a, self.lora_b,", "self.lora_b, self.lora_a,"),
@@ -4127,7 +4220,7 @@ WRONG_ANSWERS = {
         ("state_values[:, -1] * alive", "state_values[:, -1]"),
         ("tokens[:, t] = torch.where(alive, drawn, tokens[:, t])", "tokens[:, t] = drawn"),
         ("C = t + 1 - P", "C = gen_len"),
-        ("mask[:, :t], cache", "mask[:, new], cache"),
+        ("mask[:, :t], cache", "mask[:, t - 1 : t], cache"),
     ],
     "sample_token": [
         ("uniform * total", "uniform"),
