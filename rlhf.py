@@ -339,8 +339,7 @@ class TransformerWithValueHead(nn.Module):
     ):
         super().__init__()
         # published: the weights by the names that they have in the model's files, for export
-        self.bridge, self.published = load_bridge(base_model, device, dtype)
-        self.logit_scale, self.soft_cap = read_head(self.bridge)
+        self.bridge, self.published, self.logit_scale = load_bridge(base_model, device, dtype)
         self.value_head = None
         if has_critic:
             D = self.bridge.cfg.d_model
@@ -385,11 +384,9 @@ class TransformerWithValueHead(nn.Module):
         return output.last_hidden_state, self.values  # which the hook read_values left there just now
 
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """The output layer: one matrix, in some models times a scale, in Gemma 2 under a soft cap. In float32
-        even where the weights are not, as in `score`: else the two would disagree on π_old by their rounding.
-        """
-        logits = self.logit_scale * float32_linear(features, *self.output_layer)
-        return self.soft_cap * torch.tanh(logits / self.soft_cap) if self.soft_cap else logits
+        """The output layer: one matrix, in some models times a scale. In float32 even where the weights are
+        not, as in `score`: else the two would disagree on π_old by their rounding."""
+        return self.logit_scale * float32_linear(features, *self.output_layer)
 
     @property
     def output_layer(self) -> tuple[Float[Tensor, "V D"], Float[Tensor, "V"] | None]:
@@ -423,9 +420,6 @@ class TransformerWithValueHead(nn.Module):
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B C"] | None]:
         """get_logprobs(self.logits(features), tokens, temperature, reference.logits(ref_features)): the same
         numbers, without holding the logits."""
-        if self.soft_cap:
-            ref_logits = None if ref_features is None else reference.logits(ref_features)
-            return get_logprobs(self.logits(features), tokens, temperature, ref_logits)
         weight, bias = self.output_layer
         ref_weight, ref_bias = (None, None) if ref_features is None else reference.output_layer
         temperature = temperature / self.logit_scale
@@ -557,10 +551,7 @@ def get_samples(
     for t in range(P, P + gen_len):
         features, state_values = policy.features(tokens[:, t - 1 : t], mask[:, :t], cache)
         distribution = (policy.logits(features[:, -1]).float() / temperature).log_softmax(dim=-1)
-        drawable = (
-            distribution if top_k is None and top_p == 1 else keep_likeliest(distribution, top_k, top_p)
-        )
-        drawn = sample_token(drawable.exp(), generator)
+        drawn = sample_token(keep_likeliest(distribution, top_k, top_p).exp(), generator)
         tokens[:, t] = torch.where(alive, drawn, tokens[:, t])
         mask[:, t] = alive
         logprobs[:, t - P] = distribution.gather(1, drawn[:, None]).squeeze(1) * alive
@@ -597,6 +588,8 @@ def keep_likeliest(
     >>> keep_likeliest(torch.tensor([[0.2, 0.5, 0.3]]).log(), top_k=None, top_p=0.6).exp()
     tensor([[0.0000, 0.5000, 0.3000]])
     """
+    if top_k is None and top_p == 1:
+        return logprobs
     ordered, tokens = logprobs.sort(dim=-1, descending=True)
     before = ordered.exp().cumsum(dim=-1) - ordered.exp()  # the probability of all that are likelier
     ordered = ordered.masked_fill(before >= top_p, -math.inf)
@@ -1015,7 +1008,7 @@ class RLHFTrainer:
                 learning = self.learning_phase(memory, learns=rollout["equal_groups"] < 1)
                 rollout["rollout_seconds"] = middle - start
                 learning["learning_seconds"] = time.perf_counter() - middle
-                if self.held_out and self.phase % args.save_every == 0:
+                if self.phase % args.save_every == 0:
                     learning |= held_out_rewards(self)
                 log.phase({"phase": self.phase} | rollout | learning, samples[:3])
                 if self.phase % args.save_every == 0:
@@ -1047,8 +1040,8 @@ class RLHFTrainer:
         # 4. Rewards. A group may be spread over processes: so everybody's, and what else advantages need.
         scores = get_rewards(self.rewards, examples, texts).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
-        everybody = gather_rows(scores, samples.completion, samples.values, k1, accelerator=accelerator)
-        scores, completions, values, k1 = everybody
+        ours = scores, samples.completion, samples.values, k1
+        scores, completions, values, k1 = gather_rows(*ours, accelerator=accelerator)
         rewards, mask = total_reward(scores, self.rewards), completions != -100
         ended = (completions == self.tokenizer.eos_token_id).any(dim=1)
         if args.truncated == "penalty":
@@ -1060,10 +1053,7 @@ class RLHFTrainer:
         # NaN: a completion that no reward applies to teaches nothing
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
-        metrics = rollout_metrics(unpad(completions, mask), rewards, ended, args)
-        metrics |= term_means(scores, self.rewards)
-        if args.advantage == "critic":
-            metrics["explained_variance"] = explained_variance(per_token, values, mask, args)
+        metrics = rollout_metrics(self, completions, scores, rewards, per_token, values)
         own_rewards = own_share(rewards, accelerator).tolist()
         shown = records(prompt=prompts, completion=texts, reward=own_rewards)
         if args.truncated == "mask":  # from here on they are padding
@@ -1082,8 +1072,8 @@ class RLHFTrainer:
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args) * learns
         weights = list(self.trained.values())
-        passes = args.batches_per_learning_phase
-        for minibatch in memory.get_minibatches(passes, args.num_minibatches, self.generator):
+        passes, count = args.batches_per_learning_phase, args.num_minibatches
+        for minibatch in memory.get_minibatches(passes, count, self.generator):
             new = self.evaluate(minibatch)
             objective = objective_of(new, minibatch, self.kl_coef, args)
             loss = -objective * gradient_weight(minibatch, args, self.accelerator)  # AdamW goes downhill
@@ -1139,10 +1129,9 @@ class RLHFTrainer:
 
     def __init__(self, args: RLHFArgs):
         # What chooses, checks and loads is in section 12; at bad input it stops with one line.
-        self.accelerator = Accelerator(cpu=is_cpu(args.device), log_with=args.track)
-        self.run_dir = from_main_process(choose_run_dir, args)
-        self.device = pick_device(args.device, self.accelerator)
         self.args = args
+        self.accelerator, self.device = pick_device(args.device, args.track)
+        self.run_dir = from_main_process(choose_run_dir, args)
         check_processes(args, self.accelerator)
         self.examples = load_examples(args.prefix, args.prompts)
         self.held_out = load_examples("", args.eval_prompts) if args.eval_prompts else []
@@ -1181,10 +1170,10 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     No weight decay: it would pull full fine-tuning towards zero weights, and the KL term pulls to the
     reference.
     """
-    head = [weight for name, weight in trained.items() if name.startswith("value_head")]
-    base = [weight for name, weight in trained.items() if not name.startswith("value_head")]
-    groups = [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    base, head = {"params": [], "peak_lr": args.base_lr}, {"params": [], "peak_lr": args.head_lr}
+    for name, weight in trained.items():
+        (head if name.startswith("value_head") else base)["params"].append(weight)
+    return torch.optim.AdamW([base, head], weight_decay=0.0)
 
 
 def lr_scale(phase: int, args: RLHFArgs) -> float:
@@ -1201,23 +1190,6 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
 
 # ---- 11 Update to log --------------------------------------------------------------------------------------
 # In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture.
-
-
-def rollout_metrics(
-    completions: list[list[int]], rewards: Float[Tensor, "B"], ended: Bool[Tensor, "B"], args: RLHFArgs
-) -> dict[str, float]:
-    """What the rollout phase tells by itself; rewards are as they came, before any scaling."""
-    K = args.samples_per_prompt
-    groups = rearrange(rewards, "(prompt K) -> prompt K", K=K if K > 1 else len(rewards))
-    are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
-    return {
-        "reward": rewards.nanmean().nan_to_num().item(),
-        "reward_std": deviation(centered(rewards)).item(),
-        "equal_groups": are_equal.float().mean().item(),  # the share that teaches nothing
-        "completion_length": float(np.mean([len(tokens) for tokens in completions])),
-        "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
-        "distinct_2": distinct_2(completions),
-    }
 
 
 def distinct_2(completions: list[list[int]]) -> float:
@@ -1418,6 +1390,33 @@ class RunLog:
             console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}", soft_wrap=True)
 
 
+def rollout_metrics(
+    trainer: RLHFTrainer,
+    completions: Int[Tensor, "B C"],  # -100 where masked
+    scores: Float[Tensor, "B R"],
+    rewards: Float[Tensor, "B"],  # as they came, before any scaling
+    per_token: Float[Tensor, "B C"],
+    values: Float[Tensor, "B C"],
+) -> dict[str, float]:
+    """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
+    args, K, mask = trainer.args, trainer.args.samples_per_prompt, completions != -100
+    groups = rearrange(rewards, "(prompt K) -> prompt K", K=K if K > 1 else len(rewards))
+    are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
+    ended = (completions == trainer.tokenizer.eos_token_id).any(dim=1)
+    terms = scores.nanmean(dim=0).nan_to_num().tolist()
+    metrics = {
+        "reward": rewards.nanmean().nan_to_num().item(),
+        "reward_std": deviation(centered(rewards)).item(),
+        "equal_groups": are_equal.float().mean().item(),  # the share that teaches nothing
+        "completion_length": mask.sum(dim=1).float().mean().item(),
+        "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
+        "distinct_2": distinct_2(unpad(completions, mask)),
+    }
+    if args.advantage == "critic":
+        metrics["explained_variance"] = explained_variance(per_token, values, mask, args)
+    return metrics | {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
+
+
 def explained_variance(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> float:
@@ -1453,6 +1452,8 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
     found = {}
+    if not trainer.held_out:
+        return found
     for name, top_k in (("eval_reward", trainer.args.top_k), ("eval_reward_greedy", 1)):
         rewards = [one["reward"] for one in trainer.showcase(trainer.held_out, top_k)]
         found[name] = float(np.nanmean(rewards))
@@ -1622,66 +1623,52 @@ def check_context(bridge: nn.Module, examples: list[dict], gen_len: int) -> None
     require(1 <= gen_len <= bridge.cfg.n_ctx - longest, message)
 
 
-def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[nn.Module, dict[str, Tensor]]:
-    """The TransformerBridge of `tiny`, a name that TransformerLens knows, a hub id or a local directory.
+@torch.no_grad()
+def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[nn.Module, dict, float]:
+    """The TransformerBridge of `tiny`, a name that TransformerLens knows, a hub id or a local directory; its
+    weights under the names that they have in the model's files, for the bridge renames what it wraps; and the
+    scale of its output layer (Cohere, Granite). Never runs a model's own code.
 
-    Never runs a model's own code. Also returns the weights under the names that they have in the model's
-    files: the bridge renames what it wraps.
+    Raises SettingError unless the wrapped model, in the way in which this file calls it, gives the logits of
+    the model as it was: with a KV cache (which transformers from 5.24 on would leave empty), behind padding.
     """
     # TransformerLens takes seconds to import, so only where it is needed: `--help` or a formula does without.
     from transformer_lens.model_bridge import TransformerBridge
 
-    with explained(f"--base-model {base_model}: cannot be loaded"):
+    tokens = torch.arange(12, device=device).view(2, 6)
+    mask, early, late, all_columns = tokens > 1, slice(0, 3), slice(3, 6), slice(0, 6)
+
+    def run(model: nn.Module, columns: slice, cache: DynamicCache | None = None):
+        positions_of = {"position_ids": positions(mask)[:, columns], "past_key_values": cache}
+        return model(tokens[:, columns], attention_mask=mask[:, : columns.stop].long(), **positions_of)
+
+    refused = f"--base-model {base_model}: cannot be loaded"
+    with explained(refused):
         name = model_name(base_model)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
         model.to(device)
-        published = model.state_dict(keep_vars=True)
+        published, config = model.state_dict(keep_vars=True), model.config
+        truth = run(model, all_columns).logits[:, late]
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=load_tokenizer(name)
         )
-    for block in bridge.blocks:
-        # A row of padding attends to nothing, as in HookedTransformer; else it is NaN under autocast.
-        block.attn.compatibility_mode = True
-    check_cache(bridge)
-    return bridge.eval(), published
-
-
-@torch.no_grad()
-def check_cache(bridge: nn.Module) -> None:
-    """Raises SettingError if the KV cache stays empty, as it does from transformers 5.24 on, which renames
-    the argument that TransformerLens 4.3 looks for: completions would ignore their prompts, silently."""
-    cache = transformers.DynamicCache(config=bridge.original_model.config)
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=bridge.cfg.device)
-    bridge.original_model(tokens, past_key_values=cache)
-    message = "transformers and transformer_lens, as installed, leave the KV cache empty"
-    advice = "pip install -r requirements.txt brings versions that fit"
-    require(cache.get_seq_length() == 2, f"{message}; {advice}")
-
-
-@torch.no_grad()
-def read_head(bridge: nn.Module) -> tuple[float, float | None]:
-    """Scale and soft cap of the output layer, cap tanh(scale unembed(x) / cap), from the model's config.
-
-    A small model's logits do not reach its cap. So the formula is held to the model's own logits of features
-    that are blown up until the largest would be 50. Raises SettingError for any other output layer.
-    """
-    model, config = bridge.original_model, bridge.original_model.config
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    scale = scale or 1 / getattr(config, "logits_scaling", 1.0)  # Granite
-    tokens = torch.arange(8, device=bridge.cfg.device)[None]
-
-    def blow_up(x: Float[Tensor, "1 T D"], hook) -> Float[Tensor, "1 T D"]:
-        return x * 50 / (scale * bridge.unembed(x)).abs().max()
-
-    formula = f"cap tanh(scale unembed(x) / cap) with cap {cap} and scale {scale}"
-    with explained(f"{config.name_or_path}: its logits are not {formula}"):
-        with bridge.hooks(fwd_hooks=[("ln_final.hook_out", blow_up)]):
-            features, logits = model.base_model(tokens).last_hidden_state, model(tokens).logits
-        ours = scale * bridge.unembed(features)
-        ours = ours if cap is None else cap * (ours / cap).tanh()
-        torch.testing.assert_close(ours, logits, atol=0.5, rtol=0)  # at 50, bfloat16 counts in steps of 0.25
-    return scale, cap
+        for block in bridge.blocks:
+            # A row of padding attends to nothing, as in HookedTransformer; else it is NaN under autocast.
+            block.attn.compatibility_mode = True
+        scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
+        cache = DynamicCache(config=config)
+        run(model.base_model, early, cache)
+        compared = [(run(model.base_model, late, cache).last_hidden_state, truth)]
+        with bridge.hooks(
+            fwd_hooks=[("ln_final.hook_out", lambda x, hook: 100 * x)]
+        ):  # where a soft cap shows
+            large = run(model, all_columns).logits
+            compared.append((run(model.base_model, all_columns).last_hidden_state, large))
+    for features, logits in compared:
+        error = (scale * bridge.unembed(features) - logits).abs().max() / logits.abs().max()
+        reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
+        require(bool(error < torch.finfo(model.dtype).eps ** 0.5), f"{refused}: {reason}")
+    return bridge.eval(), published, scale
 
 
 def model_name(base_model: str) -> str:
@@ -1721,12 +1708,6 @@ def target_matrices(blocks: list[nn.Module], targets: tuple[str, ...]) -> list[n
         known = ", ".join(matrices[0])
         require(target in matrices[0], f"--lora-targets {target}: no such matrix; expected of {known}")
     return [found[target] for found in matrices for target in targets]
-
-
-def term_means(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> dict[str, float]:
-    """The mean of each term by its name, over the completions to which it applies."""
-    means = scores.nanmean(dim=0).nan_to_num().tolist()
-    return {reward.name: mean for reward, mean in zip(rewards, means, strict=True)}
 
 
 def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
@@ -1840,18 +1821,16 @@ def call_reward(
     return [math.nan if score is None else float(score) for score in scores]
 
 
-def is_cpu(device: str) -> bool:
-    """Whether the CPU will do the work; accelerate must be told, or its processes do not find each other."""
-    return device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
-
-
-def pick_device(device: str, accelerator: Accelerator) -> str:
-    """Resolves `auto` and refuses what torch does not have here."""
+def pick_device(device: str, tracker: str | None = None) -> tuple[Accelerator, str]:
+    """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
+    processes do not find each other."""
+    is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=is_cpu, log_with=tracker)
     if device == "auto":
-        return str(accelerator.device)
+        return accelerator, str(accelerator.device)
     with explained(f"--device {device}: not available here"):
         torch.empty(1, device=device)
-    return device
+    return accelerator, device
 
 
 def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
@@ -2308,7 +2287,7 @@ def label(
     """
     args = RLHFArgs(gen_len=gen_len, temperature=temperature, seed=seed)  # and their limits
     examples = load_examples(prefix, prompts)
-    policy = TransformerWithValueHead(base_model, device=pick_device(device, Accelerator(cpu=is_cpu(device))))
+    policy = TransformerWithValueHead(base_model, device=pick_device(device)[1])
     check_context(policy.bridge, examples, gen_len)
     ask(file, pairs, functools.partial(draw_pair, policy, examples, args))
 

@@ -128,17 +128,6 @@ def gpt2(tmp_path_factory) -> str:
     return save_model(tmp_path_factory.mktemp("gpt2"), config)
 
 
-@pytest.fixture(scope="session")
-def soft_capped(tmp_path_factory) -> str:
-    """Gemma 2 ends in 30 tanh(logits / 30): no linear head."""
-    config = transformers.Gemma2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16, max_position_embeddings=64, final_logit_softcapping=2.0, initializer_range=0.2,
-    )  # fmt: skip
-    return save_model(tmp_path_factory.mktemp("gemma2"), config)
-
-
 @pytest.fixture
 def prompts_file(tmp_path) -> Path:
     path = tmp_path / "prompts.jsonl"
@@ -395,22 +384,6 @@ def test_value_head_starts_at_zero_and_only_a_critic_has_one(gpt2):
     model.features(tokens, torch.ones_like(tokens).bool())
     assert model.values.shape == (1, 6) and model.values.abs().max() == 0
     assert TransformerWithValueHead(gpt2).value_head is None
-
-
-def test_soft_capped_head_uses_the_models_own_logits(soft_capped):
-    model = TransformerWithValueHead(soft_capped)
-    assert model.soft_cap == 2.0
-    tokens = torch.arange(3, 11)[None]
-    logits = transformers.AutoModelForCausalLM.from_pretrained(soft_capped, attn_implementation="eager")(
-        tokens
-    ).logits
-    torch.testing.assert_close(model(tokens)[0], logits, atol=1e-5, rtol=1e-5)
-    features, _ = model.features(tokens, torch.ones_like(tokens).bool())
-    logprobs, entropy, kl = model.score(features, tokens, 0.7, features.flip(1), model)
-    p, q = (logits / 0.7).log_softmax(-1), (logits.flip(1) / 0.7).log_softmax(-1)
-    torch.testing.assert_close(logprobs, p.gather(2, tokens[..., None])[..., 0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(entropy, -(p.exp() * p).sum(-1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(kl, (p.exp() * (p - q)).sum(-1), atol=1e-5, rtol=1e-5)
 
 
 def test_hooks_work_before_during_and_after_training(gpt2):
@@ -1338,7 +1311,7 @@ def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "train_tiny", die)
     assert rlhf.tiny_model() == path  # found, not trained again
     model = TransformerWithValueHead("tiny")
-    assert model.soft_cap is None and (model.bridge.cfg.n_layers, model.bridge.cfg.d_model) == (4, 128)
+    assert model.logit_scale == 1 and (model.bridge.cfg.n_layers, model.bridge.cfg.d_model) == (4, 128)
     text = "This is a test, with ünïcode."
     assert (
         model.bridge.tokenizer.decode(model.bridge.tokenizer.encode(text, add_special_tokens=False)) == text
@@ -1987,23 +1960,24 @@ def test_model_directories_that_cannot_be_loaded(gpt2, tmp_path):
 
 
 HEADS = {
-    "gemma2": (
-        lambda: transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=30.0),
-        (1.0, 30.0),
-    ),
-    "cohere": (lambda: transformers.CohereConfig(**SHAPE, pad_token_id=0, logit_scale=0.125), (0.125, None)),
-    "granite": (lambda: transformers.GraniteConfig(**SHAPE, logits_scaling=4.0), (0.25, None)),
+    "cohere": (lambda: transformers.CohereConfig(**SHAPE, pad_token_id=0, logit_scale=0.125), 0.125),
+    "granite": (lambda: transformers.GraniteConfig(**SHAPE, logits_scaling=4.0), 0.25),
 }
 
 
 @pytest.mark.parametrize("family", [*HEADS, "gpt2", "neox", "llama", "qwen2"])
 def test_the_output_layer_is_read_from_the_config_and_held_to_the_models_own(family, tmp_path):
-    config, expected = HEADS.get(family) or (FAMILIES[family], (1.0, None))
+    config, scale = HEADS.get(family) or (FAMILIES[family], 1.0)
     for dtype in ("float32", "bfloat16"):
-        bridge, _ = rlhf.load_bridge(save_model(tmp_path / dtype, config()), "cpu", dtype)
-        assert bridge(torch.arange(8)[None]).abs().max() < 10  # where a cap of 30 hardly shows
-        assert rlhf.read_head(bridge) == expected
-        assert not bridge.ln_final.hook_out.fwd_hooks
+        bridge, _, found = rlhf.load_bridge(save_model(tmp_path / dtype, config()), "cpu", dtype)
+        assert bridge(torch.arange(8)[None]).abs().max() < 10  # where a cap of 30 would hardly show
+        assert found == scale and not bridge.ln_final.hook_out.fwd_hooks
+
+
+def test_a_soft_cap_is_refused(tmp_path):
+    config = transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=30.0)
+    with pytest.raises(SettingError, match="its logits are off by"):
+        rlhf.load_bridge(save_model(tmp_path, config), "cpu")
 
 
 @pytest.mark.parametrize("cap, scale", [(30.0, 1.0), (200.0, 1.0), (None, 0.9)])
@@ -2016,8 +1990,8 @@ def test_an_output_layer_that_the_config_hides_is_refused(gpt2, tmp_path, monkey
         return output
 
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", doctored)
-    with pytest.raises(SettingError, match="its logits are not .* with cap None and scale 1.0"):
-        rlhf.read_head(rlhf.load_bridge(gpt2, "cpu")[0])
+    with pytest.raises(SettingError, match="its logits are off by"):
+        rlhf.load_bridge(gpt2, "cpu")
     capsys.readouterr()
     assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -2029,7 +2003,7 @@ def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(AttentionBridge, "_update_kv_cache", lambda self, k, v, **kwargs: (k, v))
     assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path / "run")]) == 2
-    assert "leave the KV cache empty" in capsys.readouterr().err
+    assert "its logits are off by" in capsys.readouterr().err
 
 
 # ---- kernels.py --------------------------------------------------------------------------------------------
@@ -4209,8 +4183,11 @@ WRONG_ANSWERS = {
     "get_samples": [
         ("logprobs[:, :C]", "logprobs[:, :C].requires_grad_()"),
         (".float() / temperature)", ".float())"),
-        ("distribution.gather(1,", "drawable.log_softmax(dim=-1).gather(1,"),
-        ("distribution if top_k is None and top_p == 1 else", "distribution if top_p == 1 else"),
+        (
+            "distribution.gather(1,",
+            "keep_likeliest(distribution, top_k, top_p).log_softmax(dim=-1).gather(1,",
+        ),
+        ("(distribution, top_k, top_p)", "(distribution, None, top_p)"),
         ("top_k, top_p)", "top_k, 1.0)"),
         ("mask[:, t] = alive", "mask[:, t] = alive & (drawn != eos)"),
         ("alive = alive & (drawn != eos)", "alive = alive & (tokens[:, t - 1] != eos)"),
