@@ -142,7 +142,7 @@ class RLHFArgs:
     head_lr: Amount = 3e-3  # learning rate of the value head, which starts from nothing (ppo)
     warmup_steps: int = 3  # phases (not optimizer steps) over which the learning rates rise linearly
     final_scale: Amount = 0.1  # learning rates of the last phase, reached linearly, as a share of the peak
-    max_grad_norm: Amount = 1.0  # longer gradients are shortened to this
+    max_grad_norm: Amount = 1.0  # longer gradients are shortened to this; 0: none is
     train_layers: Count | None = None  # train only this many of the last blocks (and the final norm)
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: Count = 4  # rank of an adapter: its inner width
@@ -550,11 +550,11 @@ def get_samples(
     alive = torch.ones(B, dtype=torch.bool, device=device)
     for t in range(P, P + gen_len):
         features, state_values = policy.features(tokens[:, t - 1 : t], mask[:, :t], cache)
-        distribution = (policy.logits(features[:, -1]).float() / temperature).log_softmax(dim=-1)
-        drawn = sample_token(keep_likeliest(distribution, top_k, top_p).exp(), generator)
+        probs = (policy.logits(features[:, -1]) / temperature).softmax(dim=-1)
+        drawn = sample_token(keep_likeliest(probs, top_k, top_p), generator)
         tokens[:, t] = torch.where(alive, drawn, tokens[:, t])
         mask[:, t] = alive
-        logprobs[:, t - P] = distribution.gather(1, drawn[:, None]).squeeze(1) * alive
+        logprobs[:, t - P] = probs.gather(1, drawn[:, None]).squeeze(1).log() * alive
         values[:, t - P] = state_values[:, -1] * alive
         alive = alive & (drawn != eos)
         if not alive.any():
@@ -579,21 +579,19 @@ def sample_token(probs: Float[Tensor, "B V"], generator: torch.Generator | None)
     return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1)
 
 
-def keep_likeliest(
-    logprobs: Float[Tensor, "B V"], top_k: int | None, top_p: float = 1.0
-) -> Float[Tensor, "B V"]:
-    """At -inf all but the top_k likeliest tokens, and all behind those that have probability top_p together
+def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float) -> Float[Tensor, "B V"]:
+    """Sets to 0 all but the top_k likeliest tokens, and all behind those that have probability top_p together
     (nucleus sampling, 1904.09751).
 
-    >>> keep_likeliest(torch.tensor([[0.2, 0.5, 0.3]]).log(), top_k=None, top_p=0.6).exp()
+    >>> keep_likeliest(torch.tensor([[0.2, 0.5, 0.3]]), top_k=None, top_p=0.6)
     tensor([[0.0000, 0.5000, 0.3000]])
     """
     if top_k is None and top_p == 1:
-        return logprobs
-    ordered, tokens = logprobs.sort(dim=-1, descending=True)
-    before = ordered.exp().cumsum(dim=-1) - ordered.exp()  # the probability of all that are likelier
-    ordered = ordered.masked_fill(before >= top_p, -math.inf)
-    ordered[:, top_k or len(ordered.T) :] = -math.inf
+        return probs
+    ordered, tokens = probs.sort(dim=-1, descending=True)
+    likelier = ordered.cumsum(dim=-1) - ordered  # the probability of all that are likelier
+    ordered = ordered.masked_fill(likelier >= top_p, 0)
+    ordered[:, top_k or len(ordered.T) :] = 0
     return torch.empty_like(ordered).scatter(1, tokens, ordered)
 
 
@@ -1080,7 +1078,7 @@ class RLHFTrainer:
             self.optimizer.zero_grad()
             loss.backward()
             average_gradients(weights, self.accelerator)
-            grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf)
             check_gradient(grad_norm, self.phase)
             self.optimizer.step()
             metrics.append(minibatch_metrics(new, minibatch, args) | {"grad_norm": grad_norm.item()})
@@ -1685,7 +1683,7 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -1746,10 +1744,11 @@ def load_reward(spec: str, args: RLHFArgs, run_dir: Path, device: str) -> Reward
 
 @contextlib.contextmanager
 def blamed(what: str) -> Iterator[None]:
-    """For a user's code: what it raises within is shown with its traceback, and becomes a SettingError."""
+    """For a user's code: what it raises within is shown with its traceback, and becomes a SettingError; its
+    exit(), too, which would end the run as if all were well."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         raise SettingError(f"{what}: raised {type(error).__name__}: {first_line(error)}") from error
 
@@ -1835,7 +1834,7 @@ def pick_device(device: str, tracker: str | None = None) -> tuple[Accelerator, s
 
 def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
     """Raises SettingError where launched processes did not find each other, or cannot share the work."""
-    launched, found = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    launched, found = int(os.environ.get("WORLD_SIZE") or 1), accelerator.num_processes
     require(
         launched == found, f"{launched} processes were launched, but {found} found each other; check --device"
     )

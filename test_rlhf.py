@@ -1028,7 +1028,8 @@ def test_what_top_k_and_top_p_do_to_the_gradient(top_k, top_p, off):
         torch.manual_seed(seed)
         logits = torch.randn(len(states), 4).double().requires_grad_()
         logprobs = logits.log_softmax(-1)
-        drawn = of_texts(rlhf.keep_likeliest(logprobs, top_k, top_p).log_softmax(-1).clamp(min=-1e9))
+        kept = rlhf.keep_likeliest(logprobs.exp(), top_k, top_p)
+        drawn = of_texts((kept / kept.sum(-1, keepdim=True)).clamp(min=1e-300).log())
         chance = drawn.detach().exp()
         advantage = reward - (chance * reward).sum()
         (ours,) = torch.autograd.grad(
@@ -1194,6 +1195,17 @@ def test_where_nothing_is_rewarded_differently_nothing_moves(gpt2, tmp_path, cap
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["equal_groups"] == 1 for row in rows)
     assert algo == "grpo" or all(row["explained_variance"] == 0 for row in rows)
+
+
+def test_a_gradient_is_shortened_to_its_largest_norm_and_0_shortens_none(gpt2):
+    moved = {}
+    for largest in (0.0, 1e-3):
+        trainer = RLHFTrainer(small_args(gpt2, algo="grpo", reward=("char:e",), max_grad_norm=largest))
+        memory, *_ = trainer.rollout_phase()
+        assert trainer.learning_phase(memory)["grad_norm"] > 0.1  # as it was before
+        gradients = [one.grad for one in trainer.trained.values() if one.grad is not None]
+        moved[largest] = nn.utils.get_total_norm(gradients).item()
+    assert moved[0.0] > 0.1 and moved[1e-3] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_of_two_prompts_one_is_solved(gpt2, tmp_path):
@@ -1730,18 +1742,20 @@ def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, 
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_a_failing_reward_function_costs_no_learning(gpt2, tmp_path, capsys):
+@pytest.mark.parametrize("failure, name", [("1 / 0", "ZeroDivisionError"), ("exit()", "SystemExit")])
+def test_a_failing_reward_function_costs_no_learning(gpt2, tmp_path, capsys, failure, name):
+    """Also one whose exit() would end the run as if all were well."""
     source = tmp_path / "reward.py"
     source.write_text(
         "calls = []\n\ndef f(prompts, completions, **columns):\n    calls.append(0)\n"
-        "    return [1.0 / (4 - len(calls))] * len(completions)\n"
+        f"    if len(calls) == 4: {failure}\n    return [1.0] * len(completions)\n"
     )
     argv = "--batch-size 8 --gen-len 6 --num-minibatches 2".split()
     argv += "--total-phases 5 --warmup-steps 1 --device cpu".split()
     argv += ["--base-model", gpt2, "--reward", f"{source}:f", "--run-dir", str(tmp_path / "run")]
     assert rlhf.main(argv) == 2
     error = capsys.readouterr().err
-    assert error.count("Traceback") == 1 and "reward.py:f: raised ZeroDivisionError" in error.splitlines()[-1]
+    assert error.count("Traceback") == 1 and f"reward.py:f: raised {name}" in error.splitlines()[-1]
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["phase-00002.safetensors"]
 
 
@@ -4182,17 +4196,14 @@ WRONG_ANSWERS = {
     ],
     "get_samples": [
         ("logprobs[:, :C]", "logprobs[:, :C].requires_grad_()"),
-        (".float() / temperature)", ".float())"),
-        (
-            "distribution.gather(1,",
-            "keep_likeliest(distribution, top_k, top_p).log_softmax(dim=-1).gather(1,",
-        ),
-        ("(distribution, top_k, top_p)", "(distribution, None, top_p)"),
+        ("[:, -1]) / temperature)", "[:, -1]))"),
+        ("probs.gather(1,", "nn.functional.normalize(keep_likeliest(probs, top_k, top_p), 1).gather(1,"),
+        ("(probs, top_k, top_p)", "(probs, None, top_p)"),
         ("top_k, top_p)", "top_k, 1.0)"),
         ("mask[:, t] = alive", "mask[:, t] = alive & (drawn != eos)"),
         ("alive = alive & (drawn != eos)", "alive = alive & (tokens[:, t - 1] != eos)"),
         ("alive = alive & (drawn != eos)", "alive = drawn != eos"),
-        (".squeeze(1) * alive", ".squeeze(1)"),
+        (".log() * alive", ".log()"),
         ("state_values[:, -1] * alive", "state_values[:, -1]"),
         ("tokens[:, t] = torch.where(alive, drawn, tokens[:, t])", "tokens[:, t] = drawn"),
         ("C = t + 1 - P", "C = gen_len"),
