@@ -2,7 +2,7 @@
 
     policy, reference = one model twice: one is trained, the other stays as it was      # sections 3 and 4
     for phase in range(total_phases):
-        completions = what the policy writes after the prompts                          # 2, 5  rollout phase
+        completions = what the policy writes after the prompts; its critic's values too # 2, 5  rollout phase
         rewards     = reward_fn(prompts, completions)                                   # 6
         advantages  = compute_advantages(rewards, values)                               # 7
         memory      = all of these, and what the reference makes of the completions     # 8
@@ -13,8 +13,9 @@
         log one line                                                                    # 11
 
 compute_advantages is `gae` for PPO, `group_relative` for GRPO, `leave_one_out` for RLOO. PPO learns values
-too: its objective also has - vf_coef (values - returns)², where returns = advantages + values. What else
-tells the published algorithms apart is a few switches: the table ALGORITHMS, at the end of section 9.
+too: its objective also has - vf_coef (values now - returns)², where returns = advantages + the values of when
+the completions were drawn. What else tells the published algorithms apart is a few switches: the table
+ALGORITHMS, at the end of section 9.
 
 From reinforcement learning to language models:
 
@@ -43,15 +44,15 @@ Notation   B completions in a batch, b in a minibatch   K completions in a group
            ρ = π_θ / π_old the ratio of probabilities, ε where it is clipped, β = kl_coef. Log-probabilities,
            entropy and KL divergence are in nats: natural logarithms.
 Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740
-           LoRA 2106.09685
+           Dr. GRPO 2503.20783   DAPO 2503.14476   GSPO 2507.18071   CISPO 2506.13585   LoRA 2106.09685
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
            differs and why.
 Left out   because it would hide the idea: a reward function for each token, a critic of its own (the value
            head shares the policy's trunk) and a phase for it alone, clipping of values, dual clip, dropout in
            the policy, samples of older phases.
 
-    python rlhf.py --algo grpo --lora          trains the embedded toy model, in two minutes on a laptop
-    python rlhf.py --kl-coef 0                 PPO without its leash: watch the mode collapse
+    python rlhf.py --algo grpo --lora          trains the built-in toy model, in two minutes on a laptop
+    python rlhf.py --kl-coef 0                 PPO without its leash: mode collapse
     python rlhf.py compare runs/a runs/b       draws the curves of several runs over each other
 """
 
@@ -94,7 +95,7 @@ class RLHFArgs:
 
     # The experiment
     algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "course"] = "ppo"  # as published
-    base_model: str = "tiny"  # `tiny` (embedded), a name that TransformerLens knows, hub id, or directory
+    base_model: str = "tiny"  # `tiny` (built in), a name that TransformerLens knows, hub id, or directory
     reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL, preferences:FILE, FILE.py:NAME
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: str | None = None  # a reward that is logged, and never learned from
@@ -103,9 +104,8 @@ class RLHFArgs:
     eval_prompts: Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
 
-    # The algorithm: None is as the row of --algo has it in ALGORITHMS, at the end of section 9
-    advantage: Literal["critic", "group", "others"] | None = None  # over the critic's value, the mean reward
-    # of the group, or the mean of the others in it
+    # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
+    advantage: Literal["critic", "group", "others"] | None = None  # less critic, group mean, others' mean
     scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose standard deviation
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
@@ -125,13 +125,12 @@ class RLHFArgs:
     temperature: float = 1.0  # divides the logits, when sampling and when learning alike
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
     top_p: float = 1.0  # draw from the fewest that have this probability together; biased likewise
-    truncated: Literal["keep", "mask", "penalty"] = "keep"  # completions without end: learn from them as from
-    # others, not at all, or with 1 off their reward
+    truncated: Literal["keep", "mask", "penalty"] = "keep"  # no end by gen_len: learn, ignore, reward - 1
 
     # Learning phase: the policy is moved towards what was better than expected
-    batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs)
+    batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs; the name is the course's)
     num_minibatches: Count = 4  # optimizer steps in each pass
-    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or estimated
+    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or kl_estimate's
     kl_target: float | None = None  # adapt β from phase to phase until the KL is this, in nats a token
     ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: Amount = 0.15  # weight of the value loss (critic)
@@ -165,8 +164,8 @@ class RLHFArgs:
 
     @property
     def samples_per_prompt(self) -> int:
-        """The size K of a group: as given; or all completions of the one prompt, and of many prompts 8 each
-        (fewer, where the batch is not divisible by 8), or 1 with a critic.
+        """The size K of a group: as given; else with one prompt the whole batch; else, with many prompts, 1
+        with a critic and 8 without (fewer, where the batch is not divisible by 8).
 
         >>> RLHFArgs(algo="grpo", batch_size=32).samples_per_prompt
         32
@@ -254,7 +253,7 @@ class Samples:
 
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
-    logprobs: Float[Tensor, "B C"]  # of π_old, over the whole vocabulary, at its temperature; 0 if masked
+    logprobs: Float[Tensor, "B C"]  # log π_old(token), of all V tokens even with top_k, at its temperature
     values: Float[Tensor, "B C"]  # of the critic, 0 without one
 
     @property
@@ -317,7 +316,7 @@ def get_logprobs(
 
 # That is all there is to it; the price is memory, since V numbers a token are made to keep three (in GPT-2 V
 # is 65 times D). So the model below hands on its features, the D numbers a token from which one matrix makes
-# the logits, and `score` has from them the same three numbers without holding the logits: kernels.py makes a
+# the logits, and `score` gets from them the same three numbers without holding the logits: kernels.py makes a
 # few rows of logits at a time, forward and backward.
 #
 # A TransformerBridge is TransformerLens' view of a Hugging Face model, a hook around each of its parts:
@@ -338,7 +337,8 @@ class TransformerWithValueHead(nn.Module):
         self, base_model: str, has_critic: bool = False, device: str = "cpu", dtype: str = "float32"
     ):
         super().__init__()
-        # published: the weights by the names that they have in the model's files, for export
+        # published: the weights by the names that they have in the model's files, for export; logit_scale: 1,
+        # but for Cohere and Granite. load_bridge is in section 12.
         self.bridge, self.published, self.logit_scale = load_bridge(base_model, device, dtype)
         self.value_head = None
         if has_critic:
@@ -492,7 +492,7 @@ def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
     """Freezes all but what is to be trained: adapters, or the weights themselves, of all blocks or the last
     few.
 
-    A LoRALinear takes the place of each target matrix inside of its hooks, which so see what LoRA adds.
+    A LoRALinear takes the place of each target matrix inside of its hooks, so that they see what LoRA adds.
     """
     blocks = list(bridge.blocks)[-(args.train_layers or 0) :]  # the last 0 are all
     if args.lora or args.train_layers:
@@ -598,7 +598,8 @@ def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float)
 # ---- 6 Completion to reward --------------------------------------------------------------------------------
 # In: prompts and completions as text. Out: one number each. Where is the human? People choose the better of
 # two completions, a classifier learns to score as they choose (section 16), and its score is one more reward
-# function; in the lesson, full stops stand in for it. A reward function is called as in TRL,
+# function; in the lesson, a count of full stops stands in for that score. A reward function is called as in
+# TRL, Hugging Face's RLHF library:
 #     function(prompts=[...], completions=[...], **columns) -> [a number, or None if it does not apply, ...]
 # The columns are those of the prompts file, beside "prompt": the answer to a sum, say. Its rows are the
 # examples.
@@ -651,7 +652,9 @@ def centered(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
 
 def deviation(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups 1"]:
     """√(Σ x² / (n - 1)), the standard deviation of numbers that are centered; of one number 0."""
-    largest = x.abs().nan_to_num().amax(dim=-1, keepdim=True) + 1e-30  # whose square may be too large
+    largest = (
+        x.abs().nan_to_num().amax(dim=-1, keepdim=True) + 1e-30
+    )  # taken out, for its square may overflow
     others = x.isfinite().sum(dim=-1, keepdim=True) - 1
     return largest * ((x / largest).square().nansum(dim=-1, keepdim=True) / others.clamp(min=1)).sqrt()
 
@@ -659,8 +662,8 @@ def deviation(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups 1"]:
 def normalize_reward(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Mean 0 and standard deviation 1 over the batch; all 0 where all rewards are equal.
 
-    For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever a reward's unit. GRPO and
-    RLOO need no batch, they compare within a group.
+    For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever a reward's unit. GRPO
+    divides by the group's deviation instead; RLOO and Dr. GRPO by none, so there β depends on the unit.
 
     >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0]))
     tensor([-1.0000,  0.0000,  1.0000])
@@ -730,7 +733,8 @@ def group_relative(
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
-    >>> group_relative(rewards, rewards, rewards == rewards, args).T  # mean 1, std √(2/3) = 0.8165
+    >>> mask = rewards == rewards  # all True
+    >>> group_relative(rewards, rewards, mask, args).T  # mean 1, std √(2/3) = 0.8165; values are not used
     tensor([[-1.2247,  0.0000,  0.0000,  1.2247]])
     """
     advantages = centered(rearrange(rewards.sum(dim=1), "(prompt K) -> prompt K", K=args.samples_per_prompt))
@@ -747,7 +751,8 @@ def leave_one_out(
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
-    >>> leave_one_out(rewards, rewards, rewards == rewards, args).T  # 0 - 4/3, 1 - 3/3, 1 - 3/3, 2 - 2/3
+    >>> mask = rewards == rewards  # all True
+    >>> leave_one_out(rewards, rewards, mask, args).T  # 0 - 4/3, 1 - 3/3, 1 - 3/3, 2 - 2/3
     tensor([[-1.3333,  0.0000,  0.0000,  1.3333]])
     """
     advantages = group_relative(rewards, values, mask, args)
@@ -864,12 +869,17 @@ def kl_estimate(
 
         k1 = - log q      k2 = (log q)² / 2      k3 = q - 1 - log q
 
-    For tokens drawn from π_θ, k1 and k3 are right on average, k2 is not. Of their gradients it is the other
-    way round: only k2's is on average that of the KL; k3's is that of KL(π_ref ‖ π_θ), and k1's is 0: in the
-    loss it holds nothing, its place is the reward. `full`, the exact sum over all tokens, is right in both,
-    and so is `weighted_k3`, ρ k3 (DeepSeek-V3.2 2512.02556): at each state visited. That early tokens lead to
-    later states is left out of all these gradients; in the reward the penalty has it, and is noisier.
-    Beyond log q = 10 all are cut off, since q may be infinite.
+    For tokens drawn from π_θ, are they right on average?
+
+                              value    gradient, where it is in the loss
+        k1                    yes      no: it is 0, and holds nothing; its place is the reward
+        k2                    no       yes
+        k3                    yes      no: that of KL(π_ref ‖ π_θ)
+        full, weighted_k3     yes      yes
+
+    `full` is the exact sum over the vocabulary, weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556). "Yes" is of
+    each state visited: that early tokens lead to other states later is left out of all these gradients. A
+    penalty in the reward has that too, and is noisier. Beyond log q = 10 all are cut off: q may be infinite.
 
     >>> [round(kl_estimate(torch.zeros(1, 1), torch.ones(1, 1), k).item(), 3) for k in ("k1", "k2", "k3")]
     [-1.0, 0.5, 0.718]
@@ -921,7 +931,8 @@ def policy_objective(
 
 def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
     """J_PPO = J - c_vf E[ (V - V_target)² ] (PPO 1707.06347, eq. 9, with a KL penalty), J as above and
-    V_target = Â + V of when the completion was drawn: `old.returns`. The factor ½ is vf_coef's."""
+    V_target = Â + V of when the completion was drawn: `old.returns`. Some write ½ (V - V_target)²: here
+    the ½ is part of vf_coef."""
     squared_error = (new.values - old.returns).square()
     value_loss = masked_mean(squared_error, old.mask, args.loss_average, args.gen_len)
     return policy_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
@@ -934,7 +945,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
     β must rise where the KL is above its target and fall where it is below (1909.08593, section 2.2). But the
     KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
     what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
-    a derivative (2007.03964, section 4). A KL below a hundredth of the target tells nothing yet.
+    a derivative (2007.03964, section 4). A KL below a hundredth of the target counts as one, so
+    does the 0 before the first phase.
 
     >>> args = RLHFArgs(kl_target=1.0)
     >>> [round(adapt_kl_coef(1.0, 2.0, last_kl, args), 2) for last_kl in (2.0, 2.2)]  # 2 ** 0.4; falling
@@ -948,11 +960,11 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 
 
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
-# line wins over the cell. ε, β and λ belong to the experiment, but for those of DAPO, GSPO and CISPO, for
-# β = 0 where the paper does without a reference, and for λ = 0, the course's one-step advantage.
+# line wins over the cell. ε, β and λ are this experiment's choice, except: ε of DAPO, GSPO and CISPO; β = 0,
+# where the paper does without a reference; λ = 0, the course's one-step advantage.
 # - `-`: clip_coef is the upper end, too.
 # - rloo: REINFORCE, and so is the surrogate while ρ = 1, in a phase's first step; later steps are clipped.
-#   `constant` averages its gradient up to a factor; the paper has one step a phase.
+#   `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
 # - dapo: its clip and its average, without dynamic sampling and overlong reward shaping.
 # - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is of ScaleRL 2510.13786.
 
@@ -1002,7 +1014,8 @@ class RLHFTrainer:
                 with saved_on_error(self), self.accelerator.autocast():
                     memory, rollout, samples = self.rollout_phase()
                 middle = time.perf_counter()
-                # Where every group's rewards are equal, only entropy and KL would be left to follow.
+                # Where every group's rewards are equal, only entropy and KL would be left to follow: then the
+                # learning rates are 0, and the pass is made for its metrics.
                 learning = self.learning_phase(memory, learns=rollout["equal_groups"] < 1)
                 rollout["rollout_seconds"] = middle - start
                 learning["learning_seconds"] = time.perf_counter() - middle
@@ -1096,7 +1109,7 @@ class RLHFTrainer:
         """What the policy says now of the minibatch's completions; gradients flow."""
         args = self.args
         ref_features = minibatch.ref_features if args.kl_estimator == "full" else None
-        with self.accelerator.autocast():  # left after each step, for it keeps the weights that it has cast
+        with self.accelerator.autocast():  # entered anew each time: it keeps its casts of weights
             features, values = self.policy.completion_features(minibatch)
             logprobs, entropy, kl = self.policy.score(
                 features, minibatch.completion, args.temperature, ref_features, self.reference
@@ -1126,7 +1139,7 @@ class RLHFTrainer:
         return records(prompt=prompts, completion=texts, reward=rewards.tolist())
 
     def __init__(self, args: RLHFArgs):
-        # What chooses, checks and loads is in section 12; at bad input it stops with one line.
+        # What chooses, checks and loads is in sections 12 and 13; at bad input it stops with one line.
         self.args = args
         self.accelerator, self.device = pick_device(args.device, args.track)
         self.run_dir = from_main_process(choose_run_dir, args)
@@ -1157,7 +1170,7 @@ class RLHFTrainer:
         self.generator = torch.Generator(self.device)
         self.phase, self.kl_coef, self.last_kl = 0, args.kl_coef, 0.0
         self.stop = StopSignals(self.accelerator)
-        self.fits = fingerprint(self)
+        self.fits = fingerprint(self)  # what a checkpoint must match
         if args.resume:
             load_checkpoint(self)
 
@@ -1187,7 +1200,8 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
 
 
 # ---- 11 Update to log --------------------------------------------------------------------------------------
-# In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture.
+# In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here is the one
+# number that is new to you; the others are in the workshop: `rollout_metrics` and `minibatch_metrics`.
 
 
 def distinct_2(completions: list[list[int]]) -> float:
@@ -1397,8 +1411,9 @@ def rollout_metrics(
     values: Float[Tensor, "B C"],
 ) -> dict[str, float]:
     """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
-    args, K, mask = trainer.args, trainer.args.samples_per_prompt, completions != -100
-    groups = rearrange(rewards, "(prompt K) -> prompt K", K=K if K > 1 else len(rewards))
+    args, mask = trainer.args, completions != -100
+    K = len(rewards) if args.advantage == "critic" else args.samples_per_prompt  # who is compared with whom
+    groups = rearrange(rewards, "(prompt K) -> prompt K", K=K)
     are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
     ended = (completions == trainer.tokenizer.eos_token_id).any(dim=1)
     terms = scores.nanmean(dim=0).nan_to_num().tolist()
@@ -1614,8 +1629,11 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
 
 
 def check_context(bridge: nn.Module, examples: list[dict], gen_len: int) -> None:
-    """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context."""
-    longest = max(len(token_ids(bridge.tokenizer, example["prompt"])) for example in examples)
+    """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context, or
+    the shortest has no token at all."""
+    lengths = [len(token_ids(bridge.tokenizer, example["prompt"])) for example in examples]
+    longest = max(lengths)
+    require(min(lengths) > 0, "an empty prompt: this tokenizer has no beginning-of-text token to start from")
     room = f"at most {bridge.cfg.n_ctx - longest}, which the context of {bridge.cfg.n_ctx} leaves"
     message = f"--gen-len {gen_len}: must be at least 1, and {room} after the longest prompt"
     require(1 <= gen_len <= bridge.cfg.n_ctx - longest, message)
@@ -1933,8 +1951,9 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
     require("base_model" in record, f"{run_dir / 'args.json'}: holds no settings")
     settings = {field.name: record.get(field.name, field.default) for field in dataclasses.fields(RLHFArgs)}
     settings = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
-    prompts = settings["prompts"] and Path(settings["prompts"])
-    return RLHFArgs(**settings | {"prompts": prompts, "run_dir": None})
+    for name in ("prompts", "eval_prompts"):
+        settings[name] = settings[name] and Path(settings[name])
+    return RLHFArgs(**settings | {"run_dir": None})
 
 
 def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
@@ -2154,17 +2173,17 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
     (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-# ---- 14 The embedded model ---------------------------------------------------------------------------------
+# ---- 14 The built-in model ---------------------------------------------------------------------------------
 # In: the English that every Python carries. Out: `tiny`, a GPT-2 of a million parameters, as a Hugging Face
 # directory.
 
 
 def tiny_model() -> Path:
-    """Directory of the embedded model in ~/.cache/rlhf (or RLHF_CACHE); trained on first use, in a minute."""
+    """Directory of the built-in model in ~/.cache/rlhf (or RLHF_CACHE); trained on first use, in a minute."""
     cache = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf").expanduser()
     path = cache / "tiny-1"  # the number changes when what follows does
     if not path.exists():
-        console.print(f"training the embedded model once, into {path}", soft_wrap=True)
+        console.print(f"training the built-in model once, into {path}", soft_wrap=True)
         write_whole(path, train_tiny)
     return path
 
