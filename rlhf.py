@@ -1639,7 +1639,6 @@ def check_context(bridge: nn.Module, examples: list[dict], gen_len: int) -> None
     require(1 <= gen_len <= bridge.cfg.n_ctx - longest, message)
 
 
-@torch.no_grad()
 def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[nn.Module, dict, float]:
     """The TransformerBridge of `tiny`, a name that TransformerLens knows, a hub id or a local directory; its
     weights under the names that they have in the model's files, for the bridge renames what it wraps; and the
@@ -1661,6 +1660,7 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
     refused = f"--base-model {base_model}: cannot be loaded"
     with explained(refused):
         name = model_name(base_model)
+    with explained(refused), torch.no_grad():
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
         model.to(device)
         published, config = model.state_dict(keep_vars=True), model.config
@@ -1680,10 +1680,10 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
         ):  # where a soft cap shows
             large = run(model, all_columns).logits
             compared.append((run(model.base_model, all_columns).last_hidden_state, large))
-    for features, logits in compared:
-        error = (scale * bridge.unembed(features) - logits).abs().max() / logits.abs().max()
-        reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
-        require(bool(error < torch.finfo(model.dtype).eps ** 0.5), f"{refused}: {reason}")
+        for features, logits in compared:
+            error = (scale * bridge.unembed(features) - logits).abs().max() / logits.abs().max()
+            reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
+            require(bool(error < torch.finfo(model.dtype).eps ** 0.5), f"{refused}: {reason}")
     return bridge.eval(), published, scale
 
 

@@ -2016,6 +2016,15 @@ def test_a_soft_cap_is_refused(tmp_path):
         rlhf.load_bridge(save_model(tmp_path, config), "cpu")
 
 
+def test_tiny_is_trained_where_it_is_loaded(gpt2, monkeypatch):
+    def train() -> str:
+        assert torch.is_grad_enabled()
+        return gpt2
+
+    monkeypatch.setattr(rlhf, "tiny_model", train)
+    rlhf.load_bridge("tiny", "cpu")
+
+
 @pytest.mark.parametrize("cap, scale", [(30.0, 1.0), (200.0, 1.0), (None, 0.9)])
 def test_an_output_layer_that_the_config_hides_is_refused(gpt2, tmp_path, monkeypatch, capsys, cap, scale):
     forward = transformers.GPT2LMHeadModel.forward
