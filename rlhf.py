@@ -142,7 +142,9 @@ class RLHFArgs:
     warmup_steps: int = 3  # phases (not optimizer steps) over which the learning rates rise linearly
     final_scale: Amount = 0.1  # learning rates of the last phase, reached linearly, as a share of the peak
     max_grad_norm: Amount = 1.0  # longer gradients are shortened to this; 0: none is
-    train_layers: Count | None = None  # train only this many of the last blocks (and the final norm)
+    train_layers: Count | None = (
+        None  # train only this many of the last blocks (without LoRA the final norm, too)
+    )
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: Count = 4  # rank of an adapter: its inner width
     lora_alpha: float = 32.0  # what an adapter adds is scaled by alpha / rank
@@ -202,9 +204,9 @@ class RLHFArgs:
 
 
 def token_ids(tokenizer, prompt: str) -> list[int]:
-    """A prompt's tokens, behind a beginning-of-text token if the tokenizer has one."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer.encode(prompt, add_special_tokens=False)
+    """A prompt's tokens, behind the beginning-of-text token. (Where there is none, TransformerLens takes
+    end-of-text.)"""
+    return [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
 
 
 def tokenize(tokenizer, prompts: list[str], device: str) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
@@ -344,14 +346,14 @@ class TransformerWithValueHead(nn.Module):
         if has_critic:
             D = self.bridge.cfg.d_model
             self.value_head = nn.Sequential(nn.Linear(D, 4 * D), nn.ReLU(), nn.Linear(4 * D, 1)).to(device)
-            nn.init.zeros_(self.value_head[-1].weight)  # at first the critic has no opinion, and no wrong one
-            nn.init.zeros_(self.value_head[-1].bias)
+            for weight in self.value_head[-1].parameters():
+                nn.init.zeros_(weight)  # at first the critic has no opinion, and no wrong one
         self.bridge.ln_final.hook_out.add_hook(self.read_values, is_permanent=True)
 
     def read_values(self, normalized_residual: Float[Tensor, "B T D"], hook) -> None:
         """TransformerLens hook on the final normalised residual stream; values are 0 without a critic."""
         if self.value_head is None:
-            self.values = torch.zeros(normalized_residual.shape[:2], device=normalized_residual.device)
+            self.values = normalized_residual.new_zeros(normalized_residual.shape[:2])
         else:
             with torch.autocast(normalized_residual.device.type, enabled=False):  # float32 there too
                 self.values = self.value_head(normalized_residual.float()).squeeze(-1)
@@ -414,18 +416,14 @@ class TransformerWithValueHead(nn.Module):
         self,
         features: Float[Tensor, "B C D"],
         tokens: Int[Tensor, "B C"],
-        temperature: float = 1.0,
-        ref_features: Float[Tensor, "B C D"] | None = None,
-        reference: "TransformerWithValueHead | None" = None,
+        temperature: float,
+        *reference: Tensor | None,  # for the KL: its features, and its output layer's weight and bias
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B C"] | None]:
-        """get_logprobs(self.logits(features), tokens, temperature, reference.logits(ref_features)): the same
-        numbers, without holding the logits."""
+        """get_logprobs(self.logits(features), tokens, temperature, the reference's logits): the same numbers,
+        without holding the logits."""
         weight, bias = self.output_layer
-        ref_weight, ref_bias = (None, None) if ref_features is None else reference.output_layer
         temperature = temperature / self.logit_scale
-        return linear_token_logprobs(
-            features, weight, tokens, bias, temperature, ref_features, ref_weight, ref_bias
-        )
+        return linear_token_logprobs(features, weight, tokens, bias, temperature, *reference)
 
 
 # Try:  model = TransformerWithValueHead("tiny", has_critic=True)
@@ -540,14 +538,14 @@ def get_samples(
 
     C is the length of the longest completion drawn, at most gen_len.
     """
-    (B, P), device = prompt_tokens.shape, prompt_tokens.device
+    B, P = prompt_tokens.shape
     eos = policy.bridge.tokenizer.eos_token_id
     # The sampler's own buffers, filled in place column by column.
-    tokens = torch.cat([prompt_tokens, prompt_tokens.new_full((B, gen_len), eos)], dim=1)
-    mask = torch.cat([prompt_mask, prompt_mask.new_zeros(B, gen_len)], dim=1)
-    logprobs, values = torch.zeros(2, B, gen_len, device=device)
+    tokens = nn.functional.pad(prompt_tokens, (0, gen_len), value=eos)
+    mask = nn.functional.pad(prompt_mask, (0, gen_len))
+    logprobs, values = torch.zeros(2, B, gen_len, device=prompt_tokens.device)
     cache = policy.prompt_cache(prompt_tokens, prompt_mask)
-    alive = torch.ones(B, dtype=torch.bool, device=device)
+    alive = prompt_mask.new_ones(B)
     for t in range(P, P + gen_len):
         features, state_values = policy.features(tokens[:, t - 1 : t], mask[:, :t], cache)
         probs = (policy.logits(features[:, -1]) / temperature).softmax(dim=-1)
@@ -588,11 +586,10 @@ def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float)
     """
     if top_k is None and top_p == 1:
         return probs
-    ordered, tokens = probs.sort(dim=-1, descending=True)
-    likelier = ordered.cumsum(dim=-1) - ordered  # the probability of all that are likelier
-    ordered = ordered.masked_fill(likelier >= top_p, 0)
-    ordered[:, top_k or len(ordered.T) :] = 0
-    return torch.empty_like(ordered).scatter(1, tokens, ordered)
+    V = probs.shape[1]
+    likeliest, tokens = probs.topk(min(top_k or V, V))
+    before = likeliest.cumsum(dim=1) - likeliest  # the probability of all that are likelier
+    return torch.zeros_like(probs).scatter(1, tokens, likeliest.masked_fill(before >= top_p, 0))
 
 
 # ---- 6 Completion to reward --------------------------------------------------------------------------------
@@ -1020,7 +1017,8 @@ class RLHFTrainer:
                 rollout["rollout_seconds"] = middle - start
                 learning["learning_seconds"] = time.perf_counter() - middle
                 if self.phase % args.save_every == 0:
-                    learning |= held_out_rewards(self)
+                    with saved_on_error(self):
+                        learning |= held_out_rewards(self)
                 log.phase({"phase": self.phase} | rollout | learning, samples[:3])
                 if self.phase % args.save_every == 0:
                     save_checkpoint(self)
@@ -1064,7 +1062,7 @@ class RLHFTrainer:
         # NaN: a completion that no reward applies to teaches nothing
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
-        metrics = rollout_metrics(self, completions, scores, rewards, per_token, values)
+        metrics = rollout_metrics(self, completions, ended, scores, rewards, per_token, values)
         own_rewards = own_share(rewards, accelerator).tolist()
         shown = records(prompt=prompts, completion=texts, reward=own_rewards)
         if args.truncated == "mask":  # from here on they are padding
@@ -1108,11 +1106,13 @@ class RLHFTrainer:
     def evaluate(self, minibatch: ReplayMemory) -> PolicyOutput:
         """What the policy says now of the minibatch's completions; gradients flow."""
         args = self.args
-        ref_features = minibatch.ref_features if args.kl_estimator == "full" else None
+        reference = ()
+        if args.kl_estimator == "full":
+            reference = minibatch.ref_features, *self.reference.output_layer
         with self.accelerator.autocast():  # entered anew each time: it keeps its casts of weights
             features, values = self.policy.completion_features(minibatch)
             logprobs, entropy, kl = self.policy.score(
-                features, minibatch.completion, args.temperature, ref_features, self.reference
+                features, minibatch.completion, args.temperature, *reference
             )
         if kl is None:
             kl = kl_estimate(logprobs, minibatch.ref_logprobs, args.kl_estimator.removeprefix("weighted_"))
@@ -1141,7 +1141,7 @@ class RLHFTrainer:
     def __init__(self, args: RLHFArgs):
         # What chooses, checks and loads is in sections 12 and 13; at bad input it stops with one line.
         self.args = args
-        self.accelerator, self.device = pick_device(args.device, args.track)
+        self.accelerator, self.device = pick_device(args.device)
         self.run_dir = from_main_process(choose_run_dir, args)
         check_processes(args, self.accelerator)
         self.examples = load_examples(args.prefix, args.prompts)
@@ -1151,10 +1151,8 @@ class RLHFTrainer:
             self.rewards = load_rewards(args, self.run_dir, self.device)
             # The seed only now: a reward may have drawn, and all processes start from equal weights.
             torch.manual_seed(args.seed)
-            dtype = args.dtype if args.lora else "float32"
-            self.policy = TransformerWithValueHead(
-                args.base_model, args.advantage == "critic", self.device, dtype
-            )
+            has_critic = args.advantage == "critic"
+            self.policy = TransformerWithValueHead(args.base_model, has_critic, self.device, args.dtype)
         self.tokenizer = self.policy.bridge.tokenizer
         check_context(self.policy.bridge, self.examples + self.held_out, args.gen_len)
         choose_trained(self.policy.bridge, args)
@@ -1258,7 +1256,9 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, random_split
 
-console = Console(highlight=False, markup=False, emoji=False)  # what a model writes is no markup
+console = Console(
+    highlight=False, markup=False, emoji=False, soft_wrap=True
+)  # what a model writes is no markup
 
 
 class SettingError(Exception):
@@ -1266,10 +1266,14 @@ class SettingError(Exception):
     2."""
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
     """Raises SettingError(message) unless the condition holds."""
     if not condition:
         raise SettingError(message)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -1312,7 +1316,8 @@ def gather_rows(*tensors: Tensor, accelerator: Accelerator) -> tuple[Tensor, ...
 
 def gradient_weight(minibatch: ReplayMemory, args: RLHFArgs, accelerator: Accelerator) -> float:
     """The weight of this process's gradient in the mean of all: where all tokens count alike, the process
-    that has more of them must weigh more."""
+    that has more of them must weigh more. (Where completions do, all have as many, but for those that
+    --truncated mask leaves out; and --whiten is of each process's own.)"""
     if args.loss_average != "token":
         return 1.0
     count = minibatch.mask.sum().float()
@@ -1350,7 +1355,7 @@ def summarize(
 # In: metrics and samples. Out: lines in files, on the terminal, and in pictures.
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager):
     """The run directory and the terminal. Of several processes the first writes, the others are silent."""
 
     def __init__(self, trainer: RLHFTrainer):
@@ -1363,15 +1368,12 @@ class RunLog:
         trained, total = (sum(weight.numel() for weight in one) for one in weights)
         console.print(f"training {trained:,} numbers; the model has {total:,}")
 
-    def __enter__(self) -> "RunLog":
-        return self
-
     def __exit__(self, *exception) -> None:
         self.trainer.accelerator.end_training()
         if self.metrics:
             run_dir = self.trainer.run_dir
             plot_curves({run_dir.name: [self.metrics]}, {}, run_dir / "curves.png")
-            console.print(f"results in {run_dir}", soft_wrap=True)
+            console.print(f"results in {run_dir}")
 
     def phase(self, metrics: dict, samples: list[dict]) -> None:
         """The samples into samples.jsonl, the metrics and what the phase cost into metrics.jsonl, and of both
@@ -1382,13 +1384,13 @@ class RunLog:
         metrics = metrics | {"tokens_per_second": speed, "peak_memory_mb": peak_memory_mb(trainer.device)}
         figures = [f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2")]
         title = f"phase {phase:>3} of {trainer.args.total_phases}"
-        console.print(title, *figures, f"{speed:.0f} tokens/s", sep="  ", soft_wrap=True)
+        console.print(title, *figures, f"{speed:.0f} tokens/s", sep="  ")
         self.samples(phase, samples, shown=1)
-        self.metrics.append(metrics)
+        if self.is_main:
+            self.metrics.append(metrics)
+            write_jsonl(trainer.run_dir / "metrics.jsonl", self.metrics)
         if [one["equal_groups"] for one in self.metrics[-3:]] == [1.0] * 3:
             console.print("for three phases no completion was rewarded differently: nothing is learned")
-        if self.is_main:
-            write_jsonl(trainer.run_dir / "metrics.jsonl", self.metrics)
         trainer.accelerator.log(metrics, step=phase)
 
     def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
@@ -1399,12 +1401,13 @@ class RunLog:
             write_jsonl(self.trainer.run_dir / "samples.jsonl", self.completions)
         for sample in samples[:shown]:
             text = one_line(sample["prompt"] + sample["completion"])
-            console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}", soft_wrap=True)
+            console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}")
 
 
 def rollout_metrics(
     trainer: RLHFTrainer,
     completions: Int[Tensor, "B C"],  # -100 where masked
+    ended: Bool[Tensor, "B"],
     scores: Float[Tensor, "B R"],
     rewards: Float[Tensor, "B"],  # as they came, before any scaling
     per_token: Float[Tensor, "B C"],
@@ -1415,7 +1418,6 @@ def rollout_metrics(
     K = len(rewards) if args.advantage == "critic" else args.samples_per_prompt  # who is compared with whom
     groups = rearrange(rewards, "(prompt K) -> prompt K", K=K)
     are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
-    ended = (completions == trainer.tokenizer.eos_token_id).any(dim=1)
     terms = scores.nanmean(dim=0).nan_to_num().tolist()
     metrics = {
         "reward": rewards.nanmean().nan_to_num().item(),
@@ -1449,11 +1451,12 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
     is_exact = args.kl_estimator == "full"
     per_token = {
         "kl": new.kl if is_exact else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
-        "kl_cut_off": old.ref_logprobs - new.logprobs > 10,  # 0, or the reference is infinitely surprised
+        "kl_cut_off": old.ref_logprobs - new.logprobs
+        > 10,  # 0, or the policy nearly excludes what it once drew
         "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
         "entropy": new.entropy,
         "clip_fraction": (ratio < low) | (ratio > high),
-        "clipped_above": (ratio > high) & (old.advantages > 0),  # those whose gradient is 0
+        "clipped_above": (ratio > high) & (old.advantages > 0),  # by the minimum: without gradient
         "clipped_below": (ratio < low) & (old.advantages < 0),
     }
     if args.advantage == "critic":
@@ -1611,7 +1614,7 @@ def load_examples(prefix: str, path: Path | None) -> list[dict]:
         rows = read_jsonl(path, "prompt")
     else:
         with explained(f"{path}: is not UTF-8 text"):
-            rows = [(where, {"prompt": line.decode().rstrip("\r\n")}) for where, line in read_lines(path)]
+            rows = [(where, {"prompt": line.decode()}) for where, line in read_lines(path)]
     for where, row in rows:
         require(row.keys() == rows[0][1].keys(), f"{where}: its columns differ from the first line's")
     return [row for _, row in rows]
@@ -1621,19 +1624,17 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     """The B / K prompts of a phase: the file is gone through again and again, each time in another seeded
     order."""
     args, examples = trainer.args, trainer.examples
-    count, size = args.batch_size // args.samples_per_prompt, len(examples)
-    epoch, skip = divmod(trainer.phase * count, size)
-    epochs = range(epoch, epoch + (skip + count) // size + 1)
-    orders = [np.random.default_rng((args.seed, one)).permutation(size) for one in epochs]
-    return [examples[i] for i in np.concatenate(orders)[skip : skip + count]]
+    count = args.batch_size // args.samples_per_prompt
+    epoch, skip = divmod(trainer.phase * count, len(examples))
+    orders = (
+        np.random.default_rng((args.seed, one)).permutation(len(examples)) for one in itertools.count(epoch)
+    )
+    return [examples[i] for i in itertools.islice(itertools.chain.from_iterable(orders), skip, skip + count)]
 
 
 def check_context(bridge: nn.Module, examples: list[dict], gen_len: int) -> None:
-    """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context, or
-    the shortest has no token at all."""
-    lengths = [len(token_ids(bridge.tokenizer, example["prompt"])) for example in examples]
-    longest = max(lengths)
-    require(min(lengths) > 0, "an empty prompt: this tokenizer has no beginning-of-text token to start from")
+    """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context."""
+    longest = max(len(token_ids(bridge.tokenizer, example["prompt"])) for example in examples)
     room = f"at most {bridge.cfg.n_ctx - longest}, which the context of {bridge.cfg.n_ctx} leaves"
     message = f"--gen-len {gen_len}: must be at least 1, and {room} after the longest prompt"
     require(1 <= gen_len <= bridge.cfg.n_ctx - longest, message)
@@ -1654,8 +1655,8 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
     mask, early, late, all_columns = tokens > 1, slice(0, 3), slice(3, 6), slice(0, 6)
 
     def run(model: nn.Module, columns: slice, cache: DynamicCache | None = None):
-        positions_of = {"position_ids": positions(mask)[:, columns], "past_key_values": cache}
-        return model(tokens[:, columns], attention_mask=mask[:, : columns.stop].long(), **positions_of)
+        options = {"position_ids": positions(mask)[:, columns], "past_key_values": cache}
+        return model(tokens[:, columns], attention_mask=mask[:, : columns.stop].long(), **options)
 
     refused = f"--base-model {base_model}: cannot be loaded"
     with explained(refused):
@@ -1675,15 +1676,14 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
         cache = DynamicCache(config=config)
         run(model.base_model, early, cache)
         compared = [(run(model.base_model, late, cache).last_hidden_state, truth)]
-        with bridge.hooks(
-            fwd_hooks=[("ln_final.hook_out", lambda x, hook: 100 * x)]
-        ):  # where a soft cap shows
+        # A hundred times as large a soft cap shows.
+        with bridge.hooks(fwd_hooks=[("ln_final.hook_out", lambda x, hook: 100 * x)]):
             large = run(model, all_columns).logits
             compared.append((run(model.base_model, all_columns).last_hidden_state, large))
         for features, logits in compared:
             error = (scale * bridge.unembed(features) - logits).abs().max() / logits.abs().max()
             reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
-            require(bool(error < torch.finfo(model.dtype).eps ** 0.5), f"{refused}: {reason}")
+            require(error < torch.finfo(model.dtype).eps ** 0.5, f"{refused}: {reason}")
     return bridge.eval(), published, scale
 
 
@@ -1699,10 +1699,6 @@ def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
     is_whole = bool(tokenizer.eos_token and tokenizer.encode("text", add_special_tokens=False))
     require(is_whole, f"{name}: has no tokenizer with an end-of-text token")
     return tokenizer
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def block_matrices(block: nn.Module) -> dict[str, nn.Module]:
@@ -1838,11 +1834,11 @@ def call_reward(
     return [math.nan if score is None else float(score) for score in scores]
 
 
-def pick_device(device: str, tracker: str | None = None) -> tuple[Accelerator, str]:
+def pick_device(device: str) -> tuple[Accelerator, str]:
     """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
     processes do not find each other."""
     is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
-    accelerator = Accelerator(cpu=is_cpu, log_with=tracker)
+    accelerator = Accelerator(cpu=is_cpu)
     if device == "auto":
         return accelerator, str(accelerator.device)
     with explained(f"--device {device}: not available here"):
@@ -1896,7 +1892,7 @@ def read_lines(path: Path) -> list[tuple[str, bytes]]:
     """The lines of a file that are not blank, each behind the words that say where it stands."""
     require(path.is_file(), f"{path}: no such file")
     text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    require(bool(text.strip()), f"{path}: is empty")
+    require(text.strip(), f"{path}: is empty")
     lines = enumerate(text.splitlines(), start=1)
     return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
 
@@ -1906,10 +1902,8 @@ def read_jsonl(path: Path, *keys: str) -> list[tuple[str, dict]]:
     each key; raises SettingError for anything else."""
     rows = []
     for where, line in read_lines(path):
-        try:
+        with explained(f"{where}: is not JSON"):
             row = json.loads(line)
-        except ValueError as error:
-            raise SettingError(f"{where}: is not JSON: {error}") from error
         require(isinstance(row, dict), f"{where}: is no JSON object")
         for key in keys:
             value = row.get(key)
@@ -1988,16 +1982,12 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
     """
     if not trainer.accelerator.is_main_process:
         return
-    finite = all(weight.isfinite().all() for weight in trainer.trained.values())
-    message = f"phase {trainer.phase}: the weights are no longer finite, so what was saved before is kept"
-    require(finite, f"{message}; smaller learning rates may help")
     tensors = dict(trainer.trained)
     for name, weight in trainer.trained.items():
         tensors |= {f"{name}@{key}": moment for key, moment in trainer.optimizer.state[weight].items()}
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    numbers = {"kl_coef": trainer.kl_coef.hex(), "last_kl": trainer.last_kl.hex()}
-    state = {"fits": trainer.fits, "phase": str(trainer.phase)} | numbers
-    data = safetensors.torch.save(tensors, state)
+    numbers = json.dumps([trainer.phase, trainer.kl_coef, trainer.last_kl])
+    data = safetensors.torch.save(tensors, {"fits": trainer.fits, "numbers": numbers})
     directory = trainer.run_dir / "checkpoint"
     write_whole(directory / f"phase-{trainer.phase:05}.safetensors", lambda new: new.write_bytes(data))
     for path in sorted(directory.glob("phase-*.safetensors"))[:-2]:
@@ -2017,7 +2007,7 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
                 state, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
             break
         except (OSError, safetensors.SafetensorError) as error:
-            console.print(f"{path}: is damaged ({first_line(error)}); trying the one before", soft_wrap=True)
+            console.print(f"{path}: is damaged ({first_line(error)}); trying the one before")
     else:
         require(not paths, f"{resume}: no checkpoint is whole; begin anew in another directory")
         return
@@ -2031,8 +2021,7 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
             trainer.optimizer.state[weight][moment] = tensor
         else:
             weight.data.copy_(tensor)
-    trainer.phase = int(state["phase"])
-    trainer.kl_coef, trainer.last_kl = (float.fromhex(state[name]) for name in ("kl_coef", "last_kl"))
+    trainer.phase, trainer.kl_coef, trainer.last_kl = json.loads(state["numbers"])
 
 
 @contextlib.contextmanager
@@ -2045,7 +2034,7 @@ def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
         raise
 
 
-class StopSignals(contextlib.AbstractContextManager):
+class StopSignals:
     """While entered, the first Ctrl-C or SIGTERM asks for a stop after the phase; a second stops at once."""
 
     def __init__(self, accelerator: Accelerator):
@@ -2075,11 +2064,12 @@ class StopSignals(contextlib.AbstractContextManager):
 
 def start_tracker(trainer: RLHFTrainer) -> None:
     """Opens what --track names, through accelerate."""
-    track, directory = trainer.args.track, str(trainer.run_dir)
-    if track is None:
+    if trainer.args.track is None:
         return
+    directory = str(trainer.run_dir)  # which tensorboard wants to know as soon as it is chosen
     trainer.accelerator.project_configuration.set_directories(directory)
-    with explained(f"--track {track}: cannot be opened"):
+    trainer.accelerator.log_with = [trainer.args.track]
+    with explained(f"--track {trainer.args.track}: cannot be opened"):
         settings = {name: str(value) for name, value in vars(trainer.args).items()}
         trainer.accelerator.init_trackers("rlhf", settings, {"wandb": {"dir": directory}})
 
@@ -2183,7 +2173,7 @@ def tiny_model() -> Path:
     cache = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf").expanduser()
     path = cache / "tiny-1"  # the number changes when what follows does
     if not path.exists():
-        console.print(f"training the built-in model once, into {path}", soft_wrap=True)
+        console.print(f"training the built-in model once, into {path}")
         write_whole(path, train_tiny)
     return path
 
@@ -2353,7 +2343,7 @@ def ask(file: Path, pairs: int, draw: Callable[[int, list[dict]], tuple[str, str
                 answers.append({"pair": number, "prompt": prompt, "chosen": chosen, "rejected": rejected})
                 write_jsonl(file, answers)
             console.print({"l": "left", "r": "right", "s": "skipped", "u": "undone"}[key])
-    console.print(f"{len(answers)} answers in {file}; the same command goes on from here", soft_wrap=True)
+    console.print(f"{len(answers)} answers in {file}; the same command goes on from here")
 
 
 def read_answers(file: Path) -> list[dict]:
@@ -2370,7 +2360,7 @@ def show_pair(prompt: str, left: str, right: str, title: str) -> None:
     for column in table.columns:
         column.ratio, column.overflow = 1, "fold"
     table.add_row(*(printable(text) or "(nothing)" for text in (left, right)))
-    console.print(table, f"after: {printable(prompt)}", KEYS, sep="\n")
+    console.print(table, f"after: {printable(prompt)}", KEYS, sep="\n", soft_wrap=False)
 
 
 def printable(text: str) -> str:
@@ -2466,7 +2456,7 @@ def train_reward_model(
         chosen, rejected = rewards(*zip(*held_out, strict=True))
     right, loss = (chosen > rejected).float().mean(), bradley_terry_loss(chosen, rejected)
     console.print(f"reward model: {len(training)} pairs learned; of {count} held out {right:.0%} right, "
-                  f"loss {loss:.2f} (0.69 is no opinion)", soft_wrap=True)  # fmt: skip
+                  f"loss {loss:.2f} (0.69 is no opinion)")  # fmt: skip
     write_whole(directory, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
 
 
@@ -2560,7 +2550,7 @@ def inspect(
         who_writes_it(axes[1], readings, texts)
         what_moved(axes[2], readings, settings.lora_rank if settings.lora else None)
         where_they_look(axes[3], readings, texts)
-    console.print(f"wrote {run / 'inspect.png'}", soft_wrap=True)
+    console.print(f"wrote {run / 'inspect.png'}")
 
 
 def draw_texts(
@@ -2835,14 +2825,15 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         output: the picture
     """
     require(len(runs) > 0, "compare: expected at least one run directory")
-    settings, histories = zip(*map(read_run, runs), strict=True)
+    settings = [read_settings(run) for run in runs]
+    histories = [[metrics for _, metrics in read_jsonl(run / "metrics.jsonl")] for run in runs]
     names = [field.name for field in dataclasses.fields(RLHFArgs) if field.name not in ("run_dir", "seed")]
-    implied = [ALGORITHMS.get(record.get("algo"), {}) for record in settings]  # by the algorithm's name
     differing = [
         name
         for name in names
         if len({str(record.get(name)) for record in settings}) > 1
-        and any(record.get(name) != row.get(name) for record, row in zip(settings, implied, strict=True))
+        # what the algorithm's name implies needs no word of its own
+        and any(record.get(name) != ALGORITHMS.get(record.get("algo"), {}).get(name) for record in settings)
     ]
     groups: dict[tuple[str, ...], list[list[dict]]] = {}
     for record, history in zip(settings, histories, strict=True):
@@ -2859,7 +2850,7 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         looks[label] = {"color": f"C{color}", "linestyle": ["-", "--", ":", "-."][style % 4]}
         console.print(label, *(last_phases(name, group) for name in ("reward", "kl", "distinct_2")), sep="  ")
     plot_curves(curves, looks, output, columns=len(colors) if len(styles) > 1 else 1)
-    console.print(f"wrote {output}", soft_wrap=True)
+    console.print(f"wrote {output}")
 
 
 def last_phases(name: str, group: list[list[dict]]) -> str:
@@ -2871,11 +2862,6 @@ def last_phases(name: str, group: list[list[dict]]) -> str:
     means = [np.mean([metrics[name] for metrics in history[-5:]]) for history in group]
     spread = f" ({min(means):.2f} to {max(means):.2f})" if len(means) > 1 else ""
     return f"{name} {np.mean(means):.2f}{spread}"
-
-
-def read_run(run: Path) -> tuple[dict, list[dict]]:
-    """A run's settings and its metrics, one dict a phase."""
-    return read_settings(run), [metrics for _, metrics in read_jsonl(run / "metrics.jsonl")]
 
 
 # ---- 19 Command line ---------------------------------------------------------------------------------------
@@ -2918,7 +2904,7 @@ def train(args: RLHFArgs) -> int:
     if trainer.phase == args.total_phases:
         return 0
     advice = f"go on with: python rlhf.py --resume {trainer.run_dir}"
-    console.print(f"stopped after phase {trainer.phase}; {advice}", soft_wrap=True)
+    console.print(f"stopped after phase {trainer.phase}; {advice}")
     return 128 + trainer.stop.received
 
 

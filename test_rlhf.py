@@ -1290,14 +1290,6 @@ def test_a_critic_learns_from_prompts_whose_groups_are_equal(gpt2, tmp_path):
     assert metrics["equal_groups"] == 0
 
 
-def test_an_empty_prompt_needs_a_beginning_of_text(gpt2, tmp_path):
-    bridge = rlhf.load_bridge(gpt2, "cpu")[0]
-    rlhf.check_context(bridge, [{"prompt": ""}], 4)
-    bridge.tokenizer.bos_token = None
-    with pytest.raises(SettingError, match="an empty prompt"):
-        rlhf.check_context(bridge, [{"prompt": "a"}, {"prompt": ""}], 4)
-
-
 def test_under_autocast_each_step_sees_the_step_before(gpt2, tmp_path):
     """Autocast keeps the bfloat16 copy of a weight until it is left, and does not notice the optimizer."""
     args = small_args(gpt2, algo="ppo", lora=True, reward=("char:e",), head_lr=0.1, base_lr=0.05)
