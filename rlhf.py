@@ -142,9 +142,7 @@ class RLHFArgs:
     warmup_steps: int = 3  # phases (not optimizer steps) over which the learning rates rise linearly
     final_scale: Amount = 0.1  # learning rates of the last phase, reached linearly, as a share of the peak
     max_grad_norm: Amount = 1.0  # longer gradients are shortened to this; 0: none is
-    train_layers: Count | None = (
-        None  # train only this many of the last blocks (without LoRA the final norm, too)
-    )
+    train_layers: Count | None = None  # train only the last blocks (and, without LoRA, the final norm)
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: Count = 4  # rank of an adapter: its inner width
     lora_alpha: float = 32.0  # what an adapter adds is scaled by alpha / rank
