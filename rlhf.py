@@ -100,8 +100,10 @@ class RLHFArgs:
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: str | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: Path | None = None  # instead of the prefix: a file, a prompt a line, or JSON lines with "prompt"
-    eval_prompts: Path | None = None  # held-out prompts: their mean reward, every --save-every phases
+    prompts: str | Path | None = (
+        None  # instead of the prefix: a file, a prompt a line, or JSON lines with "prompt"
+    )
+    eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
@@ -130,6 +132,7 @@ class RLHFArgs:
     # Learning phase: the policy is moved towards what was better than expected
     batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs; the name is the course's)
     num_minibatches: Count = 4  # optimizer steps in each pass
+    micro_batch_size: Count | None = None  # completions that learn at a time: less memory, the same result
     kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or kl_estimate's
     kl_target: float | None = None  # adapt β from phase to phase until the KL is this, in nats a token
     ent_coef: float = 0.02  # reward for uncertainty
@@ -490,7 +493,7 @@ def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
 
     A LoRALinear takes the place of each target matrix inside of its hooks, so that they see what LoRA adds.
     """
-    blocks = list(bridge.blocks)[-(args.train_layers or 0) :]  # the last 0 are all
+    blocks = bridge.blocks[-(args.train_layers or 0) :]  # the last 0 are all
     if args.lora or args.train_layers:
         bridge.requires_grad_(False)
     if args.lora:
@@ -778,9 +781,15 @@ class ReplayMemory(Samples):
         """What the critic should have said."""
         return self.advantages + self.values
 
-    def __getitem__(self, rows: Int[Tensor, "b"]) -> "ReplayMemory":
+    def __getitem__(self, rows: Int[Tensor, "b"] | slice) -> "ReplayMemory":
         """These rows of every field."""
         return ReplayMemory(**{name: field[rows] for name, field in vars(self).items()})
+
+    def parts(self, size: int | None) -> Iterator["ReplayMemory"]:
+        """All rows in their order, so many at a time, by default all."""
+        size = size or len(self.tokens)
+        for start in range(0, len(self.tokens), size):
+            yield self[start : start + size]
 
     def get_minibatches(
         self, passes: int, count: int, generator: torch.Generator
@@ -798,7 +807,6 @@ class ReplayMemory(Samples):
         _, prompt_of = distinct_prompts(self.tokens[:, :P], self.attention_mask[:, :P])
         for _ in range(passes):
             order = torch.randperm(len(self.tokens), generator=generator, device=generator.device)
-            order = order.to(self.tokens.device)
             prompts = prompt_of[order]
             first = (prompts[:, None] == prompts).int().argmax(dim=1)  # of its prompt, in this order
             for rows in order[first.argsort(stable=True)].chunk(count):
@@ -997,8 +1005,8 @@ class RLHFTrainer:
     What it does comes first; `__init__`, which sets up what it does it with, stands last.
     """
 
-    def train(self) -> Path:
-        """All phases that are still to come; returns the run directory."""
+    def train(self) -> None:
+        """All phases that are still to come."""
         args, shown = self.args, [self.examples[i % len(self.examples)] for i in range(8)]
         with RunLog(self) as log, self.stop:
             if self.phase == 0:
@@ -1025,7 +1033,6 @@ class RLHFTrainer:
             export(self)
             if self.phase == args.total_phases:
                 log.samples("after", self.showcase(shown, args.top_k))
-        return self.run_dir
 
     @torch.no_grad()
     def rollout_phase(self) -> tuple[ReplayMemory, dict[str, float], list[dict]]:
@@ -1033,7 +1040,7 @@ class RLHFTrainer:
         read."""
         args, accelerator = self.args, self.accelerator
         # A seed for each phase and process: going on after a stop needs no stored random state.
-        self.generator.manual_seed(phase_seed(args.seed, self.phase, accelerator))
+        self.generator.manual_seed(seed_of(args.seed, self.phase, accelerator.process_index))
         # 1. Prompts, each K times in a row; of these the share of this process.
         examples = [one for one in examples_of(self) for _ in range(args.samples_per_prompt)]
         examples = own_share(examples, accelerator)
@@ -1048,7 +1055,7 @@ class RLHFTrainer:
         scores = get_rewards(self.rewards, examples, texts).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
         ours = scores, samples.completion, samples.values, k1
-        scores, completions, values, k1 = gather_rows(*ours, accelerator=accelerator)
+        scores, completions, values, k1 = gather_rows(ours, accelerator)
         rewards, mask = total_reward(scores, self.rewards), completions != -100
         ended = (completions == self.tokenizer.eos_token_id).any(dim=1)
         if args.truncated == "penalty":
@@ -1074,26 +1081,28 @@ class RLHFTrainer:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
         metrics: means over all tokens of all minibatches, learning rate and β. If it does not learn, its
         learning rates are 0."""
-        args, metrics, counts = self.args, [], []
+        args, metrics, counts, norms = self.args, [], [], []
         objective_of = ppo_objective if args.advantage == "critic" else policy_objective
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args) * learns
         weights = list(self.trained.values())
         passes, count = args.batches_per_learning_phase, args.num_minibatches
         for minibatch in memory.get_minibatches(passes, count, self.generator):
-            new = self.evaluate(minibatch)
-            objective = objective_of(new, minibatch, self.kl_coef, args)
-            loss = -objective * gradient_weight(minibatch, args, self.accelerator)  # AdamW goes downhill
             self.optimizer.zero_grad()
-            loss.backward()
+            for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
+                new = self.evaluate(part)
+                objective = objective_of(new, part, self.kl_coef, args)
+                loss = -objective * gradient_weight(part, minibatch, args, self.accelerator)
+                loss.backward()  # of minus the objective, for AdamW goes downhill
+                metrics.append(minibatch_metrics(new, part, args))
+                counts.append(part.mask.sum().item())
             average_gradients(weights, self.accelerator)
-            grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf)
-            check_gradient(grad_norm, self.phase)
+            norms.append(nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
+            check_gradient(norms[-1], self.phase)
             self.optimizer.step()
-            metrics.append(minibatch_metrics(new, minibatch, args) | {"grad_norm": grad_norm.item()})
-            counts.append(minibatch.mask.sum().item())
         means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
+        means["grad_norm"] = sum(norms) / len(norms)
         self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], self.last_kl, args)
         self.last_kl = means["kl"]
         self.phase += 1
@@ -1221,12 +1230,10 @@ import copy
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
 import os
-import platform
 import re
 import runpy
 import shutil
@@ -1296,8 +1303,8 @@ def from_main_process(function: Callable, *arguments):
     return broadcast_object_list([function(*arguments) if PartialState().is_main_process else None])[0]
 
 
-def phase_seed(seed: int, phase: int, accelerator: Accelerator) -> int:
-    return int(np.random.SeedSequence((seed, phase, accelerator.process_index)).generate_state(1)[0])
+def seed_of(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def own_share(rows, accelerator: Accelerator):
@@ -1306,20 +1313,24 @@ def own_share(rows, accelerator: Accelerator):
     return rows[accelerator.process_index * size :][:size]
 
 
-def gather_rows(*tensors: Tensor, accelerator: Accelerator) -> tuple[Tensor, ...]:
+def gather_rows(tensors: tuple[Tensor, ...], accelerator: Accelerator) -> tuple[Tensor, ...]:
     """The rows of all processes, one process after the other; the narrower ones are padded on the right with
     -100, so tokens are masked there."""
     return accelerator.gather(accelerator.pad_across_processes(tensors, dim=1, pad_index=-100))
 
 
-def gradient_weight(minibatch: ReplayMemory, args: RLHFArgs, accelerator: Accelerator) -> float:
-    """The weight of this process's gradient in the mean of all: where all tokens count alike, the process
-    that has more of them must weigh more. (Where completions do, all have as many, but for those that
-    --truncated mask leaves out; and --whiten is of each process's own.)"""
-    if args.loss_average != "token":
-        return 1.0
-    count = minibatch.mask.sum().float()
-    return (count / accelerator.reduce(count, "mean").clamp(min=1e-6)).item()
+def gradient_weight(
+    part: ReplayMemory, minibatch: ReplayMemory, args: RLHFArgs, accelerator: Accelerator
+) -> Float[Tensor, ""]:
+    """The weight of a part's gradient in the sum over its minibatch and the mean over all processes: the
+    share of what losses are averaged over, be it tokens, completions that have any, or rows. (--whiten is of
+    each process's own advantages.)"""
+
+    def amount(memory: ReplayMemory) -> Float[Tensor, ""]:
+        has_any = memory.mask.any(dim=1) | (args.loss_average == "constant")
+        return (memory.mask if args.loss_average == "token" else has_any).sum().float()
+
+    return amount(part) / accelerator.reduce(amount(minibatch), "mean").clamp(min=1e-6)
 
 
 def average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
@@ -1331,7 +1342,7 @@ def average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> 
         nn.utils.vector_to_parameters(mean, gradients)
 
 
-def check_gradient(norm: Tensor, phase: int) -> None:
+def check_gradient(norm: float, phase: int) -> None:
     message = f"phase {phase + 1}: the gradient is not finite; smaller learning rates may help"
     require(math.isfinite(norm), message)
 
@@ -1360,8 +1371,8 @@ class RunLog(contextlib.AbstractContextManager):
         self.trainer = trainer
         self.is_main = trainer.accelerator.is_main_process
         console.quiet = not self.is_main
-        self.metrics, self.completions = open_run_dir(trainer) if self.is_main else ([], [])
         start_tracker(trainer)
+        self.metrics, self.completions = open_run_dir(trainer) if self.is_main else ([], [])
         weights = trainer.trained.values(), set(trainer.policy.published.values())
         trained, total = (sum(weight.numel() for weight in one) for one in weights)
         console.print(f"training {trained:,} numbers; the model has {total:,}")
@@ -1466,11 +1477,10 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
     found = {}
-    if not trainer.held_out:
-        return found
-    for name, top_k in (("eval_reward", trainer.args.top_k), ("eval_reward_greedy", 1)):
-        rewards = [one["reward"] for one in trainer.showcase(trainer.held_out, top_k)]
-        found[name] = float(np.nanmean(rewards))
+    if trainer.held_out:
+        for name, top_k in (("eval_reward", trainer.args.top_k), ("eval_reward_greedy", 1)):
+            rewards = [one["reward"] for one in trainer.showcase(trainer.held_out, top_k)]
+            found[name] = float(np.nanmean(rewards))
     return found
 
 
@@ -1581,6 +1591,9 @@ def check_settings(args: RLHFArgs) -> None:
         "--kl-estimator k1: as a loss its gradient is 0 on average, it holds nothing; give --kl-in reward": (
             args.kl_estimator != "k1" or args.kl_in == "reward"
         ),
+        "--micro-batch-size: --whiten minibatch needs each minibatch as a whole": (
+            args.micro_batch_size is None or args.whiten == "none"
+        ),
         f"--top-p {args.top_p}: must be over 0 and at most 1": 0 < args.top_p <= 1,
         f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}": (
             0 <= args.warmup_steps < args.total_phases
@@ -1593,9 +1606,6 @@ def check_settings(args: RLHFArgs) -> None:
         f"--reward-weights: {len(args.reward_weights)} given for {terms} rewards; expected one for each": (
             len(args.reward_weights) in (0, terms)
         ),
-        f"--track {args.track}: is not installed; pip install {args.track}": (
-            args.track is None or importlib.util.find_spec(args.track) is not None
-        ),
         f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32": (
             args.lora or args.dtype == "float32"
         ),
@@ -1604,10 +1614,11 @@ def check_settings(args: RLHFArgs) -> None:
         require(holds, message)
 
 
-def load_examples(prefix: str, path: Path | None) -> list[dict]:
+def load_examples(prefix: str, path: str | Path | None) -> list[dict]:
     """One dict a prompt, with "prompt" and the file's other columns; without a file, the prefix alone."""
     if path is None:
         return [{"prompt": prefix}]
+    path = Path(path)
     if path.suffix in (".jsonl", ".json"):
         rows = read_jsonl(path, "prompt")
     else:
@@ -1711,7 +1722,7 @@ def block_matrices(block: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def target_matrices(blocks: list[nn.Module], targets: tuple[str, ...]) -> list[nn.Module]:
+def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.Module]:
     """The components that `--lora-targets` names, of every block."""
     matrices = [block_matrices(block) for block in blocks]
     for target in targets:
@@ -1943,8 +1954,6 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
     require("base_model" in record, f"{run_dir / 'args.json'}: holds no settings")
     settings = {field.name: record.get(field.name, field.default) for field in dataclasses.fields(RLHFArgs)}
     settings = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
-    for name in ("prompts", "eval_prompts"):
-        settings[name] = settings[name] and Path(settings[name])
     return RLHFArgs(**settings | {"run_dir": None})
 
 
@@ -1956,7 +1965,7 @@ def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
     if not args.resume:
         libraries = ("torch", "transformers", "transformer_lens")
         versions = {name: importlib.metadata.version(name) for name in libraries}
-        versions["python"] = platform.python_version()
+        versions["python"] = sys.version
         record = vars(args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
         text = json.dumps(record, indent=2, default=str) + "\n"
         write_whole(run_dir / "args.json", lambda new: new.write_text(text, encoding="utf-8"))
@@ -2067,7 +2076,7 @@ def start_tracker(trainer: RLHFTrainer) -> None:
     directory = str(trainer.run_dir)  # which tensorboard wants to know as soon as it is chosen
     trainer.accelerator.project_configuration.set_directories(directory)
     trainer.accelerator.log_with = [trainer.args.track]
-    with explained(f"--track {trainer.args.track}: cannot be opened"):
+    with explained(f"--track {trainer.args.track}: cannot be opened; is it installed?"):
         settings = {name: str(value) for name, value in vars(trainer.args).items()}
         trainer.accelerator.init_trackers("rlhf", settings, {"wandb": {"dir": directory}})
 
@@ -2308,7 +2317,7 @@ def draw_pair(
     prompt = examples[number % len(examples)]["prompt"]
     known = [{answer["chosen"], answer["rejected"]} for answer in answers if answer["prompt"] == prompt]
     tokenizer, device = policy.bridge.tokenizer, policy.bridge.cfg.device
-    generator = torch.Generator(device).manual_seed(1_000_003 * args.seed + number)
+    generator = torch.Generator(device).manual_seed(seed_of(args.seed, number))
     tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
     for _ in range(20):
         drawn = get_samples(policy, tokens, mask, args.gen_len, args.temperature, generator=generator)

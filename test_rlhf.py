@@ -1278,6 +1278,29 @@ def test_held_out_prompts_are_judged_sampled_and_greedy(gpt2, tmp_path):
         assert rlhf.main(["--resume", str(tmp_path / "run"), *again]) == 0
 
 
+@pytest.mark.parametrize("average", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_micro_batches_change_no_update(gpt2, algo, average):
+    """Completions of unequal length, one masked as a whole, in parts that divide the minibatch or not."""
+    updates = []
+    for size in (None, 1, 3):
+        settings = dict(loss_average=average, kl_coef=0.5, temperature=2.0, gen_len=12, lora=True)
+        settings |= dict(algo=algo, reward=("char:e",), batch_size=8, num_minibatches=1)
+        args = small_args(gpt2, micro_batch_size=size, **settings)
+        trainer = RLHFTrainer(args)
+        memory, *_ = trainer.rollout_phase()
+        memory.attention_mask[0, memory.prompt_width :] = False
+        memory.attention_mask[1, memory.prompt_width + 2 :] = False
+        assert len(memory.mask.sum(1).unique()) > 2
+        metrics = trainer.learning_phase(memory)
+        updates.append(
+            [*(one.grad for one in trainer.trained.values()), torch.tensor(list(metrics.values()))]
+        )
+    for other in updates[1:]:
+        for ours, whole in zip(other, updates[0], strict=True):
+            torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
+
+
 def test_a_critic_learns_from_prompts_whose_groups_are_equal(gpt2, tmp_path):
     """It compares with what it expected, not within a group."""
     path = tmp_path / "prompts.txt"
