@@ -1007,32 +1007,32 @@ class RLHFTrainer:
 
     def train(self) -> None:
         """All phases that are still to come."""
-        args, shown = self.args, [self.examples[i % len(self.examples)] for i in range(8)]
+        args, examples = self.args, [self.examples[i % len(self.examples)] for i in range(8)]
         with RunLog(self) as log, self.stop:
             if self.phase == 0:
-                log.samples("before", self.showcase(shown, args.top_k))
+                log.samples("before", self.showcase(examples, args.top_k))
             while self.phase < args.total_phases and not self.stop.is_requested():
                 start = time.perf_counter()
                 # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
                 with saved_on_error(self), self.accelerator.autocast():
-                    memory, rollout, samples = self.rollout_phase()
+                    memory, metrics, completions = self.rollout_phase()
                 middle = time.perf_counter()
                 # Where every group's rewards are equal, only entropy and KL would be left to follow: then the
                 # learning rates are 0, and the pass is made for its metrics.
-                learning = self.learning_phase(memory, learns=rollout["equal_groups"] < 1)
-                rollout["rollout_seconds"] = middle - start
-                learning["learning_seconds"] = time.perf_counter() - middle
+                metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
+                metrics["rollout_seconds"] = middle - start
+                metrics["learning_seconds"] = time.perf_counter() - middle
                 if self.phase % args.save_every == 0:
                     with saved_on_error(self):
-                        learning |= held_out_rewards(self)
-                log.phase({"phase": self.phase} | rollout | learning, samples[:3])
+                        metrics |= held_out_rewards(self)
+                log.phase({"phase": self.phase} | metrics, completions[:3])
                 if self.phase % args.save_every == 0:
                     save_checkpoint(self)
             if self.phase % args.save_every:  # the loop has not saved this one
                 save_checkpoint(self)
             export(self)
             if self.phase == args.total_phases:
-                log.samples("after", self.showcase(shown, args.top_k))
+                log.samples("after", self.showcase(examples, args.top_k))
 
     @torch.no_grad()
     def rollout_phase(self) -> tuple[ReplayMemory, dict[str, float], list[dict]]:
@@ -1055,9 +1055,9 @@ class RLHFTrainer:
         scores = get_rewards(self.rewards, examples, texts).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
         ours = scores, samples.completion, samples.values, k1
-        scores, completions, values, k1 = gather_rows(ours, accelerator)
-        rewards, mask = total_reward(scores, self.rewards), completions != -100
-        ended = (completions == self.tokenizer.eos_token_id).any(dim=1)
+        scores, drawn, values, k1 = gather_rows(ours, accelerator)
+        rewards, mask = total_reward(scores, self.rewards), drawn != -100
+        ended = (drawn == self.tokenizer.eos_token_id).any(dim=1)
         if args.truncated == "penalty":
             rewards = rewards - (~ended).float()
         # 5. Advantages, and of them our own, as wide as our own completions.
@@ -1067,15 +1067,15 @@ class RLHFTrainer:
         # NaN: a completion that no reward applies to teaches nothing
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
-        metrics = rollout_metrics(self, completions, ended, scores, rewards, per_token, values)
+        metrics = rollout_metrics(self, drawn, ended, scores, rewards, per_token, values)
         own_rewards = own_share(rewards, accelerator).tolist()
-        shown = records(prompt=prompts, completion=texts, reward=own_rewards)
+        completions = records(prompt=prompts, completion=texts, reward=own_rewards)
         if args.truncated == "mask":  # from here on they are padding
             samples.attention_mask[~own_share(ended, accelerator), samples.prompt_width :] = False
         memory = ReplayMemory(
             **vars(samples), advantages=own_advantages, ref_features=ref_features, ref_logprobs=ref_logprobs
         )
-        return memory, metrics, shown
+        return memory, metrics, completions
 
     def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
@@ -1415,7 +1415,7 @@ class RunLog(contextlib.AbstractContextManager):
 
 def rollout_metrics(
     trainer: RLHFTrainer,
-    completions: Int[Tensor, "B C"],  # -100 where masked
+    drawn: Int[Tensor, "B C"],  # -100 where masked
     ended: Bool[Tensor, "B"],
     scores: Float[Tensor, "B R"],
     rewards: Float[Tensor, "B"],  # as they came, before any scaling
@@ -1423,7 +1423,7 @@ def rollout_metrics(
     values: Float[Tensor, "B C"],
 ) -> dict[str, float]:
     """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
-    args, mask = trainer.args, completions != -100
+    args, mask = trainer.args, drawn != -100
     K = len(rewards) if args.advantage == "critic" else args.samples_per_prompt  # who is compared with whom
     groups = rearrange(rewards, "(prompt K) -> prompt K", K=K)
     are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
@@ -1434,7 +1434,7 @@ def rollout_metrics(
         "equal_groups": are_equal.float().mean().item(),  # the share that teaches nothing
         "completion_length": mask.sum(dim=1).float().mean().item(),
         "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
-        "distinct_2": distinct_2(unpad(completions, mask)),
+        "distinct_2": distinct_2(unpad(drawn, mask)),
     }
     if args.advantage == "critic":
         metrics["explained_variance"] = explained_variance(per_token, values, mask, args)
