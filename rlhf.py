@@ -100,9 +100,7 @@ class RLHFArgs:
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: str | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: str | Path | None = (
-        None  # instead of the prefix: a file, a prompt a line, or JSON lines with "prompt"
-    )
+    prompts: str | Path | None = None  # instead: a file, a prompt a line, or JSON lines with "prompt"
     eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
 
