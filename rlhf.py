@@ -1677,8 +1677,8 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=load_tokenizer(name)
         )
         for block in bridge.blocks:
-            # A row of padding attends to nothing, as in HookedTransformer; else it is NaN under autocast.
-            block.attn.compatibility_mode = True
+            # A row of padding attends to nothing, as in HookedTransformer; under autocast it would be NaN.
+            block.attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         cache = DynamicCache(config=config)
         run(model.base_model, early, cache)

@@ -1515,8 +1515,9 @@ def test_bfloat16_does_not_round_logits_that_share_an_offset(gpt2, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_padding_is_not_nan_under_autocast(name, tmp_path):
+def test_padding_is_not_nan_under_autocast(name, tmp_path, monkeypatch):
     """A prompt of one token beside a longer one: padding attends to nothing, and 0 times NaN is NaN."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate launch --mixed_precision sets it
     policy = TransformerWithValueHead(save_model(tmp_path, ARCHITECTURES[name]()), has_critic=True)
     tokens, mask = rlhf.tokenize(policy.bridge.tokenizer, ["", "This is a test."], "cpu")
     with torch.autocast("cpu", torch.bfloat16):
@@ -3239,9 +3240,10 @@ ARCHITECTURES = {
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_prompt_computed_once_is_the_same_as_whole_rows(name, tmp_path):
+def test_a_prompt_computed_once_is_the_same_as_whole_rows(name, tmp_path, monkeypatch):
     """Features and all gradients, in float64, of rows in any order; prompts of unequal length, one of
     a single token, and two that only the mask tells apart."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # padding is no NaN in float64 either
     model = TransformerWithValueHead(save_model(tmp_path, ARCHITECTURES[name]()))
     model.double()
     P, C = 6, 5
