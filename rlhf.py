@@ -1546,13 +1546,13 @@ def plot_curves(
         axes = figure.subplot_mosaic(rows)
         for panel, axis in axes.items():
             key, over, title = PANELS[panel]
-            for label, group in runs.items():
+            for name, group in runs.items():
                 phases = [*zip(*group, strict=False)]  # as far as all runs of the group go
                 x, y = (
-                    np.array([[metrics.get(name, math.nan) for metrics in phase] for phase in phases])
-                    for name in (over, key)
+                    np.array([[metrics.get(metric, math.nan) for metrics in phase] for phase in phases])
+                    for metric in (over, key)
                 )  # [phases, runs]
-                look = {"marker": "o", "markevery": [-1]} | looks.get(label, {})
+                look = {"marker": "o", "markevery": [-1]} | looks.get(name, {})
                 (line,) = axis.plot(x.mean(axis=1), y.mean(axis=1), **look)
                 if over == "phase":
                     axis.fill_between(
@@ -1561,7 +1561,7 @@ def plot_curves(
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
                 axis.set_ylim(bottom=0)
-        labels = [textwrap.fill(label, 110 // columns) for label in runs]
+        labels = [textwrap.fill(name, 110 // columns) for name in runs]
         place = {"loc": "upper left", "bbox_to_anchor": (0, 0)}  # below the figure
         figure.legend(axes["reward"].lines, labels, ncols=columns, **place)
 
@@ -1748,8 +1748,8 @@ def load_reward(spec: str, args: RLHFArgs, run_dir: Path, device: str) -> Reward
         return reward_fn_char_count(rest)
     if kind == "classifier" and rest:
         has_label = ":" in rest and not Path(rest).is_dir()
-        model, label = rest.rsplit(":", 1) if has_label else (rest, None)
-        return classifier_reward(model, label, device)
+        model, class_name = rest.rsplit(":", 1) if has_label else (rest, None)
+        return classifier_reward(model, class_name, device)
     if kind == "preferences" and rest:
         return preferences_reward(Path(rest), args, run_dir, device)
     path, _, name = spec.rpartition(":")
@@ -1797,15 +1797,16 @@ def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B 
     return torch.cat(logits)
 
 
-def classifier_reward(model: str, label: str | None, device: str) -> RewardFn:
+def classifier_reward(model: str, class_name: str | None, device: str) -> RewardFn:
     """Score of a sequence classifier for prompt and completion: the label's probability, or, of a reward
     model with one output, that output."""
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = [*classifier.config.id2label.values()]
-    if label is None and len(labels) == 1:
-        label = labels[0]
-    message = f"--reward classifier:{model}:{label or ''}: no such label; expected one of {', '.join(labels)}"
-    require(label in labels, message)
+    if class_name is None and len(labels) == 1:
+        class_name = labels[0]
+    wrong = f"--reward classifier:{model}:{class_name or ''}"
+    message = f"{wrong}: no such label; expected one of {', '.join(labels)}"
+    require(class_name in labels, message)
     are_independent = classifier.config.problem_type == "multi_label_classification"
 
     @torch.no_grad()
@@ -1814,7 +1815,7 @@ def classifier_reward(model: str, label: str | None, device: str) -> RewardFn:
         scores = classify(classifier, tokenizer, texts)
         if len(labels) > 1:
             scores = scores.sigmoid() if are_independent else scores.softmax(-1)
-        return scores[:, labels.index(label)].tolist()
+        return scores[:, labels.index(class_name)].tolist()
 
     return score
 
@@ -2847,13 +2848,13 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     colors, styles, curves, looks = {}, {}, {}, {}
     for values, group in groups.items():
         seeds = f" (mean and range of {len(group)})" if len(group) > 1 else ""
-        label = (", ".join(values) or "all runs") + seeds
+        title = (", ".join(values) or "all runs") + seeds
         # Colour tells the first setting that differs, line style the others.
         color = colors.setdefault(values[:1], len(colors))
         style = styles.setdefault(values[1:], len(styles)) + color // 6
-        curves[label] = group
-        looks[label] = {"color": f"C{color}", "linestyle": ["-", "--", ":", "-."][style % 4]}
-        console.print(label, *(last_phases(name, group) for name in ("reward", "kl", "distinct_2")), sep="  ")
+        curves[title] = group
+        looks[title] = {"color": f"C{color}", "linestyle": ["-", "--", ":", "-."][style % 4]}
+        console.print(title, *(last_phases(name, group) for name in ("reward", "kl", "distinct_2")), sep="  ")
     plot_curves(curves, looks, output, columns=len(colors) if len(styles) > 1 else 1)
     console.print(f"wrote {output}")
 
