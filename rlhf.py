@@ -1659,7 +1659,7 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
     from transformer_lens.model_bridge import TransformerBridge
 
     tokens = torch.arange(12, device=device).view(2, 6)
-    mask, early, late, all_columns = tokens > 1, slice(0, 3), slice(3, 6), slice(0, 6)
+    mask, late, all_columns = tokens > 1, slice(3, 6), slice(0, 6)
 
     def run(model: nn.Module, columns: slice, cache: DynamicCache | None = None):
         options = {"position_ids": positions(mask)[:, columns], "past_key_values": cache}
@@ -1669,7 +1669,9 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
     with explained(refused):
         name = model_name(base_model)
     with explained(refused), torch.no_grad():
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), attn_implementation="eager"
+        )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
         model.to(device)
         published, config = model.state_dict(keep_vars=True), model.config
         truth = run(model, all_columns).logits[:, late]
@@ -1681,7 +1683,7 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
             block.attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         cache = DynamicCache(config=config)
-        run(model.base_model, early, cache)
+        run(model.base_model, slice(0, 3), cache)
         compared = [(run(model.base_model, late, cache).last_hidden_state, truth)]
         # A hundred times as large a soft cap shows.
         with bridge.hooks(fwd_hooks=[("ln_final.hook_out", lambda x, hook: 100 * x)]):
