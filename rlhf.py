@@ -60,7 +60,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -164,6 +164,10 @@ class RLHFArgs:
         check_settings(self)
 
     @property
+    def has_critic(self) -> bool:
+        return self.advantage == "critic"
+
+    @property
     def samples_per_prompt(self) -> int:
         """The size K of a group: as given; else with one prompt the whole batch; else, with many prompts, 1
         with a critic and 8 without (fewer, where the batch is not divisible by 8).
@@ -175,7 +179,7 @@ class RLHFArgs:
             return self.group_size
         if self.prompts is None:
             return self.batch_size
-        return 1 if self.advantage == "critic" else math.gcd(self.batch_size, 8)
+        return 1 if self.has_critic else math.gcd(self.batch_size, 8)
 
 
 # ---- 2 Prompt to tokens ------------------------------------------------------------------------------------
@@ -946,8 +950,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
     β must rise where the KL is above its target and fall where it is below (1909.08593, section 2.2). But the
     KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
     what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
-    a derivative (2007.03964, section 4). A KL below a hundredth of the target counts as one, so
-    does the 0 before the first phase.
+    a derivative (2007.03964, section 4). A KL below a hundredth of the target counts as
+    that hundredth, also the 0 before the first phase.
 
     >>> args = RLHFArgs(kl_target=1.0)
     >>> [round(adapt_kl_coef(1.0, 2.0, last_kl, args), 2) for last_kl in (2.0, 2.2)]  # 2 ** 0.4; falling
@@ -1066,8 +1070,9 @@ class RLHFTrainer:
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
         metrics = rollout_metrics(self, drawn, ended, scores, rewards, per_token, values)
-        own_rewards = own_share(rewards, accelerator).tolist()
-        completions = records(prompt=prompts, completion=texts, reward=own_rewards)
+        completions = records(
+            prompt=prompts, completion=texts, reward=own_share(rewards, accelerator).tolist()
+        )
         if args.truncated == "mask":  # from here on they are padding
             samples.attention_mask[~own_share(ended, accelerator), samples.prompt_width :] = False
         memory = ReplayMemory(
@@ -1080,12 +1085,13 @@ class RLHFTrainer:
         metrics: means over all tokens of all minibatches, learning rate and β. If it does not learn, its
         learning rates are 0."""
         args, metrics, counts, norms = self.args, [], [], []
-        objective_of = ppo_objective if args.advantage == "critic" else policy_objective
+        objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args) * learns
         weights = list(self.trained.values())
-        passes, count = args.batches_per_learning_phase, args.num_minibatches
-        for minibatch in memory.get_minibatches(passes, count, self.generator):
+        for minibatch in memory.get_minibatches(
+            args.batches_per_learning_phase, args.num_minibatches, self.generator
+        ):
             self.optimizer.zero_grad()
             for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
                 new = self.evaluate(part)
@@ -1156,8 +1162,7 @@ class RLHFTrainer:
             self.rewards = load_rewards(args, self.run_dir, self.device)
             # The seed only now: a reward may have drawn, and all processes start from equal weights.
             torch.manual_seed(args.seed)
-            has_critic = args.advantage == "critic"
-            self.policy = TransformerWithValueHead(args.base_model, has_critic, self.device, args.dtype)
+            self.policy = TransformerWithValueHead(args.base_model, args.has_critic, self.device, args.dtype)
         self.tokenizer = self.policy.bridge.tokenizer
         check_context(self.policy.bridge, self.examples + self.held_out, args.gen_len)
         choose_trained(self.policy.bridge, args)
@@ -1259,9 +1264,8 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, random_split
 
-console = Console(
-    highlight=False, markup=False, emoji=False, soft_wrap=True
-)  # what a model writes is no markup
+# What a model writes is no markup, and a terminal breaks lines by itself.
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class SettingError(Exception):
@@ -1422,7 +1426,7 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
     args, mask = trainer.args, drawn != -100
-    K = len(rewards) if args.advantage == "critic" else args.samples_per_prompt  # who is compared with whom
+    K = len(rewards) if args.has_critic else args.samples_per_prompt  # who is compared with whom
     groups = rearrange(rewards, "(prompt K) -> prompt K", K=K)
     are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
     terms = scores.nanmean(dim=0).nan_to_num().tolist()
@@ -1434,7 +1438,7 @@ def rollout_metrics(
         "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
         "distinct_2": distinct_2(unpad(drawn, mask)),
     }
-    if args.advantage == "critic":
+    if args.has_critic:
         metrics["explained_variance"] = explained_variance(per_token, values, mask, args)
     return metrics | {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
 
@@ -1444,7 +1448,7 @@ def explained_variance(
 ) -> float:
     """1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads: of the returns that
     came, whatever λ it learns with."""
-    unforeseen = gae(rewards, values, mask, replace(args, gae_lambda=1.0))  # return - V
+    unforeseen = gae(rewards, values, mask, dataclasses.replace(args, gae_lambda=1.0))  # return - V
     known = mask & unforeseen.isfinite()
     variance = (unforeseen + values)[known].var(correction=0)
     return (1 - unforeseen[known].var(correction=0) / variance).item() if variance > 1e-10 else 0.0
@@ -1455,18 +1459,17 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
     """Means over the minibatch's tokens, and the largest ratio."""
     low, high = clip_range(args)
     ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
-    is_exact = args.kl_estimator == "full"
     per_token = {
-        "kl": new.kl if is_exact else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
-        "kl_cut_off": old.ref_logprobs - new.logprobs
-        > 10,  # 0, or the policy nearly excludes what it once drew
+        "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
+        # 0, or the policy nearly excludes what it once drew
+        "kl_cut_off": old.ref_logprobs - new.logprobs > 10,
         "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
         "entropy": new.entropy,
         "clip_fraction": (ratio < low) | (ratio > high),
         "clipped_above": (ratio > high) & (old.advantages > 0),  # by the minimum: without gradient
         "clipped_below": (ratio < low) & (old.advantages < 0),
     }
-    if args.advantage == "critic":
+    if args.has_critic:
         per_token["value_loss"] = (new.values - old.returns).square()
     means = {name: masked_mean(x.float(), old.mask).item() for name, x in per_token.items()}
     return means | {"largest_ratio": (ratio * old.mask).max().item()}  # 1 in a phase's first minibatch
@@ -1584,7 +1587,7 @@ def check_settings(args: RLHFArgs) -> None:
         f"{divisible} --num-minibatches {args.num_minibatches}": batch % args.num_minibatches == 0,
         f"{divisible} --group-size {group}": batch % group == 0,
         f"--group-size 1: --algo {args.algo} compares completions of a group; give at least 2": (
-            group > 1 or args.advantage == "critic"
+            group > 1 or args.has_critic
         ),
         "--kl-estimator k1: as a loss its gradient is 0 on average, it holds nothing; give --kl-in reward": (
             args.kl_estimator != "k1" or args.kl_in == "reward"
@@ -1652,48 +1655,63 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
     weights under the names that they have in the model's files, for the bridge renames what it wraps; and the
     scale of its output layer (Cohere, Granite). Never runs a model's own code.
 
-    Raises SettingError unless the wrapped model, in the way in which this file calls it, gives the logits of
-    the model as it was: with a KV cache (which transformers from 5.24 on would leave empty), behind padding.
+    Raises SettingError for what cannot be loaded, or where the bridge computes something else.
     """
     # TransformerLens takes seconds to import, so only where it is needed: `--help` or a formula does without.
     from transformer_lens.model_bridge import TransformerBridge
 
-    tokens = torch.arange(12, device=device).view(2, 6)
-    mask, late, all_columns = tokens > 1, slice(3, 6), slice(0, 6)
-
-    def run(model: nn.Module, columns: slice, cache: DynamicCache | None = None):
-        options = {"position_ids": positions(mask)[:, columns], "past_key_values": cache}
-        return model(tokens[:, columns], attention_mask=mask[:, : columns.stop].long(), **options)
-
     refused = f"--base-model {base_model}: cannot be loaded"
     with explained(refused):
         name = model_name(base_model)
-    with explained(refused), torch.no_grad():
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
         model.to(device)
-        published, config = model.state_dict(keep_vars=True), model.config
-        truth = run(model, all_columns).logits[:, late]
+        published = model.state_dict(keep_vars=True)
+        truth = probe(model).logits
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=load_tokenizer(name)
-        )
+        ).eval()
         for block in bridge.blocks:
             # A row of padding attends to nothing, as in HookedTransformer; under autocast it would be NaN.
             block.attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-        scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
-        cache = DynamicCache(config=config)
-        run(model.base_model, slice(0, 3), cache)
-        compared = [(run(model.base_model, late, cache).last_hidden_state, truth)]
-        # A hundred times as large a soft cap shows.
-        with bridge.hooks(fwd_hooks=[("ln_final.hook_out", lambda x, hook: 100 * x)]):
-            large = run(model, all_columns).logits
-            compared.append((run(model.base_model, all_columns).last_hidden_state, large))
-        for features, logits in compared:
-            error = (scale * bridge.unembed(features) - logits).abs().max() / logits.abs().max()
-            reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
-            require(error < torch.finfo(model.dtype).eps ** 0.5, f"{refused}: {reason}")
-    return bridge.eval(), published, scale
+        scale = getattr(model.config, "logit_scale", None) or 1 / getattr(model.config, "logits_scaling", 1.0)
+        error = bridge_error(bridge, scale, truth)
+    reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
+    require(error < torch.finfo(model.dtype).eps ** 0.5, f"{refused}: {reason}")
+    return bridge, published, scale
+
+
+@torch.no_grad()
+def probe(model: nn.Module, columns: slice = slice(0, 6), cache: DynamicCache | None = None):
+    """What a Hugging Face model makes of columns of two rows of six tokens, the first row padded."""
+    tokens = torch.arange(12, device=model.device).view(2, 6)
+    mask = tokens > 1
+    return model(
+        tokens[:, columns],
+        attention_mask=mask[:, : columns.stop].long(),
+        position_ids=positions(mask)[:, columns],
+        past_key_values=cache,
+    )
+
+
+@torch.no_grad()
+def bridge_error(bridge: nn.Module, scale: float, truth: Float[Tensor, "2 6 V"]) -> Float[Tensor, ""]:
+    """How far the wrapped model, in the way in which this file calls it, is from the logits of the model as
+    it was, as a share of the largest: with a KV cache (which transformers from 5.24 on would leave empty),
+    behind padding; and how far its output layer is from one matrix and a scale."""
+    model = bridge.original_model
+    cache = DynamicCache(config=model.config)
+    probe(model.base_model, slice(0, 3), cache)
+    compared = [(probe(model.base_model, slice(3, 6), cache), truth[:, 3:])]
+    # A hundred times as large a soft cap shows.
+    with bridge.hooks(fwd_hooks=[("ln_final.hook_out", lambda x, hook: 100 * x)]):
+        compared.append((probe(model.base_model), probe(model).logits))
+    errors = [
+        (scale * bridge.unembed(output.last_hidden_state) - logits).abs().max() / logits.abs().max()
+        for output, logits in compared
+    ]
+    return torch.stack(errors).max()
 
 
 def model_name(base_model: str) -> str:
@@ -2356,7 +2374,7 @@ def ask(file: Path, pairs: int, draw: Callable[[int, list[dict]], tuple[str, str
 
 def read_answers(file: Path) -> list[dict]:
     """The answers in a file that need not exist; one that holds anything else is refused."""
-    holds_any = file.exists() and file.stat().st_size > 0  # not after the undo of the only answer
+    holds_any = file.exists() and file.stat().st_size  # not after the undo of the only answer
     rows = read_jsonl(file, "prompt", "chosen", "rejected") if holds_any else []
     with explained(f'{file}: a "pair" is no number'):  # older files hold none, and then its place does
         return [row | {"pair": int(row.get("pair", i))} for i, (_, row) in enumerate(rows)]
@@ -2436,9 +2454,7 @@ def preferences_reward(file: Path, args: RLHFArgs, run_dir: Path, device: str) -
     return classifier_reward(str(directory), None, device)
 
 
-def train_reward_model(
-    file: Path, base_model: str, directory: Path, device: str = "cpu", seed: int = 0
-) -> None:
+def train_reward_model(file: Path, base_model: str, directory: Path, device: str, seed: int) -> None:
     """Learns a reward from pairs, tests it on the 15 % held out, and saves it under `directory`."""
     pairs = load_preferences(file)
     torch.manual_seed(seed)

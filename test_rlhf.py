@@ -3211,41 +3211,10 @@ def collapsed(gpt2, tmp_path_factory) -> Path:  # noqa: F811
 
 
 ARCHITECTURES = {
-    "gpt2": lambda: transformers.GPT2Config(
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        n_positions=64,
-        initializer_range=0.2,
-    ),
-    "llama": lambda: transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        attention_bias=True,
-    ),
-    "neox": lambda: transformers.GPTNeoXConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-    ),
-    "qwen": lambda: transformers.Qwen2Config(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    ),
+    "gpt2": FAMILIES["gpt2"],
+    "llama": lambda: transformers.LlamaConfig(**SHAPE, num_key_value_heads=2, attention_bias=True),
+    "neox": FAMILIES["neox"],
+    "qwen": lambda: transformers.Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=False),
 }
 
 
