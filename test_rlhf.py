@@ -340,6 +340,39 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_transformers_finds_the_other_kernels(tmp_path, is_installed):
+    """Whoever imports transformers beside kernels.py gets this file for Hugging Face's package of that name,
+    whether it is installed or not, and without jaxtyping, too."""
+    if is_installed:
+        (tmp_path / "kernels").mkdir()
+        stand_in = (
+            "from .layer import Mode\ndef __getattr__(name): return lambda *_: lambda decorated: decorated"
+        )
+        (tmp_path / "kernels" / "__init__.py").write_text(stand_in)
+        (tmp_path / "kernels" / "layer.py").write_text("from kernels.mode import Mode")
+        (tmp_path / "kernels" / "mode.py").write_text("class Mode: pass")
+        version = getattr(transformers.utils.import_utils, "KERNELS_MIN_VERSION", "0.10.2")
+        (tmp_path / "kernels.dist-info").mkdir()
+        (tmp_path / "kernels.dist-info" / "METADATA").write_text(f"Name: kernels\nVersion: {version}\n")
+    program = f"""
+import sys
+sys.modules["jaxtyping"] = None
+from transformers import GPT2LMHeadModel
+from transformers.utils import is_kernels_available
+assert is_kernels_available() == {is_installed}
+import kernels
+assert callable(kernels.linear_token_logprobs) and hasattr(kernels, "nothing") == {is_installed}
+if {is_installed}:
+    from kernels.layer import Mode
+    assert Mode is kernels.Mode
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command, directory = [sys.executable, "-c", program], Path(rlhf.__file__).parent
+    run = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 # ---- Tokens, model, padding --------------------------------------------------------------------------------
 
 
