@@ -1247,6 +1247,7 @@ import tempfile
 import textwrap
 import threading
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import datetime
@@ -1264,6 +1265,8 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, random_split
 
+# Its new name, `cache`, transformers before 5.24 does not know.
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 # What a model writes is no markup, and a terminal breaks lines by itself.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
@@ -1675,6 +1678,11 @@ def load_bridge(base_model: str, device: str, dtype: str = "float32") -> tuple[n
         for block in bridge.blocks:
             # A row of padding attends to nothing, as in HookedTransformer; under autocast it would be NaN.
             block.attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+            # transformers 5.24 gives it a `cache`, and TransformerLens 4.3 looks for `past_key_values`.
+            block.attn.register_forward_pre_hook(
+                lambda attn, inputs, named: (inputs, {"past_key_values": named.get("cache")} | named),
+                with_kwargs=True,
+            )
         scale = getattr(model.config, "logit_scale", None) or 1 / getattr(model.config, "logits_scaling", 1.0)
         error = bridge_error(bridge, scale, truth)
     reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
@@ -1698,8 +1706,8 @@ def probe(model: nn.Module, columns: slice = slice(0, 6), cache: DynamicCache | 
 @torch.no_grad()
 def bridge_error(bridge: nn.Module, scale: float, truth: Float[Tensor, "2 6 V"]) -> Float[Tensor, ""]:
     """How far the wrapped model, in the way in which this file calls it, is from the logits of the model as
-    it was, as a share of the largest: with a KV cache (which transformers from 5.24 on would leave empty),
-    behind padding; and how far its output layer is from one matrix and a scale."""
+    it was, as a share of the largest: with a KV cache, behind padding; and how far its output layer is from
+    one matrix and a scale."""
     model = bridge.original_model
     cache = DynamicCache(config=model.config)
     probe(model.base_model, slice(0, 3), cache)

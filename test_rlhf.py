@@ -2101,8 +2101,19 @@ def test_an_output_layer_that_the_config_hides_is_refused(gpt2, tmp_path, monkey
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_kv_cache_by_its_new_name_is_found(gpt2, monkeypatch):
+    """transformers 5.24 gives attention a `cache`, and TransformerLens 4.3 looks for `past_key_values`."""
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    def call(self, *inputs, past_key_values=None, **named):
+        return nn.Module.__call__(self, *inputs, **{"cache": past_key_values} | named)
+
+    monkeypatch.setattr(AttentionBridge, "__call__", call)
+    TransformerWithValueHead(gpt2)  # which is held to the model's own logits, with a KV cache
+
+
 def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, capsys):
-    """As with transformers 5.24 and TransformerLens 4.3, where every token was drawn without its prompt."""
+    """As it would with transformers 5.24 and TransformerLens 4.3: every token drawn without its prompt."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
     monkeypatch.setattr(AttentionBridge, "_update_kv_cache", lambda self, k, v, **kwargs: (k, v))
