@@ -919,6 +919,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(*measure_memory(sys.argv[1]))
     else:
-        report_memory()  # first: a child process starts from its parent's peak
+        if sys.platform != "win32":
+            report_memory()  # first: a child process starts from its parent's peak
         on_gpu = torch.cuda.is_available()
         report_speed("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)

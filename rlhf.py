@@ -2943,6 +2943,7 @@ def train(args: RLHFArgs) -> int:
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for bad input."""
     transformers.utils.logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="replace")  # a model writes letters that a pipe on Windows does not know
     commands = {"label": label, "inspect": inspect, "compare": compare}
     try:
         if argv and argv[0] in commands:

@@ -340,6 +340,40 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_as_on_windows(gpt2, tmp_path, monkeypatch):
+    """Without the modules and functions that it lacks, where a renaming replaces nothing, and where output
+    cannot hold every letter."""
+
+    def rename(path: Path, target: Path) -> Path:
+        if os.path.exists(target):
+            raise FileExistsError(target)
+        os.rename(path, target)
+        return target
+
+    TransformerWithValueHead(gpt2)  # the libraries, which know how to do without these, are loaded
+    for name in ("resource", "termios", "tty"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("sysconf", "fork"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(Path, "rename", rename)
+    used = types.SimpleNamespace(peak_wset=2**20)
+    monkeypatch.setattr(psutil, "Process", lambda: types.SimpleNamespace(memory_info=lambda: used))
+    monkeypatch.setattr(rlhf, "sys", types.SimpleNamespace(**vars(sys) | {"platform": "win32"}))
+    output = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr(rlhf.sys, "stdout", output)
+    settings = "--algo grpo --lora --num-minibatches 1 --batch-size 2 --gen-len 2 --total-phases 2"
+    run = tmp_path / "run"
+    command = [*settings.split(), *"--warmup-steps 0 --save-every 1 --prefix ☃ρ --base-model".split(), gpt2]
+    assert rlhf.main([*command, "--run-dir", str(run)]) == 0
+    assert rlhf.main(["--resume", str(run)]) == 0  # replaces what was exported
+    output.flush()
+    # four before, one in each of two phases, and four after, twice
+    assert output.buffer.getvalue().decode("cp1252").count("reward 0  ??") == 14
+    assert metrics_of(run)[0]["peak_memory_mb"] == 1.0
+    assert "☃ρ" in (run / "samples.jsonl").read_text("utf-8")
+
+
 @pytest.mark.parametrize("is_installed", [True, False])
 def test_transformers_finds_the_other_kernels(tmp_path, is_installed):
     """Whoever imports transformers beside kernels.py gets this file for Hugging Face's package of that name,
