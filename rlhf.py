@@ -1268,7 +1268,9 @@ from torch.utils.data import DataLoader, random_split
 # Its new name, `cache`, transformers before 5.24 does not know.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 # What a model writes is no markup, and a terminal breaks lines by itself.
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+# A notebook gets plain text, in one piece: for a line that moves, rich would want ipywidgets there.
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
+transformers.utils.logging.disable_progress_bar()
 
 
 class SettingError(Exception):
@@ -2942,7 +2944,6 @@ def train(args: RLHFArgs) -> int:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for bad input."""
-    transformers.utils.logging.disable_progress_bar()
     sys.stdout.reconfigure(errors="replace")  # a model writes letters that a pipe on Windows does not know
     commands = {"label": label, "inspect": inspect, "compare": compare}
     try:

@@ -370,8 +370,43 @@ def test_a_run_as_on_windows(gpt2, tmp_path, monkeypatch):
     output.flush()
     # four before, one in each of two phases, and four after, twice
     assert output.buffer.getvalue().decode("cp1252").count("reward 0  ??") == 14
-    assert metrics_of(run)[0]["peak_memory_mb"] == 1.0
+    assert rlhf.read_jsonl(run / "metrics.jsonl")[0][1]["peak_memory_mb"] == 1.0
     assert "☃ρ" in (run / "samples.jsonl").read_text("utf-8")
+
+
+def test_a_notebook(gpt2, tmp_path):
+    """README's lines run in Jupyter: output is plain text without progress bars, and pictures there stay as
+    they were asked for."""
+    nbclient = pytest.importorskip("nbclient", reason="runs a notebook")
+    nbformat = pytest.importorskip("nbformat", reason="runs a notebook")
+    pytest.importorskip("ipykernel", reason="runs a notebook")
+    pytest.importorskip("matplotlib_inline", reason="draws in a notebook")
+    settings = f'algo="grpo", lora=True, base_model={gpt2!r}, batch_size=4, gen_len=4, total_phases=1'
+    cells = [
+        "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.rcParams['font.size'] = 17",
+        f"""
+import sys
+sys.path.insert(0, {str(Path(rlhf.__file__).parent)!r})
+from rlhf import RLHFArgs, RLHFTrainer, fit, nn, torch
+
+fit(nn.Linear(1, 1), torch.ones(2, 1), lambda x: x.sum().requires_grad_(), "", lr=0.0)
+trainer = RLHFTrainer(RLHFArgs({settings}, warmup_steps=0))
+trainer.train()
+_, cache = trainer.policy.bridge.run_with_cache("This is")
+print(cache["blocks.1.attn.hook_pattern"].shape)
+""",
+        "print(plt.rcParams['font.size'])\nplt.plot([1, 2]);",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    _, trained, drawn = (cell.outputs for cell in notebook.cells)
+    texts = {
+        name: "".join(one.text for one in trained if one.get("name") == name) for name in ("stdout", "stderr")
+    }
+    assert "sample after" in texts["stdout"] and "torch.Size([1, 2" in texts["stdout"]
+    assert "%|" not in texts["stderr"] and all(one.output_type == "stream" for one in trained)
+    assert drawn[0].text == "17.0\n" and "image/png" in drawn[1].data
 
 
 @pytest.mark.parametrize("is_installed", [True, False])
