@@ -1875,6 +1875,9 @@ def call_reward(
 def pick_device(device: str) -> tuple[Accelerator, str]:
     """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
     processes do not find each other."""
+    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        is_off = os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "false"
+        require(is_off, f"accelerate's {engine}: not supported; each process holds the whole model")
     is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     accelerator = Accelerator(cpu=is_cpu)
     if device == "auto":
@@ -1895,6 +1898,8 @@ def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
     require(args.batch_size % (found * args.num_minibatches) == 0, message)
     precision = accelerator.mixed_precision
     require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
+    one_step = accelerator.gradient_accumulation_steps == 1
+    require(one_step, "accelerate's gradient accumulation: not supported; give --micro-batch-size")
 
 
 # ---- 13 What outlives the run ------------------------------------------------------------------------------

@@ -1984,6 +1984,22 @@ def test_two_processes_make_the_update_of_one_and_none_outlives_the_other(gpt2, 
                 torch.testing.assert_close(both[algo][0][name], weight, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("USE_DEEPSPEED", "true", "accelerate's DEEPSPEED: not supported"),
+        ("USE_FSDP", "true", "accelerate's FSDP: not supported"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "give --micro-batch-size"),
+    ],
+)
+def test_what_accelerate_launch_may_not_ask_for(gpt2, tmp_path, monkeypatch, capsys, name, value, message):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_whole_run_under_torchrun(gpt2, tmp_path):
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
     command += [rlhf.__file__, *"--algo grpo --lora --batch-size 8 --gen-len 6 --num-minibatches 2".split()]
