@@ -155,7 +155,7 @@ class RLHFArgs:
     run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
     resume: Path | None = None  # a run directory: go on from its last checkpoint, with its settings
     save_every: Count = 10  # phases between checkpoints; Ctrl-C and SIGTERM leave one too
-    track: Literal["wandb", "tensorboard"] | None = None  # send the metrics there, too
+    track: Literal["wandb", "trackio", "tensorboard"] | None = None  # send the metrics there, too
 
     def __post_init__(self):
         for name, value in ALGORITHMS[self.algo].items():
@@ -2104,15 +2104,20 @@ class StopSignals:
 
 
 def start_tracker(trainer: RLHFTrainer) -> None:
-    """Opens what --track names, through accelerate."""
-    if trainer.args.track is None:
+    """Opens what --track names, through accelerate; with --resume the run goes on there, too."""
+    args, run_dir = trainer.args, trainer.run_dir
+    if args.track is None:
         return
-    directory = str(trainer.run_dir)  # which tensorboard wants to know as soon as it is chosen
-    trainer.accelerator.project_configuration.set_directories(directory)
-    trainer.accelerator.log_with = [trainer.args.track]
-    with explained(f"--track {trainer.args.track}: cannot be opened; is it installed?"):
-        settings = {name: str(value) for name, value in vars(trainer.args).items()}
-        trainer.accelerator.init_trackers("rlhf", settings, {"wandb": {"dir": directory}})
+    # which tensorboard wants to know as soon as it is chosen
+    trainer.accelerator.project_configuration.set_directories(str(run_dir))
+    trainer.accelerator.log_with = [args.track]
+    settings = {name: x if isinstance(x, int | float | str) else str(x) for name, x in vars(args).items()}
+    run = {"name": run_dir.name, "resume": "allow" if args.resume else "never"}
+    # wandb ends the name of each of its directories with the run's id.
+    earlier = max((path.name[-8:] for path in run_dir.glob("wandb/*run-*")), default=None)
+    options = {"trackio": run, "wandb": run | {"dir": str(run_dir), "id": earlier}}
+    with explained(f"--track {args.track}: cannot be opened; is it installed?"):
+        trainer.accelerator.init_trackers("rlhf", settings, options)
 
 
 def export(trainer: RLHFTrainer) -> None:

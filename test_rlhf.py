@@ -1984,6 +1984,49 @@ def test_two_processes_make_the_update_of_one_and_none_outlives_the_other(gpt2, 
                 torch.testing.assert_close(both[algo][0][name], weight, atol=1e-5, rtol=0)
 
 
+def wandb_record(directory: Path, key: str) -> list:
+    """What the runs of an offline directory say of a key: protocol buffers, in which a key and the length of
+    its value, JSON, stand before the value."""
+    found = []
+    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        data = path.read_bytes()
+        match = re.search(rb"[\n\x12].%b\x82\x01(.)" % key.encode(), data, re.DOTALL)
+        found.append(json.loads(data[match.end() :][: match[1][0]]))
+    return found
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_trackers_get_typed_settings_and_go_on_with_a_run(gpt2, tmp_path, monkeypatch, tracker):
+    module = pytest.importorskip(tracker, reason="an optional tracker")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run = tmp_path / "my run"
+    settings = (
+        f"--algo grpo --lora --batch-size 4 --gen-len 4 --total-phases 2 --warmup-steps 0 --track {tracker}"
+    )
+    command = [*settings.split(), "--save-every", "1", "--base-model", gpt2, "--run-dir", str(run)]
+    expected = {"kl_coef": 0.12, "lora": True, "algo": "grpo", "lora_targets": "('q', 'k', 'v', 'o')"}
+    with monkeypatch.context() as patch:
+        stops = iter([False, True, True])
+        patch.setattr(rlhf.StopSignals, "is_requested", lambda self: next(stops))
+        assert rlhf.main(command) == 128
+    assert rlhf.main(["--resume", str(run)]) == 0
+    if tracker == "wandb":
+        module.teardown()
+        assert {key: wandb_record(run, key)[0] for key in expected} == expected
+        assert wandb_record(run, "phase") == [1, 2]
+        first, second = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+        assert first.name == second.name and b"my run" in first.read_bytes()
+    elif tracker == "trackio":
+        (only,) = module.Api().runs("rlhf")
+        assert only.name == "my run" and {key: only.config[key] for key in expected} == expected
+    else:
+        import yaml
+
+        files = [*run.glob("rlhf/*/hparams.yml")]
+        assert len(files) == 2 and expected.items() <= yaml.safe_load(files[0].read_text()).items()
+
+
 @pytest.mark.parametrize(
     "name, value, message",
     [
