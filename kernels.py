@@ -51,8 +51,9 @@ except ImportError:  # macOS and Windows have no Triton
 try:
     from jaxtyping import Float, Integer
 except ImportError:  # whoever imports transformers in this directory gets this file, too
-    from typing import Annotated as Float
-    from typing import Annotated as Integer
+    from typing import Annotated
+
+    Float = Integer = Annotated
 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank

@@ -1265,7 +1265,7 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, random_split
 
-# Its new name, `cache`, transformers before 5.24 does not know.
+# transformers 5.24 warns of the only name by which those before it take a KV cache.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 # What a model writes is no markup, and a terminal breaks lines by itself.
 # A notebook gets plain text, in one piece: for a line that moves, rich would want ipywidgets there.
@@ -1876,7 +1876,7 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
     """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
     processes do not find each other."""
     for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        is_off = os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "false"
+        is_off = os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false"
         require(is_off, f"accelerate's {engine}: not supported; each process holds the whole model")
     is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     accelerator = Accelerator(cpu=is_cpu)
@@ -1898,8 +1898,8 @@ def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
     require(args.batch_size % (found * args.num_minibatches) == 0, message)
     precision = accelerator.mixed_precision
     require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
-    one_step = accelerator.gradient_accumulation_steps == 1
-    require(one_step, "accelerate's gradient accumulation: not supported; give --micro-batch-size")
+    advice = "accelerate's gradient accumulation: not supported; give --micro-batch-size"
+    require(accelerator.gradient_accumulation_steps == 1, advice)
 
 
 # ---- 13 What outlives the run ------------------------------------------------------------------------------
