@@ -2954,7 +2954,6 @@ def train(args: RLHFArgs) -> int:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for bad input."""
-    sys.stdout.reconfigure(errors="replace")  # a model writes letters that a pipe on Windows does not know
     commands = {"label": label, "inspect": inspect, "compare": compare}
     try:
         if argv and argv[0] in commands:
@@ -2967,4 +2966,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a model writes letters that a pipe on Windows does not know
     sys.exit(main(sys.argv[1:]))
