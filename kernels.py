@@ -29,6 +29,7 @@ Left out: a gradient to W (LoRA freezes it) and to the reference, float8, second
 
 import contextlib
 import functools
+import importlib.metadata
 import inspect
 import os
 import statistics
@@ -37,7 +38,6 @@ import sys
 import time
 
 import torch
-from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -48,6 +48,12 @@ try:
     from triton.language import constexpr
 except ImportError:  # macOS and Windows have no Triton
     triton = constexpr = None
+try:
+    from jaxtyping import Float, Integer
+except ImportError:  # whoever imports transformers in this directory gets this file, too
+    from typing import Annotated
+
+    Float = Integer = Annotated
 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
@@ -55,6 +61,14 @@ FUSED_OUTPUTS = 2**21  # up to so many numbers one fused launch beats the vendor
 CHUNK_ROWS = 256  # tokens whose logits are made at a time: enough of them to be worth reading U
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
 BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
+
+# transformers imports Hugging Face's package of this name and finds this file. Where that one is installed,
+# both share the name: its modules are found below this one, and what this file has not is looked up there.
+__path__ = [str(one.locate_file("kernels")) for one in importlib.metadata.distributions(name="kernels")]
+if __path__:
+
+    def __getattr__(name: str):
+        return getattr(importlib.import_module("kernels.__init__"), name)
 
 
 # Choosing a path
@@ -906,6 +920,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(*measure_memory(sys.argv[1]))
     else:
-        report_memory()  # first: a child process starts from its parent's peak
+        if sys.platform != "win32":
+            report_memory()  # first: a child process starts from its parent's peak
         on_gpu = torch.cuda.is_available()
         report_speed("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)

@@ -162,7 +162,7 @@ class RLHFArgs:
     run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
     resume: Path | None = None  # a run directory: go on from its last checkpoint, with its settings
     save_every: Count = 10  # phases between checkpoints; Ctrl-C and SIGTERM leave one too
-    track: Literal["wandb", "tensorboard"] | None = None  # send the metrics there, too
+    track: Literal["wandb", "trackio", "tensorboard"] | None = None  # send the metrics there, too
 
     def __post_init__(self):
         check_types(self)
@@ -1251,6 +1251,7 @@ import tempfile
 import textwrap
 import threading
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1270,8 +1271,12 @@ from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, random_split
 
+# transformers 5.24 warns of the only name by which those before it take a KV cache.
+warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 # What a model writes is no markup, and a terminal breaks lines by itself.
-console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+# A notebook gets plain text, in one piece: for a line that moves, rich would want ipywidgets there.
+console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
+transformers.utils.logging.disable_progress_bar()
 
 
 class SettingError(Exception):
@@ -1754,6 +1759,11 @@ def load_bridge(
         for block in bridge.blocks:
             # A row of padding attends to nothing, as in HookedTransformer; under autocast it would be NaN.
             block.attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+            # transformers 5.24 gives it a `cache`, and TransformerLens 4.3 looks for `past_key_values`.
+            block.attn.register_forward_pre_hook(
+                lambda attn, inputs, named: (inputs, {"past_key_values": named.get("cache")} | named),
+                with_kwargs=True,
+            )
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = DynamicCache(config=model.config)
@@ -1978,6 +1988,9 @@ def call_reward(
 def pick_device(device: str) -> tuple[Accelerator, str]:
     """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
     processes do not find each other."""
+    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        is_off = os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false"
+        require(is_off, f"accelerate's {engine}: not supported; each process holds the whole model")
     is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     accelerator = Accelerator(cpu=is_cpu)
     if device == "auto":
@@ -1998,6 +2011,8 @@ def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
     require(args.batch_size % (found * args.num_minibatches) == 0, message)
     precision = accelerator.mixed_precision
     require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
+    advice = "accelerate's gradient accumulation: not supported; give --micro-batch-size"
+    require(accelerator.gradient_accumulation_steps == 1, advice)
 
 
 # ---- 13 What outlives the run ------------------------------------------------------------------------------
@@ -2204,15 +2219,20 @@ def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
 
 
 def start_tracker(trainer: RLHFTrainer) -> None:
-    """Opens what --track names, through accelerate."""
-    if trainer.args.track is None:
+    """Opens what --track names, through accelerate; with --resume the run goes on there, too."""
+    args, run_dir = trainer.args, trainer.run_dir
+    if args.track is None:
         return
-    directory = str(trainer.run_dir)  # which tensorboard wants to know as soon as it is chosen
-    trainer.accelerator.project_configuration.set_directories(directory)
-    trainer.accelerator.log_with = [trainer.args.track]
-    with explained(f"--track {trainer.args.track}: cannot be opened; is it installed?"):
-        settings = {name: str(value) for name, value in vars(trainer.args).items()}
-        trainer.accelerator.init_trackers("rlhf", settings, {"wandb": {"dir": directory}})
+    # which tensorboard wants to know as soon as it is chosen
+    trainer.accelerator.project_configuration.set_directories(str(run_dir))
+    trainer.accelerator.log_with = [args.track]
+    settings = {name: x if isinstance(x, int | float | str) else str(x) for name, x in vars(args).items()}
+    run = {"name": run_dir.name, "resume": "allow" if args.resume else "never"}
+    # wandb ends the name of each of its directories with the run's id.
+    earlier = max((path.name[-8:] for path in run_dir.glob("wandb/*run-*")), default=None)
+    options = {"trackio": run, "wandb": run | {"dir": str(run_dir), "id": earlier}}
+    with explained(f"--track {args.track}: cannot be opened; is it installed?"):
+        trainer.accelerator.init_trackers("rlhf", settings, options)
 
 
 def export(trainer: RLHFTrainer) -> None:
@@ -2966,7 +2986,6 @@ def train(args: RLHFArgs) -> int:
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for bad input."""
-    transformers.utils.logging.disable_progress_bar()
     commands = {"label": label, "inspect": inspect, "compare": compare}
     try:
         if argv and argv[0] in commands:
@@ -2979,4 +2998,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a model writes letters that a pipe on Windows does not know
     sys.exit(main(sys.argv[1:]))

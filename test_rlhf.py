@@ -316,7 +316,8 @@ def test_half_a_line_is_named(tmp_path):
 
 def test_a_fresh_process_leaves_matplotlib_alone_and_needs_little(tmp_path):
     """Neither importing the script nor drawing a run changes settings, chooses a backend or loads pyplot. And
-    it starts in any directory, without a home, in any terminal, without what Windows lacks."""
+    it starts in any directory, without a home, in any terminal, in a pipe that cannot hold every letter, and
+    without what Windows lacks."""
     program = """
 import os, sys, matplotlib
 settings = [matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)]
@@ -338,10 +339,107 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
     environment = {name: x for name, x in os.environ.items() if name != "MPLBACKEND"}
     environment |= {"HOME": "/nowhere", "TERM": "dumb", "COLUMNS": "100"}
+    environment |= {"PYTHONIOENCODING": "ascii"}  # which has no ρ, and the help has one
     command = [sys.executable, "-c", program, rlhf.__file__]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0 and "--base-model" in run.stdout, run.stderr
+    assert "? of each token" in run.stdout
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_as_on_windows(gpt2, tmp_path, monkeypatch):
+    """Without the modules and functions that it lacks, and where a renaming replaces nothing."""
+
+    def rename(path: Path, target: Path) -> Path:
+        if os.path.exists(target):
+            raise FileExistsError(target)
+        os.rename(path, target)
+        return target
+
+    TransformerWithValueHead(gpt2)  # the libraries, which know how to do without these, are loaded
+    for name in ("resource", "termios", "tty"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("sysconf", "fork"):
+        monkeypatch.delattr(os, name, raising=False)
+    monkeypatch.setattr(Path, "rename", rename)
+    used = types.SimpleNamespace(peak_wset=2**20)
+    monkeypatch.setattr(psutil, "Process", lambda: types.SimpleNamespace(memory_info=lambda: used))
+    monkeypatch.setattr(rlhf, "sys", types.SimpleNamespace(**vars(sys) | {"platform": "win32"}))
+    settings = "--algo grpo --lora --num-minibatches 1 --batch-size 2 --gen-len 2 --total-phases 2"
+    run = tmp_path / "run"
+    command = [*settings.split(), *"--warmup-steps 0 --save-every 1 --prefix ☃ρ --base-model".split(), gpt2]
+    assert rlhf.main([*command, "--run-dir", str(run)]) == 0
+    assert rlhf.main(["--resume", str(run)]) == 0  # replaces what was exported
+    assert rlhf.read_jsonl(run / "metrics.jsonl")[0][1]["peak_memory_mb"] == 1.0
+    assert "☃ρ" in (run / "samples.jsonl").read_text("utf-8")
+
+
+def test_a_notebook(gpt2, tmp_path):
+    """README's lines run in Jupyter: output is plain text without progress bars, and pictures there stay as
+    they were asked for."""
+    nbclient = pytest.importorskip("nbclient", reason="runs a notebook")
+    nbformat = pytest.importorskip("nbformat", reason="runs a notebook")
+    pytest.importorskip("ipykernel", reason="runs a notebook")
+    pytest.importorskip("matplotlib_inline", reason="draws in a notebook")
+    settings = f'algo="grpo", lora=True, base_model={gpt2!r}, batch_size=4, gen_len=4, total_phases=1'
+    cells = [
+        "%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.rcParams['font.size'] = 17",
+        f"""
+import sys
+sys.path.insert(0, {str(Path(rlhf.__file__).parent)!r})
+from rlhf import RLHFArgs, RLHFTrainer, fit, nn, torch
+
+fit(nn.Linear(1, 1), torch.ones(2, 1), lambda x: x.sum().requires_grad_(), "", lr=0.0)
+trainer = RLHFTrainer(RLHFArgs({settings}, warmup_steps=0))
+trainer.train()
+_, cache = trainer.policy.bridge.run_with_cache("This is")
+print(cache["blocks.1.attn.hook_pattern"].shape)
+""",
+        "print(plt.rcParams['font.size'])\nplt.plot([1, 2]);",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
+    _, trained, drawn = (cell.outputs for cell in notebook.cells)
+    texts = {
+        name: "".join(one.text for one in trained if one.get("name") == name) for name in ("stdout", "stderr")
+    }
+    assert "sample after" in texts["stdout"] and "torch.Size([1, 2" in texts["stdout"]
+    assert "%|" not in texts["stderr"] and all(one.output_type == "stream" for one in trained)
+    assert drawn[0].text == "17.0\n" and "image/png" in drawn[1].data
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_transformers_finds_the_other_kernels(tmp_path, is_installed):
+    """Whoever imports transformers beside kernels.py gets this file for Hugging Face's package of that name,
+    whether it is installed or not, and without jaxtyping, too."""
+    if is_installed:
+        (tmp_path / "kernels").mkdir()
+        stand_in = (
+            "from .layer import Mode\ndef __getattr__(name): return lambda *_: lambda decorated: decorated"
+        )
+        (tmp_path / "kernels" / "__init__.py").write_text(stand_in)
+        (tmp_path / "kernels" / "layer.py").write_text("from kernels.mode import Mode")
+        (tmp_path / "kernels" / "mode.py").write_text("class Mode: pass")
+        version = getattr(transformers.utils.import_utils, "KERNELS_MIN_VERSION", "0.10.2")
+        (tmp_path / "kernels.dist-info").mkdir()
+        (tmp_path / "kernels.dist-info" / "METADATA").write_text(f"Name: kernels\nVersion: {version}\n")
+    program = f"""
+import sys
+sys.modules["jaxtyping"] = None
+from transformers import GPT2LMHeadModel
+from transformers.utils import is_kernels_available
+assert is_kernels_available() == {is_installed}
+import kernels
+assert callable(kernels.linear_token_logprobs) and hasattr(kernels, "nothing") == {is_installed}
+if {is_installed}:
+    from kernels.layer import Mode
+    assert Mode is kernels.Mode
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command, directory = [sys.executable, "-c", program], Path(rlhf.__file__).parent
+    run = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # ---- Tokens, model, padding --------------------------------------------------------------------------------
@@ -1885,6 +1983,65 @@ def test_two_processes_make_the_update_of_one_and_none_outlives_the_other(gpt2, 
                 torch.testing.assert_close(both[algo][0][name], weight, atol=1e-5, rtol=0)
 
 
+def wandb_record(directory: Path, key: str) -> list:
+    """What the runs of an offline directory say of a key: protocol buffers, in which a key and the length of
+    its value, JSON, stand before the value."""
+    found = []
+    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        data = path.read_bytes()
+        match = re.search(rb"[\n\x12].%b\x82\x01(.)" % key.encode(), data, re.DOTALL)
+        found.append(json.loads(data[match.end() :][: match[1][0]]))
+    return found
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_trackers_get_typed_settings_and_go_on_with_a_run(gpt2, tmp_path, monkeypatch, tracker):
+    module = pytest.importorskip(tracker, reason="an optional tracker")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run = tmp_path / "my run"
+    settings = (
+        f"--algo grpo --lora --batch-size 4 --gen-len 4 --total-phases 2 --warmup-steps 0 --track {tracker}"
+    )
+    command = [*settings.split(), "--save-every", "1", "--base-model", gpt2, "--run-dir", str(run)]
+    expected = {"kl_coef": 0.12, "lora": True, "algo": "grpo", "lora_targets": "('q', 'k', 'v', 'o')"}
+    with monkeypatch.context() as patch:
+        stops = iter([False, True, True])
+        patch.setattr(rlhf.StopSignals, "is_requested", lambda self: next(stops))
+        assert rlhf.main(command) == 128
+    assert rlhf.main(["--resume", str(run)]) == 0
+    if tracker == "wandb":
+        module.teardown()
+        assert {key: wandb_record(run, key)[0] for key in expected} == expected
+        assert wandb_record(run, "phase") == [1, 2]
+        first, second = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+        assert first.name == second.name and b"my run" in first.read_bytes()
+    elif tracker == "trackio":
+        (only,) = module.Api().runs("rlhf")
+        assert only.name == "my run" and {key: only.config[key] for key in expected} == expected
+    else:
+        import yaml
+
+        files = [*run.glob("rlhf/*/hparams.yml")]
+        assert len(files) == 2 and expected.items() <= yaml.safe_load(files[0].read_text()).items()
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("USE_DEEPSPEED", "true", "accelerate's DEEPSPEED: not supported"),
+        ("USE_FSDP", "true", "accelerate's FSDP: not supported"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "give --micro-batch-size"),
+    ],
+)
+def test_what_accelerate_launch_may_not_ask_for(gpt2, tmp_path, monkeypatch, capsys, name, value, message):
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_whole_run_under_torchrun(gpt2, tmp_path):
     command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node=2".split()]
     command += [rlhf.__file__, *"--algo grpo --lora --batch-size 8 --gen-len 6 --num-minibatches 2".split()]
@@ -2071,8 +2228,19 @@ def test_an_output_layer_that_the_config_hides_is_refused(gpt2, tmp_path, monkey
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_kv_cache_by_its_new_name_is_found(gpt2, monkeypatch):
+    """transformers 5.24 gives attention a `cache`, and TransformerLens 4.3 looks for `past_key_values`."""
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    def call(self, *inputs, past_key_values=None, **named):
+        return nn.Module.__call__(self, *inputs, **{"cache": past_key_values} | named)
+
+    monkeypatch.setattr(AttentionBridge, "__call__", call)
+    TransformerWithValueHead(gpt2)  # which is held to the model's own logits, with a KV cache
+
+
 def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, capsys):
-    """As with transformers 5.24 and TransformerLens 4.3, where every token was drawn without its prompt."""
+    """As it would with transformers 5.24 and TransformerLens 4.3: every token drawn without its prompt."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
 
     monkeypatch.setattr(AttentionBridge, "_update_kv_cache", lambda self, k, v, **kwargs: (k, v))
