@@ -103,7 +103,9 @@ class RLHFArgs:
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: str | Path | None = None  # instead a prompt a row: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
+    prompts: str | Path | None = (
+        None  # instead of it, one a row: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
+    )
     eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
     long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # with no room for --gen-len; cut: their left

@@ -2516,7 +2516,7 @@ def pool(prompts, completions, **columns):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @forks
 def test_reward_functions_are_called_as_trl_calls_them(gpt2, tmp_path, monkeypatch):
-    directory = tmp_path / "mine"
+    directory = tmp_path / "my_package"
     directory.mkdir()
     (directory / "neighbour.py").write_text("VALUE = 2.5\n")
     (directory / "many_rewards.py").write_text(REWARDS)
@@ -2536,7 +2536,7 @@ def test_reward_functions_are_called_as_trl_calls_them(gpt2, tmp_path, monkeypat
     assert called(f"{path}:slow") == [2.5, 2.5]
     assert called(f"{path}:pool") == [3.0, 0.0]
     monkeypatch.chdir(tmp_path)  # a package beside us
-    assert called("mine.many_rewards.length_of" if False else "mine.many_rewards.pool") == [3.0, 0.0]
+    assert called("my_package.many_rewards.pool") == [3.0, 0.0]
 
     async def within_a_loop():
         return called(f"{path}:slow")
@@ -2544,7 +2544,7 @@ def test_reward_functions_are_called_as_trl_calls_them(gpt2, tmp_path, monkeypat
     assert asyncio.run(within_a_loop()) == [2.5, 2.5]
     for spec, expected in [
         (f"{path}:nothing", "has no function nothing"),
-        ("mine.nothing.at_all", "raised ModuleNotFoundError"),
+        ("my_package.nothing.at_all", "raised ModuleNotFoundError"),
         ("nothing", "unknown; expected `periods`"),
     ]:
         with pytest.raises(SettingError, match=expected):
