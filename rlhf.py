@@ -103,19 +103,17 @@ class RLHFArgs:
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: str | Path | None = (
-        None  # instead of it, one a row: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
-    )
+    prompts: str | Path | None = None  # instead, one a row: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
     eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
-    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # with no room for --gen-len; cut: their left
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # that leave no room; cut them on the left
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
     prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer does; in GPT-2's kind yes
     seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
     advantage: Literal["critic", "group", "others"] | None = None  # less critic, group mean, others' mean
-    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose standard deviation
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation to divide
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
     clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
@@ -134,7 +132,7 @@ class RLHFArgs:
     temperature: float = 1.0  # divides the logits, when sampling and when learning alike
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
     top_p: float = 1.0  # draw from the fewest that have this probability together; biased likewise
-    truncated: Literal["keep", "mask", "penalty"] = "keep"  # no end by gen_len: learn, ignore, reward - 1
+    truncated: Literal["keep", "mask", "penalty"] = "keep"  # without an end: learn, ignore, reward - 1
 
     # Learning phase: the policy is moved towards what was better than expected
     batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs; the name is the course's)
