@@ -14,6 +14,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pty
@@ -29,6 +30,7 @@ import termios
 import time
 import traceback
 import types
+import typing
 import unittest.mock
 from pathlib import Path
 
@@ -193,7 +195,7 @@ def test_every_setting_is_read():
         ("--lora-rank 0", "lora-rank 0.*greater than or equal to 1"),
         ("--lora --lora-targets q wibble", "wibble.*q, k, v, o, in, out"),
         ("--gen-len 100", "gen-len 100.*context of 64"),
-        ("--temperature 0", "temperature 0.*positive"),
+        ("--temperature 0", "temperature 0.*greater than 0"),
         ("--prompts EMPTY", "is empty"),
         ("--prompts nowhere.txt", "No such file"),
         ("--base-model ./nowhere", "nowhere.*cannot be loaded"),
@@ -4392,6 +4394,200 @@ def test_what_cannot_be_compared_says_so_in_one_line(tmp_path, capsys):
         assert rlhf.main(["compare", str(path)]) == 2
         complaint = capsys.readouterr().err
         assert complaint.count("\n") == 1 and expected in complaint, complaint
+
+
+# ---- Faults and hostile input ------------------------------------------------------------------------------
+# Whatever is wrong with what a person gives ends with status 2 and one line that names it, and leaves nothing
+# behind. Each test goes through many inputs and reports all that went otherwise.
+
+SMALL = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 1 --warmup-steps 0".split()
+
+
+def tree(root: Path) -> dict[str, tuple]:
+    """All files and directories, and what must not change about them."""
+    paths = sorted(root.rglob("*"))
+    return {str(path): (path.lstat().st_mode, path.lstat().st_size * path.is_file()) for path in paths}
+
+
+@pytest.fixture
+def refusals(tmp_path, monkeypatch, capsys):
+    """A function that runs command lines, each with what its complaint must hold, in an empty directory, and
+    fails with all that went otherwise. The libraries' own messages count as output, too."""
+    for name in ("transformers", "datasets"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler:
+                monkeypatch.setattr(handler, "stream", sys.stderr)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(rows: list[tuple[list, str]], traceback_of: str | None = None) -> None:
+        assert rows
+        wrong = []
+        for argv, expected in rows:
+            argv, before = [str(word) for word in argv], tree(tmp_path)
+            capsys.readouterr()
+            try:
+                status = rlhf.main(argv)
+            except BaseException as error:  # a SystemExit, too
+                status = "".join(traceback.format_exception(error)[-3:])
+            complaint = capsys.readouterr().err
+            lines = complaint.splitlines(keepends=True)
+            said = bool(lines) and lines[-1].startswith("rlhf.py: ") and lines[-1].endswith("\n")
+            alone = len(lines) == 1 or (traceback_of and traceback_of in complaint)
+            changed = [name for name, what in tree(tmp_path).items() if before.get(name) != what]
+            if not (status == 2 and said and alone and re.search(expected, lines[-1])) or changed:
+                shown = " ".join(word[:80] for word in argv)
+                told = f"status {status}, left {changed}, {complaint[-900:]}"
+                wrong.append(f"{shown}: expected {expected}, {told}")
+        if wrong:
+            pytest.fail("\n".join([f"{len(wrong)} of {len(rows)}:", *wrong]), pytrace=False)
+
+    return run
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def settings_of(*kinds) -> dict[str, set]:
+    """The settings that have one of these types, or None, and which of the types it is."""
+    found = {}
+    for name, hint in typing.get_type_hints(RLHFArgs).items():
+        parts = {hint, *typing.get_args(hint)} | {typing.get_origin(hint)}
+        parts |= {typing.get_origin(part) for part in parts}
+        if parts & {*kinds}:
+            found[name] = parts & {*kinds}
+    return found
+
+
+def test_each_setting_refuses_what_is_not_of_its_type(refusals):
+    values = {int: ["x", "1.5"], float: ["x"], bool: ["maybe"], typing.Literal: ["wibble"]}
+    rows = [
+        ([flag_of(name), value], value if kind is bool else f"{flag_of(name)}\\b")
+        for name, kinds in settings_of(*values).items()
+        for kind in kinds
+        for value in values[kind]
+    ]
+    assert len(rows) > 50
+    refusals(rows)
+
+
+def test_numbers_are_finite_and_in_range(refusals):
+    accepted = []
+    rows = [(name, value) for name in settings_of(float) for value in (math.nan, math.inf, -math.inf)]
+    for line in OUT_OF_RANGE.strip().splitlines():
+        name, *values = line.split()
+        rows += [(name.replace("-", "_"), ast.literal_eval(value)) for value in values]
+    for name, value in rows:
+        given = (value,) if name == "reward_weights" else value
+        try:
+            accepted.append((name, value, RLHFArgs(**{name: given})))
+        except SettingError as error:
+            if not re.search(f"{flag_of(name)}\\b", str(error)):
+                accepted.append((name, value, error))
+    assert len(rows) > 80 and not accepted
+
+
+OUT_OF_RANGE = """
+seed -1 2147483648 99999999999999999999
+clip-coef -0.1
+clip-high -1
+kl-coef -1
+gae-lambda -0.5 1.01
+total-phases 0 -1
+batch-size 0 -4
+group-size 0 -1 99
+gen-len 0 -1
+temperature 0 -1
+top-k 0 -1
+top-p 0 -0.1 1.1
+batches-per-learning-phase 0
+num-minibatches 0 -1 3
+micro-batch-size 0 -1
+kl-target 0 -1
+vf-coef -1
+gamma -1 1.01
+base-lr -1
+head-lr -1e-3
+warmup-steps -1 50 99
+final-scale -0.1
+max-grad-norm -1
+train-layers 0 -2
+lora-rank 0 -4
+save-every 0
+"""
+
+WRONG_TOGETHER = {
+    "--batch-size 10 --num-minibatches 4": "batch-size 10.*divisible",
+    "--batch-size 12 --group-size 5": "divisible by --group-size 5",
+    "--algo grpo --group-size 1": "at least 2",
+    "--algo rloo --batch-size 3 --num-minibatches 3 --prompts x.txt": "at least 2",
+    "--algo grpo --batch-size 1 --num-minibatches 1": "at least 2",
+    "--advantage others --group-size 1": "at least 2",
+    "--kl-estimator k1": "k1.*holds nothing",
+    "--algo course --micro-batch-size 2": "micro-batch-size.*whole",
+    "--whiten minibatch --micro-batch-size 2": "micro-batch-size.*whole",
+    "--total-phases 3": "greater than --warmup-steps 3",
+    "--kl-target 0.1 --kl-coef 0": "kl-target.*kl-coef.*positive",
+    "--algo dapo --kl-target 0.1": "kl-target.*kl-coef.*positive",
+    "--reward-weights 1 2": "2 given for 1 rewards",
+    "--reward char:a --reward char:b --reward-weights 1": "1 given for 2 rewards",
+    "--reward-weights 1 --reward-weights 2 --reward char:a --reward char:b": "1 given for 2 rewards",
+    "--dtype bfloat16": "weights that stay frozen",
+    "--lora-targets": "at least one",
+    "--lora --no-lora-rank 3": "lora-rank",
+    "--resume nowhere --lora": "nowhere: is no run directory",
+    "--seed": "seed",
+    "--seed 1 2": "2",
+    "--sed 1": "--sed",
+    "seed=1": "seed=1",
+    "-- --seed 1": "--seed|unrecognized",
+    "trian --seed 1": "trian",
+    "compare": "RUNS|at least one run directory",
+    "inspect": "a run directory",
+    "label": "the preferences",
+    "compare --output x.png": "RUNS|at least one run directory",
+    "compare nowhere": "nowhere: is no run directory",
+    "inspect nowhere": "nowhere: is no run directory",
+    "inspect a b": "b",
+    "inspect nowhere --samples x": "samples",
+    "inspect nowhere --seed 1.5": "seed",
+    "label x.jsonl --pairs x": "pairs",
+    "label x.jsonl --gen-len 0": "gen-len",
+    "label x.jsonl --base-model ./nowhere": "./nowhere",
+    "label x.jsonl y.jsonl": "y.jsonl",
+}  # fmt: skip
+
+
+def test_settings_that_contradict_each_other(refusals):
+    refusals([(line.split(), expected) for line, expected in WRONG_TOGETHER.items()])
+
+
+FREE_TEXTS = {
+    "--base-model": ["", ".", "./nowhere", "no/such/model", "a/b/c", "new\nline", "--lora"],
+    "--reward": ["", ":", "char:", "wibble", "classifier:", "preferences:", ".x", "nowhere.f", "a..b",
+                 "nowhere.py:f", "nowhere.py:", "math:sqrt", "math.pi", "math.nothing",
+                 "classifier:./nowhere", "classifier:./nowhere:LABEL", "preferences:nowhere.jsonl", "a\nb"],
+    "--gold-reward": ["wibble", "char:", "classifier:./nowhere", "nowhere.py:f"],
+    "--prompts": ["", "nowhere.txt", "nowhere.csv", "nowhere.parquet", "hub:", "hub::", "hub:./nowhere:train",
+                  "hub:no/such:train", "hub", "/dev/null", "/proc/self/mem", "x" * 300, "a\nb"],
+    "--eval-prompts": ["", "nowhere.jsonl", "/dev/null", "."],
+    "--device": ["", "tpu9", "cuda:99", "meta", "cpu:x", "mps:7", "gpu", "cpu cuda", "vulkan", "None"],
+    "--lora-targets": ["wibble", "", "Q", "qkv", "q,k", "attn.q"],
+    "--resume": ["", ".", "nowhere", "/dev/null", "/dev/null/x", "x" * 300],
+    "--run-dir": [".", "..", "/", "/dev/null", "/dev/null/x", "/proc/x", "/proc/self/x", "x" * 300],
+    "--track": ["tensorboard"],
+}  # fmt: skip
+
+
+def test_free_texts_that_name_nothing(gpt2, refusals, tmp_path):
+    rows = [
+        (["--base-model", gpt2, *SMALL, "--lora", flag, value], ".")
+        for flag, values in FREE_TEXTS.items()
+        for value in values
+    ]
+    Path("keep").write_text("so that this directory is not empty")
+    refusals(rows)
 
 
 # ---- Exercises ---------------------------------------------------------------------------------------------
