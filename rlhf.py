@@ -1306,7 +1306,7 @@ def explained(what: str) -> Iterator[None]:
     except SettingError:
         raise
     except Exception as error:
-        raise SettingError(f"{what}: {first_line(error)}") from error
+        raise SettingError(f"{what}: {first_line(error.__cause__ or error)}") from error
 
 
 # ---- Several processes -------------------------------------------------------------------------------------
@@ -1615,9 +1615,7 @@ def check_settings(args: RLHFArgs) -> None:
         f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}": (
             args.warmup_steps < args.total_phases
         ),
-        f"--kl-target {args.kl_target}: adapts --kl-coef, which must be positive": (
-            args.kl_target is None or args.kl_coef > 0
-        ),
+        "--kl-target: adapts --kl-coef, which is 0": args.kl_target is None or args.kl_coef > 0,
         f"--reward-weights: {len(args.reward_weights)} given for {terms} rewards; expected one for each": (
             len(args.reward_weights) in (0, terms)
         ),
@@ -1701,6 +1699,8 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
     --long-prompts says what becomes of others."""
     context, V = policy.bridge.cfg.n_ctx, len(policy.output_layer[0])
     require(args.gen_len < context, f"--gen-len {args.gen_len}: must be less than the context of {context}")
+    if args.long_prompts == "cut":
+        policy.tokenizer.room = context - args.gen_len
     kept = []
     for where, example in rows:
         with explained(f"{where}: cannot be made tokens"):
@@ -1709,10 +1709,9 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
         require(max(ids) < V, f"{where}: holds token {max(ids)}, and the model knows only {V}")
         fits = len(ids) + args.gen_len <= context
         counts = f"{len(ids)} tokens and --gen-len {args.gen_len} are more than the context of {context}"
-        require(fits or args.long_prompts != "refuse", f"{where}: {counts}; see --long-prompts")
-        if fits or args.long_prompts == "cut":
+        require(fits or args.long_prompts == "drop", f"{where}: {counts}; see --long-prompts")
+        if fits:
             kept.append(example)
-    policy.tokenizer.room = context - args.gen_len
     require(kept or not rows, "--long-prompts drop: no prompt is left")
     if len(kept) < len(rows):
         console.print(f"--long-prompts drop: {len(rows) - len(kept)} of {len(rows)} prompts left out")
@@ -2040,9 +2039,10 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
         table = {"split": "train"} | dict(zip(("path", "split", "name"), source.split(":")[1:], strict=False))
     elif kind not in ("csv", "json", "parquet"):
         return read_lines(Path(source), kind in ("jsonl", "ndjson"))
-    import datasets  # takes a second
+    # Here, since it takes a second, and within, since it reports on what it does.
+    with explained(f"{source}: cannot be loaded"), contextlib.redirect_stderr(io.StringIO()):
+        import datasets
 
-    with explained(f"{source}: cannot be loaded"):
         rows = datasets.load_dataset(**table).to_list()
     require(rows, f"{source}: is empty")
     return [(f"{source}, row {number}", row) for number, row in enumerate(rows, start=1)]
@@ -2114,10 +2114,9 @@ def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
     }
     versions["python"] = sys.version
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
-    text = as_json(record) + "\n"
-    write_whole(run_dir / "args.json", lambda new: new.write_text(text, encoding="utf-8"))
     done = ["before", *range(1, trainer.phase + 1)] if trainer.phase else []
     kept = [read_rows(run_dir / name) if done else [] for name in ("metrics.jsonl", "samples.jsonl")]
+    write_whole(run_dir / "args.json", lambda new: new.write_text(as_json(record) + "\n", encoding="utf-8"))
     return tuple([row for _, row in rows if row.get("phase") in done] for rows in kept)
 
 
@@ -2487,8 +2486,8 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
 
 def read_answers(file: Path) -> list[dict]:
     """The answers in a file that need not exist; one that holds anything else is refused."""
-    holds_any = file.exists() and file.stat().st_size  # not after the undo of the only answer
-    rows = read_lines(file, are_json=True) if holds_any else []
+    # Empty it is after the undo of the only answer.
+    rows = read_lines(file, are_json=True) if file.exists() and file.stat().st_size else []
     for where, row in rows:
         for key in ("prompt", "chosen", "rejected"):
             turns_of(where, row, key)
@@ -2908,8 +2907,9 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         groups.setdefault(title, []).append([metrics for _, metrics in read_rows(run / "metrics.jsonl")])
     with explained("compare: these metrics cannot be drawn"):
         for title, group in groups.items():
-            figures = (last_phases(name, group) for name in ("reward", "kl", "distinct_2"))
-            console.print(title, *figures, sep="  ")
+            console.print(
+                title, *(last_phases(name, group) for name in ("reward", "kl", "distinct_2")), sep="  "
+            )
         plot_curves(groups, output)
     console.print(f"wrote {output}")
 

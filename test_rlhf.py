@@ -4429,7 +4429,7 @@ def refusals(tmp_path, monkeypatch, capsys):
             try:
                 status = rlhf.main(argv)
             except BaseException as error:  # a SystemExit, too
-                status = "".join(traceback.format_exception(error)[-3:])
+                status = "".join(traceback.format_exception(error)[-3:])[:600]
             complaint = capsys.readouterr().err
             lines = complaint.splitlines(keepends=True)
             said = bool(lines) and lines[-1].startswith("rlhf.py: ") and lines[-1].endswith("\n")
@@ -4437,7 +4437,7 @@ def refusals(tmp_path, monkeypatch, capsys):
             changed = [name for name, what in tree(tmp_path).items() if before.get(name) != what]
             if not (status == 2 and said and alone and re.search(expected, lines[-1])) or changed:
                 shown = " ".join(word[:80] for word in argv)
-                told = f"status {status}, left {changed}, {complaint[-900:]}"
+                told = f"status {status}, left {changed[:3]}, {complaint[-600:]}"
                 wrong.append(f"{shown}: expected {expected}, {told}")
         if wrong:
             pytest.fail("\n".join([f"{len(wrong)} of {len(rows)}:", *wrong]), pytrace=False)
@@ -4528,8 +4528,8 @@ WRONG_TOGETHER = {
     "--algo course --micro-batch-size 2": "micro-batch-size.*whole",
     "--whiten minibatch --micro-batch-size 2": "micro-batch-size.*whole",
     "--total-phases 3": "greater than --warmup-steps 3",
-    "--kl-target 0.1 --kl-coef 0": "kl-target.*kl-coef.*positive",
-    "--algo dapo --kl-target 0.1": "kl-target.*kl-coef.*positive",
+    "--kl-target 0.1 --kl-coef 0": "kl-target: adapts --kl-coef, which is 0",
+    "--algo dapo --kl-target 0.1": "kl-target: adapts --kl-coef, which is 0",
     "--reward-weights 1 2": "2 given for 1 rewards",
     "--reward char:a --reward char:b --reward-weights 1": "1 given for 2 rewards",
     "--reward-weights 1 --reward-weights 2 --reward char:a --reward char:b": "1 given for 2 rewards",
@@ -4588,6 +4588,267 @@ def test_free_texts_that_name_nothing(gpt2, refusals, tmp_path):
     ]
     Path("keep").write_text("so that this directory is not empty")
     refusals(rows)
+
+
+def spoil(path: Path, state: str, good: bytes = b"") -> Path:
+    """Something in the place of a file that cannot be used."""
+    contents = {
+        "empty": b"",
+        "blank": b" \n\n",
+        "latin-1": '{"prompt": "Grüße"}\n'.encode("latin-1"),
+        "utf-16": '{"prompt": "ρ"}'.encode("utf-16"),
+        "binary": bytes(range(256)) * 4,
+        "truncated": good[:-9],
+        "nested": b"[" * 10**5,
+        "long": b'{"prompt": "' + b"word " * 99 + b'", "other": "' + b"word " * 2_000_000 + b'\xff"}\n',
+        "longer": b'{"prompt": "' + b"word " * 99 + b'", "other": "' + b"word " * 2_000_000 + b'"}\n',
+    }
+    if state in contents:
+        path.write_bytes(contents[state])
+    elif state == "directory":
+        path.mkdir()
+    elif state in ("dangling", "loop"):
+        path.symlink_to(path if state == "loop" else path.parent / "nowhere")
+    return path
+
+
+SPOILED = (
+    "missing empty blank directory dangling loop latin-1 utf-16 binary truncated nested long longer".split()
+)
+PARTS = {  # what of it is wrong for a file of this kind
+    "txt": "missing empty blank directory dangling loop latin-1 utf-16 binary long",
+    "jsonl": "missing empty blank directory dangling loop latin-1 binary truncated nested long longer",
+    "json": "missing empty directory dangling loop latin-1 binary truncated nested",
+    "csv": "missing empty directory dangling loop binary",
+    "parquet": "missing empty directory dangling loop latin-1 binary truncated",
+    "py": "missing empty directory dangling loop",
+    "code": "latin-1 binary nested",  # of Python: its own traceback is shown
+}
+
+
+def test_files_that_cannot_be_used(gpt2, refusals, tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": "This is", "chosen": " it.", "rejected": " a"}] * 3
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "good.parquet")
+    good = {
+        "jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "json": json.dumps(rows).encode(),
+        "parquet": (tmp_path / "good.parquet").read_bytes(),
+    }
+    begin, asked, code = ["--base-model", gpt2, *SMALL], [], []
+    for kind, states in PARTS.items():
+        for state in states.split():
+            path = tmp_path / f"{state}.{kind.replace('code', 'py')}"
+            spoil(path, state, good.get(kind, b""))
+            if kind in ("py", "code"):
+                (asked if kind == "py" else code).append(([*begin, "--reward", f"{path}:f"], str(path)))
+                continue
+            asked.append(([*begin, "--prompts", path], str(path)))
+            if kind == "jsonl":
+                asked.append(([*begin, "--eval-prompts", path], str(path)))
+                asked.append(([*begin, "--reward", f"preferences:{path}"], str(path)))
+                if state not in ("missing", "empty", "dangling", "loop"):
+                    asked.append((["label", path, *begin], str(path)))
+    assert len(asked) > 60
+    refusals(asked)
+    refusals(code, traceback_of="Error: ")
+
+
+ODD_ROWS = {
+    "a number": "5",
+    "no text": '{"prompt": 5}',
+    "true": '{"prompt": true}',
+    "an object": '{"prompt": {}}',
+    "an object with text": '{"prompt": {"content": "This"}}',
+    "no message": '{"prompt": []}',
+    "texts for messages": '{"prompt": ["This", "is"]}',
+    "a message of nothing": '{"prompt": [{}]}',
+    "no content": '{"prompt": [{"role": "user"}]}',
+    "messages in messages": '{"prompt": [[{"role": "user", "content": "This"}]]}',
+    "another role": '{"prompt": [{"role": "user", "content": "\\ud800"}]}',
+    "half a letter": '{"prompt": "\\ud800"}',
+    "twice the line": '{"prompt": "a"} {"prompt": "b"}',
+    "not JSON": "{'prompt': 'This'}",
+    "an endless number": '{"prompt": ' + "9" * 5000 + "}",
+    "too long": json.dumps({"prompt": "This is " * 99}),
+}
+
+
+def test_rows_that_are_no_prompts(gpt2, refusals, tmp_path):
+    """Each behind one that is: also with a chat template that makes text of whatever it gets."""
+    rows, chat = [], chat_model(tmp_path / "chat", gpt2)
+    for number, row in enumerate(ODD_ROWS.values()):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text('{"prompt": "This"}\n' + row + "\n")
+        rows += [
+            (["--base-model", chat, *SMALL, flag, path], "line 2") for flag in ("--prompts", "--eval-prompts")
+        ]
+    refusals(rows)
+
+
+ODD_ANSWERS = [
+    {"chosen": " it"},
+    {"chosen": None},
+    {"chosen": [{"role": "user"}]},
+    {"chosen": ["it"]},
+    {"prompt": 5},
+    {"rejected": [{"role": "assistant", "content": "it"}]},
+    {"chosen": {}},
+    {"chosen": "\ud800"},
+    {"prompt": [{"role": "user", "content": "a"}], "chosen": [5]},
+]
+
+
+def test_preferences_that_are_none_and_a_reward_that_cannot_be_learned(gpt2, refusals, tmp_path):
+    """Neither leaves a run directory, and nor does a reward model that could be learned for a run that cannot
+    begin."""
+    fine, rows = {"prompt": "This", "chosen": " is", "rejected": " has"}, []
+    for number, odd in enumerate(ODD_ANSWERS):
+        row = {**fine, **odd} if number else odd
+        path = write_rows(tmp_path / f"{number}.jsonl", [fine, fine, row])
+        rows.append((["--base-model", gpt2, *SMALL, "--reward", f"preferences:{path}"], "line 3"))
+    path = write_rows(tmp_path / "fine.jsonl", [fine] * 4)
+    learned = ["--base-model", gpt2, *SMALL, "--reward", f"preferences:{path}", "--run-dir", tmp_path / "run"]
+    rows.append(([*learned, "--lora", "--lora-targets", "wibble"], "wibble"))
+    rows.append(([*learned, "--gen-len", "64"], "gen-len 64"))
+    rows.append(([*learned, "--prefix", "This is " * 99], "--prefix"))
+    rows.append(([*learned, "--gold-reward", f"preferences:{path}"], "one a run"))
+    refusals(rows)
+
+
+def test_model_directories_that_cannot_be_used(gpt2, refusals, tmp_path):
+    rows = []
+
+    def offer(name: str, file: str | None, content: object) -> None:
+        base = tmp_path / name
+        shutil.copytree(gpt2, base)
+        if isinstance(content, dict):
+            old = json.loads((base / file).read_text()) if (base / file).exists() else {}
+            content = json.dumps(old | content)
+        if content in SPOILED:
+            good = (base / file).read_bytes()
+            (base / file).unlink()
+            spoil(base / file, content, good)
+        else:
+            (base / file).write_text(content)
+        rows.append((["--base-model", base, *SMALL], re.escape(str(base))))
+
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        for state in "missing empty directory dangling loop latin-1 binary truncated".split():
+            offer(f"{file}-{state}", file, state)
+    for number, content in enumerate(
+        ["[]", "5", "null", "{}", '{"model_type": 5}', '{"model_type": "wibble"}']
+    ):
+        offer(f"config-{number}", "config.json", content)
+    for number, change in enumerate(
+        [
+            {"n_head": 5},
+            {"n_head": "x"},
+            {"n_layer": -1},
+            {"n_embd": 16},
+            {"vocab_size": 7},
+            {"model_type": "bert"},
+            {"activation_function": "wibble"},
+            {"n_positions": 3},
+        ]
+    ):
+        offer(f"change-{number}", "config.json", change)
+    for number, end in enumerate(["x", [[1]], {"a": 1}]):
+        offer(f"end-{number}", "generation_config.json", {"eos_token_id": end})
+    for state in ("missing", "empty", "dangling", "loop", "binary"):
+        rows.append((["--base-model", spoil(tmp_path / state, state), *SMALL], str(tmp_path / state)))
+    (tmp_path / "nothing").mkdir()
+    rows.append((["--base-model", tmp_path / "nothing", *SMALL], "nothing"))
+    refusals(rows)
+
+
+@pytest.fixture(scope="module")
+def whole_run(gpt2, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    with unittest.mock.patch.object(rlhf, "plot_curves"):
+        assert (
+            rlhf.main(["--base-model", gpt2, *SMALL, "--algo", "grpo", "--lora", "--run-dir", str(path)]) == 0
+        )
+    return path
+
+
+def test_run_directories_that_cannot_be_used(whole_run, refusals, tmp_path):
+    rows, commands = [], (["compare"], ["inspect"], ["--resume"])
+
+    def offer(file: str, content: str, *commands: list[str], expected: str = "") -> None:
+        run = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(whole_run, run)
+        (run / file).unlink()
+        if content in SPOILED:
+            spoil(run / file, content, (whole_run / file).read_bytes())
+        else:
+            (run / file).write_text(content)
+        rows.extend(([*command, run], expected or re.escape(str(run))) for command in commands)
+
+    for state in "missing empty directory dangling loop latin-1 binary truncated nested".split():
+        offer("args.json", state, *commands)
+        offer("metrics.jsonl", state, ["compare"], ["--resume"])
+        offer("samples.jsonl", state, ["--resume"])
+    for content in ("[]", "{}", '{"seed": 1}'):
+        offer("args.json", content, ["inspect"], ["--resume"])
+    for content in ("5", "null", '"base_model"', '["base_model"]', "[[1]]"):
+        offer("args.json", content, *commands)
+    record = json.loads((whole_run / "args.json").read_text())
+    for name, value in {
+        "base_model": 5,
+        "algo": "dpo",
+        "seed": -1,
+        "reward": {"a": 1},
+        "lora": "x",
+        "kl_coef": [1],
+        "batch_size": 3,
+        "temperature": math.nan,
+        "prompts": "nowhere.txt",
+    }.items():
+        offer(
+            "args.json",
+            json.dumps(record | {name: value}),
+            ["inspect"],
+            ["--resume"],
+            expected=f"{flag_of(name)}|nowhere",
+        )
+    for content in (
+        "5",
+        "[]",
+        "null",
+        '{"phase": 1}',
+        '{"phase": [1], "reward": {}, "kl": 1, "distinct_2": 1}',
+        '{"phase": 1, "reward": "x", "kl": 1, "distinct_2": 1}',
+        '{"reward": null, "kl": 1, "distinct_2": 1}',
+    ):
+        offer("metrics.jsonl", content, ["compare"], expected="compare|metrics.jsonl")
+    for state in ("missing", "empty", "directory", "dangling", "loop"):
+        path = spoil(tmp_path / f"run-{state}", state)
+        rows.extend(([*command, path], re.escape(str(path))) for command in commands)
+    refusals(rows)
+
+
+PLACES = "file/below dangling/below loop/below /proc/x /proc/self/x /dev/null/x".split()
+
+
+def test_places_that_cannot_be_written(gpt2, whole_run, refusals, tmp_path, type_keys):
+    """What stands there stays, and nothing is made beside it."""
+    here = tmp_path / "here"
+    for state in ("directory", "dangling", "loop"):
+        spoil(here / state, state)
+    (here / "file").write_text("mine")
+    (here / "directory" / "mine").write_text("mine")
+    begin = ["--base-model", gpt2, *SMALL, "--lora"]
+    rows = [
+        ([*begin, "--run-dir", place], place) for place in (*PLACES, *"file directory dangling loop".split())
+    ]
+    rows += [(["compare", whole_run, "--output", place], place) for place in (*PLACES, "directory")]
+    refusals(rows)
+    for place in (*PLACES, "directory", "x" * 300):
+        type_keys("l")
+        refusals([(["label", place, *begin], place)])
 
 
 # ---- Exercises ---------------------------------------------------------------------------------------------
