@@ -1486,9 +1486,7 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     return found
 
 
-def records(
-    examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict[str, list]
-) -> list[dict]:
+def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
     """One dict a completion; extra are the columns that reward functions log."""
     prompts = [example["prompt"] for example in examples]
     columns = extra | {"prompt": prompts, "completion": texts, "reward": rewards.tolist()}

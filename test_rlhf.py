@@ -5113,6 +5113,209 @@ def test_any_settings_of_a_run_are_used_or_refused(tmp_path):
     fuzz(settings)
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("padded", [False, True], ids=["one prompt", "padded"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "rloo"])
+def test_stopped_anywhere_a_run_ends_bit_for_bit_as_if_it_had_not_been(
+    gpt2, prompts_file, tmp_path, algo, lora, padded
+):
+    """Metrics, samples and weights; after each of its phases in another run, and in one after each phase."""
+    settings = dict(
+        algo=algo, lora=lora, batch_size=4, gen_len=4, total_phases=3, reward=("char:e",), kl_target=0.05
+    )
+    settings |= dict(prompts=prompts_file, group_size=2) if padded else {}
+
+    def run(directory: Path, *stops: int) -> RLHFTrainer:
+        args = small_args(gpt2, **settings, run_dir=directory)
+        for stop in (*stops, None):
+            trainer = RLHFTrainer(args)
+            learn = trainer.learning_phase
+
+            def learning_phase(*arguments, trainer=trainer, learn=learn, stop=stop, **named):
+                metrics = learn(*arguments, **named)
+                if trainer.phase == stop:
+                    trainer.accelerator.set_trigger()  # as a signal does
+                return metrics
+
+            trainer.learning_phase = learning_phase
+            trainer.train()
+            assert trainer.phase == (stop or 3)
+            args = RLHFArgs(resume=directory, device="cpu")
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    assert len({str(row["kl"]) for row in metrics_of(tmp_path / "whole")}) == 3  # it learns
+    for stops in ((1, 2), (2,)) if algo == "ppo" else ((1,),):
+        directory = tmp_path / str(stops)
+        stopped = run(directory, *stops)
+        assert metrics_of(directory) == metrics_of(tmp_path / "whole")
+        assert (directory / "samples.jsonl").read_bytes() == (
+            tmp_path / "whole" / "samples.jsonl"
+        ).read_bytes()
+        assert stopped.kl_coef == whole.kl_coef
+        assert all(torch.equal(weight, stopped.trained[name]) for name, weight in whole.trained.items())
+        ours, theirs = (rlhf.trained_weights(trainer.policy) for trainer in (stopped, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Canary:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_file_of_a_model_is_run(gpt2, tmp_path, monkeypatch, capsys, type_keys):
+    """Not its own code, even if whoever reads the question says yes; not a pickle; not a chat template."""
+    canary = tmp_path / "executed"
+    code = f"import os\nos.makedirs({str(canary)!r})\nfrom transformers import *\n"
+    code += "class Config(GPT2Config): pass\nclass Model(GPT2LMHeadModel): pass\n"
+    code += "class Tokenizer(PreTrainedTokenizerFast): pass\n"
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    auto |= {"AutoModelForSequenceClassification": "evil.Model"}
+    tokenizer = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}
+    template = "{{ cycler.__init__.__globals__.os.mkdir('" + str(canary) + "') }}"
+
+    def offer(name: str, config: dict, tokenizer: dict, *flags: str) -> int:
+        base = tmp_path / name
+        shutil.copytree(gpt2, base)
+        (base / "evil.py").write_text(code)
+        for file, change in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+            (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | change))
+        type_keys("y\n" * 9)
+        flags = [flag.replace("BASE", str(base)) for flag in flags] or ["--base-model", str(base)]
+        status = rlhf.main([*SMALL, "--base-model", gpt2, "--run-dir", str(tmp_path / f"run-{name}"), *flags])
+        captured = capsys.readouterr()
+        assert not canary.exists(), name
+        assert "[y/N]" not in captured.out and (status == 0 or captured.err.count("\n") == 1), name
+        return status
+
+    own = {"model_type": "evil", "auto_map": auto}
+    assert offer("own", own, {}) == 2
+    assert offer("own-tokenizer", own, tokenizer) == 2
+    offer("tokenizer", {}, tokenizer | {"tokenizer_class": "Tokenizer"})  # it may do without
+    assert offer("beside", {"auto_map": auto}, {}) == 0  # transformers has its own code for these
+    assert offer("classifier", own, tokenizer, "--reward", "classifier:BASE") == 2
+    assert offer("learned", own, tokenizer, "--base-model", "BASE", "--reward", "preferences:x.jsonl") == 2
+    assert (
+        offer("template", {}, {"chat_template": template}, "--base-model", "BASE", "--system", "Hello") == 2
+    )
+
+    pickled = tmp_path / "pickled"
+    shutil.copytree(gpt2, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Canary(canary)}, pickled / "pytorch_model.bin")
+    torch.load(pickled / "pytorch_model.bin", weights_only=False)
+    assert canary.is_dir()  # so it is one
+    canary.rmdir()
+    assert rlhf.main([*SMALL, "--base-model", str(pickled), "--run-dir", str(tmp_path / "run")]) == 2
+    assert not canary.exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_that_goes_on_writes_nowhere_but_in_its_directory(whole_run, tmp_path, capsys):
+    """Wherever its args.json says that it is, and wherever links in it lead."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    shutil.copytree(whole_run, run)
+    (outside / "model").mkdir(parents=True)
+    for name in ("metrics.jsonl", "samples.jsonl", "args.json", "model/config.json", "curves.png"):
+        (outside / name).write_bytes(
+            (whole_run / name).read_bytes() if (whole_run / name).exists() else b"mine"
+        )
+        (outside / name).chmod(0o600)
+    record = json.loads((run / "args.json").read_text())
+    record |= {
+        "run_dir": str(outside),
+        "resume": str(outside),
+        "running_on": "../../x",
+        "versions": {"../x": 1},
+    }
+    (outside / "args.json").write_text(json.dumps(record))
+    for name in ("metrics.jsonl", "samples.jsonl", "args.json", "model", "adapter"):
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+        (run / name).symlink_to(outside / ("model" if name == "adapter" else name))
+    before = {
+        path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*") if run not in path.parents
+    }
+    (run / "checkpoint" / "phase-00001.pt").unlink()  # so that all of it is made again
+    for attempt in ("again", "a link to delete"):
+        if attempt != "again":
+            (run / "x.unfinished").symlink_to(outside)
+        status = rlhf.main(["--resume", str(run)])
+        assert status == (0 if attempt == "again" else 2), capsys.readouterr().err
+        after = {
+            path: path.is_file() and path.read_bytes()
+            for path in tmp_path.rglob("*")
+            if run not in path.parents
+        }
+        assert after == before
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (run / "metrics.jsonl").is_symlink() and not (run / "model").is_symlink()
+    assert len(metrics_of(run)) == 1
+
+
+def test_a_checkpoint_that_lacks_a_part_or_holds_code_is_none(whole_run, tmp_path, capsys):
+    run, canary = tmp_path / "run", tmp_path / "executed"
+    shutil.copytree(whole_run, run)
+    newest = run / "checkpoint" / "phase-00002.pt"
+    state = torch.load(run / "checkpoint" / "phase-00001.pt", weights_only=True)
+    trainer = RLHFTrainer(RLHFArgs(resume=run))
+    first = {name: weight.clone() for name, weight in trainer.trained.items()}
+    spoiled = [{key: value for key, value in state.items() if key != missing} for missing in state]
+    spoiled += [{"fits": state["fits"]} | {key: Canary(canary) for key in state if key != "fits"}]
+    spoiled += [
+        state | {"numbers": [1, 2]},
+        state | {"trained": dict(list(state["trained"].items())[:1])},
+        [],
+        5,
+    ]
+    for content in spoiled:
+        torch.save(content, newest)
+        capsys.readouterr()
+        rlhf.load_checkpoint(trainer)
+        assert re.search("phase-00002.pt: is damaged .*; trying the one before", capsys.readouterr().out)
+        assert trainer.phase == 1 and all(torch.equal(first[name], x) for name, x in trainer.trained.items())
+        (run / "checkpoint" / "phase-00001.pt").rename(tmp_path / "kept.pt")
+        with pytest.raises(SettingError, match="no checkpoint is whole"):
+            rlhf.load_checkpoint(trainer)
+        (tmp_path / "kept.pt").rename(run / "checkpoint" / "phase-00001.pt")
+    assert not canary.exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("log_extra('seen', [1])", "log_extra: expected a value for each completion"),
+        ("log_extra('seen', 5)", "log_extra: expected a value for each completion"),
+        ("log_extra('seen', [object()] * len(prompts))", "samples.jsonl: cannot be written"),
+        ("log_extra('seen', ['\\ud800'] * len(prompts))", "samples.jsonl: cannot be written"),
+        ("log_extra(('a', 'b'), [1] * len(prompts))", "samples.jsonl: cannot be written"),
+        ("log_metric('accuracy', object())", "metrics.jsonl: cannot be written"),
+        ("log_metric(('a', 'b'), 1.0)", "metrics.jsonl: cannot be written"),
+    ],
+)
+def test_what_a_reward_logs_and_cannot_be_written_is_one_line(gpt2, tmp_path, capsys, line, expected):
+    source = tmp_path / "logging_reward.py"
+    source.write_text(
+        f"def f(prompts, log_extra, log_metric, **columns):\n    {line}\n    return [1.0] * len(prompts)\n"
+    )
+    assert (
+        rlhf.main(
+            [*SMALL, "--base-model", gpt2, "--reward", f"{source}:f", "--run-dir", str(tmp_path / "run")]
+        )
+        == 2
+    )
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and expected in complaint
+
+
 # ---- Exercises ---------------------------------------------------------------------------------------------
 # "Learn by rewriting it" in README.md: test_exercise_gae judges `gae`, and calls nothing else that computes.
 # `lesson` is the module that is judged; the last tests put wrong answers in its place.
