@@ -86,7 +86,9 @@ RewardFn = Callable[..., list[float]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
 Repeatable = Annotated[tuple[RewardSpec, ...], tyro.conf.UseAppendAction]  # --reward A --reward B
 Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class RLHFArgs:
     long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # that leave no room; cut them on the left
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
     prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer does; in GPT-2's kind yes
-    seed: int = 0  # of the new weights (adapters, value head), of sampling and shuffling
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
     advantage: Literal["critic", "group", "others"] | None = None  # less critic, group mean, others' mean
@@ -122,16 +124,16 @@ class RLHFArgs:
     loss_average: Literal["sequence", "token", "constant"] | None = None  # over what losses are averaged
     kl_in: Literal["loss", "reward"] | None = None  # where the penalty is; the reward's is estimated by k1
     kl_coef: Amount | None = None  # β: the price of leaving the reference, the model as it was; 0: no price
-    gae_lambda: Amount | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
+    gae_lambda: Share | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
 
     # Rollout phase: completions are drawn and judged
     total_phases: Count = 50  # rollout phase and learning phase, this many times
     batch_size: Count = 64  # completions in a rollout phase, of all processes together
     group_size: Count | None = None  # completions of a prompt; by default all, with --prompts 8 (ppo: 1)
     gen_len: Count = 32  # tokens in a completion, at most
-    temperature: float = 1.0  # divides the logits, when sampling and when learning alike
+    temperature: Positive = 1.0  # divides the logits; for greedy completions --top-k 1
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
-    top_p: float = 1.0  # draw from the fewest that have this probability together; biased likewise
+    top_p: Annotated[Positive, Field(le=1)] = 1.0  # from the fewest that have it together; biased likewise
     truncated: Literal["keep", "mask", "penalty"] = "keep"  # without an end: learn, ignore, reward - 1
 
     # Learning phase: the policy is moved towards what was better than expected
@@ -139,15 +141,15 @@ class RLHFArgs:
     num_minibatches: Count = 4  # optimizer steps in each pass
     micro_batch_size: Count | None = None  # completions that learn at a time: less memory, the same result
     kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or kl_estimate's
-    kl_target: float | None = None  # adapt β from phase to phase until the KL is this, in nats a token
+    kl_target: Positive | None = None  # adapt β from phase to phase until the KL is this, in nats a token
     ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: Amount = 0.15  # weight of the value loss (critic)
-    gamma: Amount = 1.0  # discount (critic)
+    gamma: Share = 1.0  # discount (critic)
 
     # What is trained, and how fast
     base_lr: Amount = 5e-4  # learning rate of the transformer, or of its adapters
     head_lr: Amount = 3e-3  # learning rate of the value head, which starts from nothing (ppo)
-    warmup_steps: int = 3  # phases (not optimizer steps) over which the learning rates rise linearly
+    warmup_steps: Annotated[int, Field(ge=0)] = 3  # phases, not optimizer steps: learning rates rise linearly
     final_scale: Amount = 0.1  # learning rates of the last phase, reached linearly, as a share of the peak
     max_grad_norm: Amount = 1.0  # longer gradients are shortened to this; 0: none is
     train_layers: Count | None = None  # train only the last blocks (and, without LoRA, the final norm)
@@ -1048,7 +1050,7 @@ class RLHFTrainer:
                 log.samples("after", showcase(self, examples, args.top_k))
 
     @torch.no_grad()
-    def rollout_phase(self) -> tuple[ReplayMemory, dict[str, float], list[dict]]:
+    def rollout_phase(self) -> tuple[ReplayMemory, dict, list[dict]]:
         """Fills a memory; also returns the phase's metrics, and the completions as records for people to
         read."""
         args, accelerator = self.args, self.accelerator
@@ -1158,19 +1160,19 @@ class RLHFTrainer:
         (self.run_dir,) = broadcast_object_list([choose_run_dir(args)])  # the first process's, for all
         check_processes(args, self.accelerator)
         rows = load_examples(args, args.prompts)
-        held_out = load_examples(args, args.eval_prompts) if args.eval_prompts else []
+        held_out = load_examples(args, args.eval_prompts) if args.eval_prompts is not None else []
 
         with self.accelerator.main_process_first():  # what is made on first use, like `tiny`, is made once
-            self.rewards = load_rewards(args, self.run_dir, self.device)
-            # The seed only now: a reward may have drawn, and all processes start from equal weights.
-            torch.manual_seed(args.seed)
+            torch.manual_seed(args.seed)  # all processes start from equal weights
             self.policy = TransformerWithValueHead(
                 args.base_model, args.has_critic, self.device, args.dtype, args.prepend_bos
             )
-        self.tokenizer = self.policy.tokenizer
-        self.examples, self.held_out = (fitting(self.policy, one, args) for one in (rows, held_out))
-        choose_trained(self.policy.bridge, args)
-        trained_layers(self.policy)  # raises SettingError where one could not be exported
+            self.tokenizer = self.policy.tokenizer
+            self.examples, self.held_out = (fitting(self.policy, one, args) for one in (rows, held_out))
+            choose_trained(self.policy.bridge, args)
+            trained_layers(self.policy)  # raises SettingError where one could not be exported
+            # Last, for it may learn a reward model and write it: then nothing else is wrong any more.
+            self.rewards = load_rewards(args, self.run_dir, self.device)
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
             self.reference = TransformerWithValueHead(args.base_model, device=self.device)
@@ -1279,6 +1281,7 @@ warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 # A notebook gets plain text, in one piece: for a line that moves, rich would want ipywidgets there.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
 transformers.utils.logging.disable_progress_bar()
+transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never asks whether to run a model's own code
 
 
 class SettingError(Exception):
@@ -1305,7 +1308,7 @@ def explained(what: str) -> Iterator[None]:
     except SettingError:
         raise
     except Exception as error:
-        raise SettingError(f"{what}: {first_line(error)}") from error
+        raise SettingError(f"{what}: {first_line(error.__cause__ or error)}") from error
 
 
 # ---- Several processes -------------------------------------------------------------------------------------
@@ -1397,7 +1400,7 @@ class RunLog(contextlib.AbstractContextManager):
         if self.is_main:
             self.metrics.append(metrics)
             write_jsonl(trainer.run_dir / "metrics.jsonl", self.metrics)
-        if [one["equal_groups"] for one in self.metrics[-3:]] == [1.0] * 3:
+        if [one.get("equal_groups") for one in self.metrics[-3:]] == [1.0] * 3:
             console.print("for three phases no completion was rewarded differently: nothing is learned")
         trainer.accelerator.log(metrics, step=phase)
 
@@ -1421,7 +1424,7 @@ def rollout_metrics(
     rewards: Float[Tensor, "B"],  # as they came, before any scaling
     advantages: Float[Tensor, "B C"],
     values: Float[Tensor, "B C"],
-) -> dict[str, float]:
+) -> dict:
     """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
     args, mask = trainer.args, drawn != -100
     K = len(rewards) if args.has_critic else args.samples_per_prompt  # who is compared with whom
@@ -1485,13 +1488,12 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     return found
 
 
-def records(
-    examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict[str, list]
-) -> list[dict]:
+def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
     """One dict a completion; extra are the columns that reward functions log."""
     prompts = [example["prompt"] for example in examples]
     columns = extra | {"prompt": prompts, "completion": texts, "reward": rewards.tolist()}
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    with explained("log_extra: expected a value for each completion"):
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def one_line(text: str) -> str:
@@ -1583,7 +1585,7 @@ def check_types(args: RLHFArgs) -> None:
         if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
             value = (value,)
         try:
-            ours = pydantic.TypeAdapter(field.type).validate_python(value)
+            ours = pydantic.TypeAdapter(field.type, config={"allow_inf_nan": False}).validate_python(value)
         except pydantic.ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Input ")
             raise SettingError(f"{flag} {getattr(args, name)}: {reason}") from None
@@ -1610,17 +1612,10 @@ def check_settings(args: RLHFArgs) -> None:
         "--micro-batch-size: --whiten minibatch needs each minibatch as a whole": (
             args.micro_batch_size is None or args.whiten == "none"
         ),
-        f"--top-p {args.top_p}: must be over 0 and at most 1": 0 < args.top_p <= 1,
         f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}": (
-            0 <= args.warmup_steps < args.total_phases
+            args.warmup_steps < args.total_phases
         ),
-        f"--temperature {args.temperature}: must be positive; --top-k 1 is greedy": (
-            0 < args.temperature < math.inf
-        ),
-        f"--kl-target {args.kl_target}: must be positive, and --kl-coef too, which is adapted": (
-            args.kl_target is None or min(args.kl_target, args.kl_coef) > 0
-        ),
-        f"--seed {args.seed}: must be from 0 to 2147483647": 0 <= args.seed < 2**31,
+        "--kl-target: adapts --kl-coef, which is 0": args.kl_target is None or args.kl_coef > 0,
         f"--reward-weights: {len(args.reward_weights)} given for {terms} rewards; expected one for each": (
             len(args.reward_weights) in (0, terms)
         ),
@@ -1637,7 +1632,7 @@ def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, 
     """One dict a prompt, behind the words that say where it stands: "prompt", a text or messages, and the
     other columns, None where a row lacks one. Without a source, the prefix alone."""
     key = args.prompt_column
-    rows = read_rows(source) if source else [("--prefix", {key: args.prefix})]
+    rows = read_rows(source) if source is not None else [("--prefix", {key: args.prefix})]
     columns = dict.fromkeys(column for _, row in rows for column in row)
     examples = []
     for where, row in rows:
@@ -1652,7 +1647,9 @@ def turns_of(where: str, row: dict, key: str) -> Turns:
     """A row's text, or conversation, under this key; raises SettingError where there is none."""
     found = row.get(key)
     message = f'{where}: expected a text or a list of messages under "{key}", found {reprlib.repr(found)}'
-    require(isinstance(found, str) or (isinstance(found, list) and found), message)
+    with explained(message):
+        as_text(found)
+    require(found or found == "", message)
     return found
 
 
@@ -1702,6 +1699,8 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
     --long-prompts says what becomes of others."""
     context, V = policy.bridge.cfg.n_ctx, len(policy.output_layer[0])
     require(args.gen_len < context, f"--gen-len {args.gen_len}: must be less than the context of {context}")
+    if args.long_prompts == "cut":
+        policy.tokenizer.room = context - args.gen_len
     kept = []
     for where, example in rows:
         with explained(f"{where}: cannot be made tokens"):
@@ -1710,10 +1709,9 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
         require(max(ids) < V, f"{where}: holds token {max(ids)}, and the model knows only {V}")
         fits = len(ids) + args.gen_len <= context
         counts = f"{len(ids)} tokens and --gen-len {args.gen_len} are more than the context of {context}"
-        require(fits or args.long_prompts != "refuse", f"{where}: {counts}; see --long-prompts")
-        if fits or args.long_prompts == "cut":
+        require(fits or args.long_prompts == "drop", f"{where}: {counts}; see --long-prompts")
+        if fits:
             kept.append(example)
-    policy.tokenizer.room = context - args.gen_len
     require(kept or not rows, "--long-prompts drop: no prompt is left")
     if len(kept) < len(rows):
         console.print(f"--long-prompts drop: {len(rows) - len(kept)} of {len(rows)} prompts left out")
@@ -1759,12 +1757,12 @@ def load_bridge(
         cache = DynamicCache(config=model.config)
         probe(model.base_model, slice(0, 3), cache)
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
+        declared = np.atleast_1d(model.generation_config.eos_token_id).tolist()
+        stops = torch.tensor(list({tokenizer.eos_token_id, *declared} - {None}), device=device)
         scale = getattr(model.config, "logit_scale", None) or 1 / getattr(model.config, "logits_scaling", 1.0)
         error = (scale * bridge.unembed(features) - truth).abs().max() / truth.abs().max()
     reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
     require(error < torch.finfo(model.dtype).eps ** 0.5, f"{refused}: {reason}")
-    declared = np.atleast_1d(model.generation_config.eos_token_id).tolist()
-    stops = torch.tensor(list({tokenizer.eos_token_id, *declared} - {None}), device=device)
     return bridge, tokenizer, stops, published, scale
 
 
@@ -1900,7 +1898,8 @@ def blamed(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        traceback.print_exc()
+        if not isinstance(error, ModuleNotFoundError):
+            traceback.print_exc()
         raise SettingError(f"{what}: raised {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -2040,9 +2039,10 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
         table = {"split": "train"} | dict(zip(("path", "split", "name"), source.split(":")[1:], strict=False))
     elif kind not in ("csv", "json", "parquet"):
         return read_lines(Path(source), kind in ("jsonl", "ndjson"))
-    import datasets  # takes a second
+    # Here, since it takes a second, and within, since it reports on what it does.
+    with explained(f"{source}: cannot be loaded"), contextlib.redirect_stderr(io.StringIO()):
+        import datasets
 
-    with explained(f"{source}: cannot be loaded"):
         rows = datasets.load_dataset(**table).to_list()
     require(rows, f"{source}: is empty")
     return [(f"{source}, row {number}", row) for number, row in enumerate(rows, start=1)]
@@ -2066,8 +2066,9 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """The file holds these rows, each on a line, or, if this fails, what it held before."""
     numbers = {"ensure_ascii": False, "default": lambda x: x.tolist()}  # also those of numpy and torch
-    text = "".join(json.dumps(row, **numbers) + "\n" for row in rows)
-    write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
+    with explained(f"{path}: cannot be written"):
+        text = "".join(json.dumps(row, **numbers) + "\n" for row in rows)
+        write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def choose_run_dir(args: RLHFArgs) -> Path:
@@ -2087,7 +2088,7 @@ def read_settings(run_dir: Path) -> dict:
     path = run_dir / "args.json"
     require(path.is_file(), f"{run_dir}: is no run directory, it holds no args.json")
     with explained(f"{path}: is damaged"):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def saved_settings(run_dir: Path) -> RLHFArgs:
@@ -2113,12 +2114,10 @@ def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
     }
     versions["python"] = sys.version
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
-    text = as_json(record) + "\n"
-    write_whole(run_dir / "args.json", lambda new: new.write_text(text, encoding="utf-8"))
-    done = {"before", *range(1, trainer.phase + 1)} if trainer.phase else {}
-    paths = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl"]
-    kept = [read_rows(path) if done else [] for path in paths]
-    return tuple([row for _, row in rows if row["phase"] in done] for rows in kept)
+    done = ["before", *range(1, trainer.phase + 1)] if trainer.phase else []
+    kept = [read_rows(run_dir / name) if done else [] for name in ("metrics.jsonl", "samples.jsonl")]
+    write_whole(run_dir / "args.json", lambda new: new.write_text(as_json(record) + "\n", encoding="utf-8"))
+    return tuple([row for _, row in rows if row.get("phase") in done] for rows in kept)
 
 
 def fingerprint(trainer: RLHFTrainer) -> str:
@@ -2156,19 +2155,17 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            fits = state["fits"] == trainer.fits
-            break
+            require(state["fits"] == trainer.fits, f"{path}: is of another base model or other settings")
+            for name, weight in trainer.trained.items():
+                weight.data.copy_(state["trained"][name])
+            trainer.optimizer.load_state_dict(state["optimizer"])
+            trainer.phase, trainer.kl_coef, trainer.last_kl = state["numbers"]
+            return
+        except SettingError:
+            raise
         except Exception as error:  # of many kinds
             console.print(f"{path}: is damaged ({first_line(error)}); trying the one before")
-    else:
-        message = f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew in another directory"
-        require(not paths, message)
-        return
-    require(fits, f"{path}: is of another base model or other settings")
-    for name, weight in trainer.trained.items():
-        weight.data.copy_(state["trained"][name])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.phase, trainer.kl_coef, trainer.last_kl = state["numbers"]
+    require(not paths, f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew elsewhere")
 
 
 @contextlib.contextmanager
@@ -2489,8 +2486,8 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
 
 def read_answers(file: Path) -> list[dict]:
     """The answers in a file that need not exist; one that holds anything else is refused."""
-    holds_any = file.exists() and file.stat().st_size  # not after the undo of the only answer
-    rows = read_lines(file, are_json=True) if holds_any else []
+    # Empty it is after the undo of the only answer.
+    rows = read_lines(file, are_json=True) if file.exists() and file.stat().st_size else []
     for where, row in rows:
         for key in ("prompt", "chosen", "rejected"):
             turns_of(where, row, key)
@@ -2544,14 +2541,14 @@ def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
     left out."""
     pairs, rows = [], read_rows(source)
     for where, row in rows:
-        both = [turns_of(where, row, key) for key in ("chosen", "rejected")]
-        prompt = turns_of(where, row, "prompt") if "prompt" in row else both[0][:0]
-        if isinstance(both[0], list):
-            prompt = messages(prompt, "user")
-        both = [reply(prompt, one) for one in both]
-        if not all(one[: len(prompt)] == prompt for one in both):
-            both = [prompt + one for one in both]
         with explained(f"{where}: cannot be made tokens"):
+            both = [turns_of(where, row, key) for key in ("chosen", "rejected")]
+            prompt = turns_of(where, row, "prompt") if "prompt" in row else both[0][:0]
+            if isinstance(both[0], list):
+                prompt = messages(prompt, "user")
+            both = [reply(prompt, one) for one in both]
+            if not all(one[: len(prompt)] == prompt for one in both):
+                both = [prompt + one for one in both]
             texts = [as_text(one, tokenizer) for one in both]
             chosen, rejected = tokenizer(texts, truncation=True).input_ids
         if chosen != rejected and row.get("score_chosen", 1) != row.get("score_rejected", 0):
@@ -2685,7 +2682,7 @@ def inspect(
     base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype, prepend_bos=bos).float()
     trained = TransformerWithValueHead(str(run / "model"), prepend_bos=bos)
     rows = [("--prompt", {"prompt": prompt})] if prompt else load_examples(settings, settings.prompts)
-    example, *_ = fitting(trained, rows, dataclasses.replace(settings, gen_len=gen_len))
+    example, *_ = fitting(trained, rows, dataclasses.replace(settings, gen_len=gen_len, seed=seed))
     prompt = example["prompt"]
     texts = draw_texts(trained, prompt, token, samples, gen_len, seed)
     console.print(
@@ -2908,9 +2905,12 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         }
         title = names.setdefault(as_json(settings), str(run))  # of the first run with these settings
         groups.setdefault(title, []).append([metrics for _, metrics in read_rows(run / "metrics.jsonl")])
-    for title, group in groups.items():
-        console.print(title, *(last_phases(name, group) for name in ("reward", "kl", "distinct_2")), sep="  ")
-    plot_curves(groups, output)
+    with explained("compare: these metrics cannot be drawn"):
+        for title, group in groups.items():
+            console.print(
+                title, *(last_phases(name, group) for name in ("reward", "kl", "distinct_2")), sep="  "
+            )
+        plot_curves(groups, output)
     console.print(f"wrote {output}")
 
 
@@ -2962,7 +2962,7 @@ def main(argv: list[str]) -> int:
             return 0
         return train(parse(RLHFArgs, argv))
     except (SettingError, OSError) as error:
-        print(f"rlhf.py: {error}", file=sys.stderr)
+        print(f"rlhf.py: {one_line(str(error))}", file=sys.stderr)
         return 2
 
 

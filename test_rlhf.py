@@ -14,6 +14,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pty
@@ -29,7 +30,9 @@ import termios
 import time
 import traceback
 import types
+import typing
 import unittest.mock
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -193,7 +196,7 @@ def test_every_setting_is_read():
         ("--lora-rank 0", "lora-rank 0.*greater than or equal to 1"),
         ("--lora --lora-targets q wibble", "wibble.*q, k, v, o, in, out"),
         ("--gen-len 100", "gen-len 100.*context of 64"),
-        ("--temperature 0", "temperature 0.*positive"),
+        ("--temperature 0", "temperature 0.*greater than 0"),
         ("--prompts EMPTY", "is empty"),
         ("--prompts nowhere.txt", "No such file"),
         ("--base-model ./nowhere", "nowhere.*cannot be loaded"),
@@ -4392,6 +4395,925 @@ def test_what_cannot_be_compared_says_so_in_one_line(tmp_path, capsys):
         assert rlhf.main(["compare", str(path)]) == 2
         complaint = capsys.readouterr().err
         assert complaint.count("\n") == 1 and expected in complaint, complaint
+
+
+# ---- Faults and hostile input ------------------------------------------------------------------------------
+# Whatever is wrong with what a person gives ends with status 2 and one line that names it, and leaves nothing
+# behind. Each test goes through many inputs and reports all that went otherwise.
+
+SMALL = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 1 --warmup-steps 0".split()
+
+
+def tree(root: Path) -> dict[str, tuple]:
+    """All files and directories, and what must not change about them."""
+    paths = sorted(root.rglob("*"))
+    return {str(path): (path.lstat().st_mode, path.lstat().st_size * path.is_file()) for path in paths}
+
+
+@pytest.fixture
+def refusals(tmp_path, monkeypatch, capsys):
+    """A function that runs command lines, each with what its complaint must hold, in an empty directory, and
+    fails with all that went otherwise. The libraries' own messages count as output, too."""
+    for name in ("transformers", "datasets"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler:
+                monkeypatch.setattr(handler, "stream", sys.stderr)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def run(rows: list[tuple[list, str]], traceback_of: str | None = None) -> None:
+        wrong, before = [], tree(tmp_path)
+        for argv, expected in rows:
+            argv = [str(word) for word in argv]
+            capsys.readouterr()
+            try:
+                status = rlhf.main(argv)
+            except BaseException as error:  # a SystemExit, too
+                status = "".join(traceback.format_exception(error)[-3:])[:600]
+            complaint = capsys.readouterr().err
+            lines = complaint.splitlines(keepends=True)
+            said = bool(lines) and lines[-1].startswith("rlhf.py: ") and lines[-1].endswith("\n")
+            alone = len(lines) == 1 or (traceback_of and traceback_of in complaint)
+            after = tree(tmp_path)
+            changed, before = [name for name, what in after.items() if before.get(name) != what], after
+            if not (status == 2 and said and alone and re.search(expected, lines[-1])) or changed:
+                shown = " ".join(word[:80] for word in argv)
+                told = f"status {status}, left {changed[:3]}, {complaint[-600:]}"
+                wrong.append(f"{shown}: expected {expected}, {told}")
+        if wrong:
+            pytest.fail("\n".join([f"{len(wrong)} of {len(rows)}:", *wrong]), pytrace=False)
+
+    return run
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@pytest.fixture
+def quick_parse(monkeypatch):
+    """For tests of what files hold: tyro, which takes its time, reads equal beginnings once."""
+    parse = rlhf.parse
+
+    @functools.cache
+    def parse_once(*argv: str) -> RLHFArgs:
+        return parse(RLHFArgs, list(argv))
+
+    def quickly(target, argv):
+        *begin, flag, value = argv
+        if target is not RLHFArgs:
+            return parse(target, argv)
+        setting = {flag.removeprefix("--").replace("-", "_"): value}
+        return dataclasses.replace(parse_once(*begin), **setting) if begin else RLHFArgs(**setting)
+
+    monkeypatch.setattr(rlhf, "parse", quickly)
+
+
+def settings_of(*kinds) -> dict[str, set]:
+    """The settings that have one of these types, or None, and which of the types it is."""
+    found = {}
+    for name, hint in typing.get_type_hints(RLHFArgs).items():
+        parts = {hint, *typing.get_args(hint)} | {typing.get_origin(hint)}
+        parts |= {typing.get_origin(part) for part in parts}
+        if parts & {*kinds}:
+            found[name] = parts & {*kinds}
+    return found
+
+
+def test_each_setting_refuses_what_is_not_of_its_type(refusals):
+    values = {int: ["1.5"], float: ["x"], bool: ["maybe"], typing.Literal: ["wibble"]}
+    rows = [
+        ([flag_of(name), value], value if kind is bool else f"{flag_of(name)}\\b")
+        for name, kinds in settings_of(*values).items()
+        for kind in kinds
+        for value in values[kind]
+    ]
+    assert len(rows) > 40
+    refusals(rows)
+
+
+def test_numbers_are_finite_and_in_range(refusals):
+    accepted = []
+    rows = [(name, value) for name in settings_of(float) for value in (math.nan, math.inf, -math.inf)]
+    for line in OUT_OF_RANGE.strip().splitlines():
+        name, *values = line.split()
+        rows += [(name.replace("-", "_"), ast.literal_eval(value)) for value in values]
+    for name, value in rows:
+        given = (value,) if name == "reward_weights" else value
+        try:
+            accepted.append((name, value, RLHFArgs(**{name: given})))
+        except SettingError as error:
+            if not re.search(f"{flag_of(name)}\\b", str(error)):
+                accepted.append((name, value, error))
+    assert len(rows) > 80 and not accepted
+
+
+OUT_OF_RANGE = """
+seed -1 2147483648 99999999999999999999
+clip-coef -0.1
+clip-high -1
+kl-coef -1
+gae-lambda -0.5 1.01
+total-phases 0 -1
+batch-size 0 -4
+group-size 0 -1 99
+gen-len 0 -1
+temperature 0 -1
+top-k 0 -1
+top-p 0 -0.1 1.1
+batches-per-learning-phase 0
+num-minibatches 0 -1 3
+micro-batch-size 0 -1
+kl-target 0 -1
+vf-coef -1
+gamma -1 1.01
+base-lr -1
+head-lr -1e-3
+warmup-steps -1 50 99
+final-scale -0.1
+max-grad-norm -1
+train-layers 0 -2
+lora-rank 0 -4
+save-every 0
+"""
+
+WRONG_TOGETHER = {
+    "--batch-size 10 --num-minibatches 4": "batch-size 10.*divisible",
+    "--batch-size 12 --group-size 5": "divisible by --group-size 5",
+    "--algo grpo --group-size 1": "at least 2",
+    "--algo rloo --batch-size 3 --num-minibatches 3 --prompts x.txt": "at least 2",
+    "--algo grpo --batch-size 1 --num-minibatches 1": "at least 2",
+    "--advantage others --group-size 1": "at least 2",
+    "--kl-estimator k1": "k1.*holds nothing",
+    "--algo course --micro-batch-size 2": "micro-batch-size.*whole",
+    "--whiten minibatch --micro-batch-size 2": "micro-batch-size.*whole",
+    "--total-phases 3": "greater than --warmup-steps 3",
+    "--kl-target 0.1 --kl-coef 0": "kl-target: adapts --kl-coef, which is 0",
+    "--algo dapo --kl-target 0.1": "kl-target: adapts --kl-coef, which is 0",
+    "--reward-weights 1 2": "2 given for 1 rewards",
+    "--reward char:a --reward char:b --reward-weights 1": "1 given for 2 rewards",
+    "--reward-weights 1 --reward-weights 2 --reward char:a --reward char:b": "1 given for 2 rewards",
+    "--dtype bfloat16": "weights that stay frozen",
+    "--lora-targets": "at least one",
+    "--lora --no-lora-rank 3": "lora-rank",
+    "--resume nowhere --lora": "nowhere: is no run directory",
+    "--seed": "seed",
+    "--seed 1 2": "2",
+    "--sed 1": "--sed",
+    "seed=1": "seed=1",
+    "-- --seed 1": "--seed|unrecognized",
+    "trian --seed 1": "trian",
+    "compare": "RUNS|at least one run directory",
+    "inspect": "a run directory",
+    "label": "the preferences",
+    "compare --output x.png": "RUNS|at least one run directory",
+    "compare nowhere": "nowhere: is no run directory",
+    "inspect nowhere": "nowhere: is no run directory",
+    "inspect a b": "b",
+    "inspect nowhere --samples x": "samples",
+    "inspect nowhere --seed 1.5": "seed",
+    "label x.jsonl --pairs x": "pairs",
+    "label x.jsonl --gen-len 0": "gen-len",
+    "label x.jsonl --base-model ./nowhere": "./nowhere",
+    "label x.jsonl y.jsonl": "y.jsonl",
+}  # fmt: skip
+
+
+def test_settings_that_contradict_each_other(refusals):
+    refusals([(line.split(), expected) for line, expected in WRONG_TOGETHER.items()])
+
+
+FREE_TEXTS = {
+    "--base-model": ["", ".", "./nowhere", "no/such/model", "a/b/c", "new\nline", "--lora"],
+    "--reward": ["", ":", "char:", "wibble", "classifier:", "preferences:", ".x", "nowhere.f", "a..b",
+                 "nowhere.py:f", "nowhere.py:", "math:sqrt", "math.pi", "math.nothing",
+                 "classifier:./nowhere", "classifier:./nowhere:LABEL", "preferences:nowhere.jsonl", "a\nb"],
+    "--gold-reward": ["wibble", "char:", "classifier:./nowhere", "nowhere.py:f"],
+    "--prompts": ["", "nowhere.txt", "nowhere.csv", "nowhere.parquet", "hub:", "hub::", "hub:./nowhere:train",
+                  "hub:no/such:train", "hub", "/dev/null", "/proc/self/mem", "x" * 300, "a\nb"],
+    "--eval-prompts": ["", "nowhere.jsonl", "/dev/null", "."],
+    "--device": ["", "tpu9", "cuda:99", "meta", "cpu:x", "mps:7", "gpu", "cpu cuda", "vulkan", "None"],
+    "--lora-targets": ["wibble", "", "Q", "qkv", "q,k", "attn.q"],
+    "--resume": ["", ".", "nowhere", "/dev/null", "/dev/null/x", "x" * 300],
+    "--run-dir": [".", "..", "/", "/dev/null", "/dev/null/x", "/proc/x", "/proc/self/x", "x" * 300],
+    "--track": ["tensorboard"],
+}  # fmt: skip
+
+
+def test_free_texts_that_name_nothing(gpt2, refusals, tmp_path):
+    rows = [
+        (["--base-model", gpt2, *SMALL, "--lora", flag, value], ".")
+        for flag, values in FREE_TEXTS.items()
+        for value in values
+    ]
+    Path("keep").write_text("so that this directory is not empty")
+    refusals(rows)
+
+
+def spoil(path: Path, state: str, good: bytes = b"") -> Path:
+    """Something in the place of a file that cannot be used."""
+    contents = {
+        "empty": b"",
+        "blank": b" \n\n",
+        "latin-1": '{"prompt": "Grüße"}\n'.encode("latin-1"),
+        "utf-16": '{"prompt": "ρ"}'.encode("utf-16"),
+        "binary": bytes(range(256)) * 4,
+        "truncated": good[:-9],
+        "nested": b"[" * 10**5,
+        "long": b'{"prompt": "' + b"word " * 99 + b'", "other": "' + b"word " * 2_000_000 + b'\xff"}\n',
+        "longer": b'{"prompt": "' + b"word " * 99 + b'", "other": "' + b"word " * 2_000_000 + b'"}\n',
+    }
+    if state in contents:
+        path.write_bytes(contents[state])
+    elif state == "directory":
+        path.mkdir()
+    elif state in ("dangling", "loop"):
+        path.symlink_to(path if state == "loop" else path.parent / "nowhere")
+    return path
+
+
+SPOILED = (
+    "missing empty blank directory dangling loop latin-1 utf-16 binary truncated nested long longer".split()
+)
+PARTS = {  # what of it is wrong for a file of this kind
+    "txt": "missing empty blank directory dangling loop latin-1 utf-16 binary long",
+    "jsonl": "missing empty blank directory dangling loop latin-1 binary truncated nested long longer",
+    "json": "missing empty directory dangling loop latin-1 binary truncated nested",
+    "csv": "missing empty directory dangling loop binary",
+    "parquet": "missing empty directory dangling loop latin-1 binary truncated",
+    "py": "missing empty directory dangling loop",
+    "code": "latin-1 binary nested",  # of Python: its own traceback is shown
+}
+
+
+@pytest.mark.usefixtures("quick_parse")
+def test_files_that_cannot_be_used(gpt2, refusals, tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": "This is", "chosen": " it.", "rejected": " a"}] * 3
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "good.parquet")
+    good = {
+        "jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "json": json.dumps(rows).encode(),
+        "parquet": (tmp_path / "good.parquet").read_bytes(),
+    }
+    begin, asked, code = ["--base-model", gpt2, *SMALL], [], []
+    for kind, states in PARTS.items():
+        for state in states.split():
+            path = tmp_path / f"{state}.{kind.replace('code', 'py')}"
+            spoil(path, state, good.get(kind, b""))
+            if kind in ("py", "code"):
+                (asked if kind == "py" else code).append(([*begin, "--reward", f"{path}:f"], str(path)))
+                continue
+            asked.append(([*begin, "--prompts", path], str(path)))
+            if kind == "jsonl":
+                asked.append(([*begin, "--eval-prompts", path], str(path)))
+                asked.append(([*begin, "--reward", f"preferences:{path}"], str(path)))
+                if state not in ("missing", "empty", "dangling", "loop"):
+                    asked.append((["label", path, *begin], str(path)))
+    assert len(asked) > 60
+    refusals(asked)
+    refusals(code, traceback_of="Error: ")
+
+
+ODD_ROWS = {
+    "a number": "5",
+    "no text": '{"prompt": 5}',
+    "true": '{"prompt": true}',
+    "an object": '{"prompt": {}}',
+    "an object with text": '{"prompt": {"content": "This"}}',
+    "no message": '{"prompt": []}',
+    "texts for messages": '{"prompt": ["This", "is"]}',
+    "a message of nothing": '{"prompt": [{}]}',
+    "no content": '{"prompt": [{"role": "user"}]}',
+    "messages in messages": '{"prompt": [[{"role": "user", "content": "This"}]]}',
+    "another role": '{"prompt": [{"role": "user", "content": "\\ud800"}]}',
+    "half a letter": '{"prompt": "\\ud800"}',
+    "twice the line": '{"prompt": "a"} {"prompt": "b"}',
+    "not JSON": "{'prompt': 'This'}",
+    "an endless number": '{"prompt": ' + "9" * 5000 + "}",
+    "too long": json.dumps({"prompt": "This is " * 99}),
+}
+
+
+@pytest.mark.usefixtures("quick_parse")
+def test_rows_that_are_no_prompts(gpt2, refusals, tmp_path):
+    """Each behind one that is: also with a chat template that makes text of whatever it gets."""
+    rows, chat = [], chat_model(tmp_path / "chat", gpt2)
+    for number, row in enumerate(ODD_ROWS.values()):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text('{"prompt": "This"}\n' + row + "\n")
+        rows += [
+            (["--base-model", chat, *SMALL, flag, path], "line 2") for flag in ("--prompts", "--eval-prompts")
+        ]
+    refusals(rows)
+
+
+ODD_ANSWERS = [
+    {"chosen": " it"},
+    {"chosen": None},
+    {"chosen": [{"role": "user"}]},
+    {"chosen": ["it"]},
+    {"prompt": 5},
+    {"rejected": [{"role": "assistant", "content": "it"}]},
+    {"chosen": {}},
+    {"chosen": "\ud800"},
+    {"prompt": [{"role": "user", "content": "a"}], "chosen": [5]},
+]
+
+
+@pytest.mark.usefixtures("quick_parse")
+def test_preferences_that_are_none_and_a_reward_that_cannot_be_learned(gpt2, refusals, tmp_path):
+    """Neither leaves a run directory, and nor does a reward model that could be learned for a run that cannot
+    begin."""
+    fine, rows = {"prompt": "This", "chosen": " is", "rejected": " has"}, []
+    for number, odd in enumerate(ODD_ANSWERS):
+        row = {**fine, **odd} if number else odd
+        path = write_rows(tmp_path / f"{number}.jsonl", [fine, fine, row])
+        rows.append((["--base-model", gpt2, *SMALL, "--reward", f"preferences:{path}"], "line 3"))
+    path = write_rows(tmp_path / "fine.jsonl", [fine] * 4)
+    learned = ["--base-model", gpt2, *SMALL, "--reward", f"preferences:{path}", "--run-dir", tmp_path / "run"]
+    rows.append(([*learned, "--lora", "--lora-targets", "wibble"], "wibble"))
+    rows.append(([*learned, "--gen-len", "64"], "gen-len 64"))
+    rows.append(([*learned, "--prefix", "This is " * 99], "--prefix"))
+    rows.append(([*learned, "--gold-reward", f"preferences:{path}"], "one a run"))
+    refusals(rows)
+
+
+@pytest.mark.usefixtures("quick_parse")
+def test_model_directories_that_cannot_be_used(gpt2, refusals, tmp_path):
+    rows = []
+
+    def offer(name: str, file: str | None, content: object) -> None:
+        base = tmp_path / name
+        shutil.copytree(gpt2, base, copy_function=os.link)
+        if isinstance(content, dict):
+            old = json.loads((base / file).read_text()) if (base / file).exists() else {}
+            content = json.dumps(old | content)
+        if content in SPOILED:
+            good = (base / file).read_bytes()
+            (base / file).unlink()
+            spoil(base / file, content, good)
+        else:
+            (base / file).unlink(missing_ok=True)
+            (base / file).write_text(content)
+        rows.append(([*SMALL, "--base-model", base], re.escape(str(base))))
+
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        for state in "missing empty directory dangling loop latin-1 binary truncated".split():
+            offer(f"{file}-{state}", file, state)
+    for number, content in enumerate(
+        ["[]", "5", "null", "{}", '{"model_type": 5}', '{"model_type": "wibble"}']
+    ):
+        offer(f"config-{number}", "config.json", content)
+    for number, change in enumerate(
+        [
+            {"n_head": 5},
+            {"n_head": "x"},
+            {"n_layer": -1},
+            {"n_embd": 16},
+            {"vocab_size": 7},
+            {"model_type": "bert"},
+            {"activation_function": "wibble"},
+            {"n_positions": 3},
+        ]
+    ):
+        offer(f"change-{number}", "config.json", change)
+    for number, end in enumerate(["x", [[1]], {"a": 1}]):
+        offer(f"end-{number}", "generation_config.json", {"eos_token_id": end})
+    for state in ("missing", "empty", "dangling", "loop", "binary"):
+        rows.append(([*SMALL, "--base-model", spoil(tmp_path / state, state)], str(tmp_path / state)))
+    (tmp_path / "nothing").mkdir()
+    rows.append(([*SMALL, "--base-model", tmp_path / "nothing"], "nothing"))
+    refusals(rows)
+
+
+@pytest.fixture(scope="module")
+def whole_run(gpt2, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    with unittest.mock.patch.object(rlhf, "plot_curves"):
+        assert (
+            rlhf.main(["--base-model", gpt2, *SMALL, "--algo", "grpo", "--lora", "--run-dir", str(path)]) == 0
+        )
+    return path
+
+
+@pytest.mark.usefixtures("quick_parse")
+def test_run_directories_that_cannot_be_used(whole_run, refusals, tmp_path):
+    rows, commands = [], (["compare"], ["inspect"], ["--resume"])
+
+    def offer(file: str, content: str, *commands: list[str], expected: str = "") -> None:
+        run = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(whole_run, run, copy_function=os.link)
+        (run / file).unlink()
+        if content in SPOILED:
+            spoil(run / file, content, (whole_run / file).read_bytes())
+        else:
+            (run / file).write_text(content)
+        rows.extend(([*command, run], expected or re.escape(str(run))) for command in commands)
+
+    for state in "missing empty directory dangling loop latin-1 binary truncated nested".split():
+        offer("args.json", state, *commands)
+        offer("metrics.jsonl", state, ["compare"], ["--resume"])
+        offer("samples.jsonl", state, ["--resume"])
+    for content in ("[]", "{}", '{"seed": 1}'):
+        offer("args.json", content, ["inspect"], ["--resume"])
+    for content in ("5", "null", '"base_model"', '["base_model"]', "[[1]]"):
+        offer("args.json", content, *commands)
+    record = json.loads((whole_run / "args.json").read_text())
+    for name, value in {
+        "base_model": 5,
+        "algo": "dpo",
+        "seed": -1,
+        "reward": {"a": 1},
+        "lora": "x",
+        "kl_coef": [1],
+        "batch_size": 3,
+        "temperature": math.nan,
+        "prompts": "nowhere.txt",
+    }.items():
+        offer(
+            "args.json",
+            json.dumps(record | {name: value}),
+            ["inspect"],
+            ["--resume"],
+            expected=f"{flag_of(name)}|nowhere",
+        )
+    for content in (
+        "5",
+        "[]",
+        "null",
+        '{"phase": 1}',
+        '{"phase": [1], "reward": {}, "kl": 1, "distinct_2": 1}',
+        '{"phase": 1, "reward": "x", "kl": 1, "distinct_2": 1}',
+        '{"reward": null, "kl": 1, "distinct_2": 1}',
+    ):
+        offer("metrics.jsonl", content, ["compare"], expected="compare|metrics.jsonl")
+    for state in ("missing", "empty", "directory", "dangling", "loop"):
+        path = spoil(tmp_path / f"run-{state}", state)
+        rows.extend(([*command, path], re.escape(str(path))) for command in commands)
+    refusals(rows)
+
+
+PLACES = "file/below dangling/below loop/below /proc/x /proc/self/x /dev/null/x".split()
+
+
+@pytest.mark.usefixtures("quick_parse")
+def test_places_that_cannot_be_written(gpt2, whole_run, refusals, tmp_path, type_keys):
+    """What stands there stays, and nothing is made beside it."""
+    here = tmp_path / "here"
+    for state in ("directory", "dangling", "loop"):
+        spoil(here / state, state)
+    (here / "file").write_text("mine")
+    (here / "directory" / "mine").write_text("mine")
+    begin = ["--base-model", gpt2, *SMALL, "--lora"]
+    rows = [
+        ([*begin, "--run-dir", place], place) for place in (*PLACES, *"file directory dangling loop".split())
+    ]
+    rows += [(["compare", whole_run, "--output", place], place) for place in (*PLACES, "directory")]
+    refusals(rows)
+    for place in (*PLACES, "directory", "x" * 300):
+        type_keys("l")
+        refusals([(["label", place, *begin], place)])
+
+
+# Inputs made at random: of pieces that mean something, of any letters, and of fine ones with a piece changed.
+# RLHF_FUZZ=2000 makes more of them; each failure names the seed that makes it again.
+
+FUZZ = int(os.environ.get("RLHF_FUZZ") or 200)
+PIECES = [
+    "",
+    " ",
+    "-",
+    "--",
+    "=",
+    "0",
+    "-1",
+    "1e400",
+    "nan",
+    "None",
+    "True",
+    "x" * 300,
+    "[",
+    "{",
+    "\\",
+    "'",
+    '"',
+    "$",
+    "\n",
+    "\r\n",
+    "\x1b[31m",
+    "\u2028",
+    "\ud800",
+    "漢字",
+    "🎉",
+    "────────",
+    "│",
+    "╭",
+    "[red]",
+    "%s",
+    "{0}",
+    "a.b",
+    ":",
+    ".py:f",
+    "hub:",
+    "char:",
+    "..",
+    "/",
+    "~",
+    "*",
+    "'''",
+    "\ufeff",
+]
+
+
+def any_text(draw: random.Random) -> str:
+    if draw.random() < 0.3:
+        return "".join(
+            chr(draw.choice([draw.randrange(32, 127), draw.randrange(1, 0x3000)])) for _ in range(5)
+        )
+    return "".join(draw.choices(PIECES, k=draw.randrange(1, 3)))
+
+
+def any_value(draw: random.Random, depth: int = 0) -> object:
+    """Whatever JSON can hold."""
+    kind = draw.randrange(9 if depth < 3 else 7)
+    if kind == 7:
+        return [any_value(draw, depth + 1) for _ in range(draw.randrange(3))]
+    if kind == 8:
+        keys = ["role", "content", "prompt", any_text(draw)]
+        return {draw.choice(keys): any_value(draw, depth + 1) for _ in range(draw.randrange(3))}
+    return [
+        None,
+        True,
+        draw.randrange(-9, 9),
+        10**40,
+        draw.choice([math.nan, math.inf, -0.5]),
+        any_text(draw),
+        "",
+    ][kind]
+
+
+def fuzz(one: Callable[[random.Random], tuple[object, Callable[[], object]]], count: int = FUZZ) -> None:
+    """Makes an input of each seed and runs it; anything but success and what main turns into one line is a
+    fault."""
+    faults, passed = [], 0
+    for seed in range(count):
+        shown, run = one(random.Random(seed))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                run()
+            passed += 1
+        except (SettingError, OSError) as error:
+            str(error).encode("utf-8", "backslashreplace")  # it can be printed
+        except SystemExit as stop:
+            if stop.code:
+                faults.append(f"seed {seed}: {shown!r}: exit {stop.code}")
+        except Exception as error:
+            faults.append(
+                f"seed {seed}: {str(shown)[:900]!r}: {''.join(traceback.format_exception(error)[-2:])[:900]}"
+            )
+    if faults:
+        pytest.fail("\n".join([f"{len(faults)} of {count}:", *faults[:20]]), pytrace=False)
+    assert passed > count // 50  # else not much was reached
+
+
+def test_any_command_line_is_read_or_refused(monkeypatch):
+    flags = [flag_of(field.name) for field in dataclasses.fields(RLHFArgs)]
+    fine = [
+        "--algo grpo",
+        "--lora",
+        "--no-lora",
+        "--seed 3",
+        "--reward char:e",
+        "--kl-coef 0.1",
+        "--lora-targets q k",
+    ]
+
+    def command_line(draw: random.Random):
+        argv = []
+        for _ in range(draw.randrange(1, 4)):
+            kind = draw.randrange(4)
+            if kind == 0:
+                argv += draw.choice(fine).split()
+            elif kind == 1:
+                argv += [draw.choice(flags), any_text(draw)]
+            else:
+                argv += [
+                    draw.choice(
+                        [draw.choice(flags), any_text(draw), draw.choice(flags) + "=" + any_text(draw)]
+                    )
+                ]
+        argv = [word.replace("\0", "") for word in argv if not word.startswith("--tyro")]
+        monkeypatch.setenv("COLUMNS", str(draw.choice([0, 1, 20, 80, 300])))
+        return argv, lambda: rlhf.parse(RLHFArgs, argv)
+
+    fuzz(command_line, FUZZ // 5)  # tyro takes a fifth of a second to find what was meant
+
+
+def json_lines(draw: random.Random, row: dict) -> bytes:
+    """Rows like this one, some of them changed, in lines some of which are damaged."""
+    lines = []
+    for _ in range(draw.randrange(1, 4)):
+        new = dict(row)
+        for _ in range(draw.choice([0, 0, 1, 2])):
+            new[draw.choice([*row, any_text(draw)])] = any_value(draw)
+        value = new if draw.random() < 0.95 else any_value(draw)
+        line = json.dumps(value, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
+        if draw.random() < 0.15:
+            place = draw.randrange(len(line))
+            line = line[:place] + bytes([draw.randrange(256)]) * draw.randrange(3) + line[place + 1 :]
+        lines.append(line)
+    return draw.choice([b"\n", b"\n", b"\r\n", b"\n\n"]).join(lines) + draw.choice([b"", b"\n"])
+
+
+def test_any_prompts_are_used_or_refused(gpt2, tmp_path):
+    """And each that is not refused can be written after, shown and judged."""
+    policies = [TransformerWithValueHead(name) for name in (gpt2, chat_model(tmp_path / "chat", gpt2))]
+    conversation = [{"role": "user", "content": "Is this a test?"}]
+    path, rewards = tmp_path / "prompts.jsonl", [rlhf.Reward("periods", rlhf.reward_fn_char_count(), 1.0)]
+
+    def prompts(draw: random.Random):
+        path.write_bytes(json_lines(draw, {"prompt": draw.choice(["This is", conversation]), "answer": 3}))
+        policy, settings = (
+            draw.choice(policies),
+            draw.choice([{}, {"system": "Be brief."}, {"long_prompts": "drop"}]),
+        )
+        args = RLHFArgs(gen_len=4, device="cpu", **settings)
+
+        def run():
+            examples = rlhf.fitting(policy, rlhf.load_examples(args, path), args)
+            tokens, mask = rlhf.tokenize(policy.tokenizer, [one["prompt"] for one in examples], "cpu")
+            assert tokens.shape == mask.shape and tokens.shape[1] + 4 <= 64
+            scores = rlhf.get_rewards(rewards, examples, ["."] * len(examples))
+            for row in rlhf.records(examples, ["."] * len(examples), scores[:, 0], {}):
+                rlhf.one_line(rlhf.as_text(row["prompt"] + rlhf.reply(row["prompt"], ".")))
+
+        return path.read_bytes(), run
+
+    fuzz(prompts)
+
+
+def test_any_preferences_are_used_or_refused(gpt2, tmp_path):
+    tokenizers = [rlhf.load_tokenizer(name, "auto") for name in (gpt2, chat_model(tmp_path / "chat", gpt2))]
+    said, path = [{"role": "assistant", "content": "Yes."}], tmp_path / "preferences.jsonl"
+    rows = [
+        {"prompt": "This", "chosen": " is", "rejected": " has"},
+        {"chosen": said, "rejected": said * 2},
+        {"prompt": "This", "chosen": said, "rejected": said * 2, "score_chosen": 2},
+    ]
+
+    def preferences(draw: random.Random):
+        path.write_bytes(json_lines(draw, draw.choice(rows)))
+        tokenizer = draw.choice(tokenizers)
+
+        def run():
+            for pair in rlhf.load_preferences(path, tokenizer):
+                better, worse = pair
+                assert isinstance(better, str) and isinstance(worse, str) and better != worse
+
+        return path.read_bytes(), run
+
+    fuzz(preferences)
+    rows.append({"pair": 3, "prompt": "This", "chosen": " is", "rejected": " has"})
+
+    def answers(draw: random.Random):
+        path.write_bytes(json_lines(draw, rows[-1]))
+
+        def run():
+            for answer in rlhf.read_answers(path):
+                rlhf.seed_of(0, answer["pair"] + 1)  # of the next pair to be drawn
+
+        return path.read_bytes(), run
+
+    fuzz(answers)
+
+
+def test_any_metrics_are_compared_or_refused(tmp_path, figures):
+    (tmp_path / "args.json").write_text("{}")
+
+    def metrics(draw: random.Random):
+        row = {"phase": 1, "reward": 0.5, "kl": 0.1, "entropy": 1.0, "distinct_2": 0.5}
+        (tmp_path / "metrics.jsonl").write_bytes(text := json_lines(draw, row))
+        figures.clear()
+        return text, lambda: rlhf.compare((tmp_path,), tmp_path / "compare.png")
+
+    fuzz(metrics, FUZZ // 2)
+
+
+def test_any_settings_of_a_run_are_used_or_refused(tmp_path):
+    record = {field.name: field.default for field in dataclasses.fields(RLHFArgs)}
+
+    def settings(draw: random.Random):
+        text = json_lines(draw, record)
+        (tmp_path / "args.json").write_bytes(text if draw.random() < 0.2 else text.split(b"\n")[0])
+        return text, lambda: rlhf.saved_settings(tmp_path)
+
+    fuzz(settings)
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("padded", [False, True], ids=["one prompt", "padded"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "rloo"])
+def test_stopped_anywhere_a_run_ends_bit_for_bit_as_if_it_had_not_been(
+    gpt2, prompts_file, tmp_path, algo, lora, padded
+):
+    """Metrics, samples and weights; after each of its phases in another run, and in one after each phase."""
+    settings = dict(
+        algo=algo, lora=lora, batch_size=4, gen_len=4, total_phases=3, reward=("char:e",), kl_target=0.05
+    )
+    settings |= dict(prompts=prompts_file, group_size=2) if padded else {}
+
+    def run(directory: Path, *stops: int) -> RLHFTrainer:
+        args = small_args(gpt2, **settings, run_dir=directory)
+        for stop in (*stops, None):
+            trainer = RLHFTrainer(args)
+            learn = trainer.learning_phase
+
+            def learning_phase(*arguments, trainer=trainer, learn=learn, stop=stop, **named):
+                metrics = learn(*arguments, **named)
+                if trainer.phase == stop:
+                    trainer.accelerator.set_trigger()  # as a signal does
+                return metrics
+
+            trainer.learning_phase = learning_phase
+            trainer.train()
+            assert trainer.phase == (stop or 3)
+            args = RLHFArgs(resume=directory, device="cpu")
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    assert len({str(row["kl"]) for row in metrics_of(tmp_path / "whole")}) == 3  # it learns
+    for stops in ((1, 2), (2,)) if algo == "ppo" else ((1,),):
+        directory = tmp_path / str(stops)
+        stopped = run(directory, *stops)
+        assert metrics_of(directory) == metrics_of(tmp_path / "whole")
+        assert (directory / "samples.jsonl").read_bytes() == (
+            tmp_path / "whole" / "samples.jsonl"
+        ).read_bytes()
+        assert stopped.kl_coef == whole.kl_coef
+        assert all(torch.equal(weight, stopped.trained[name]) for name, weight in whole.trained.items())
+        ours, theirs = (rlhf.trained_weights(trainer.policy) for trainer in (stopped, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Canary:
+    """Unpickled, it makes a directory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_file_of_a_model_is_run(gpt2, tmp_path, monkeypatch, capsys, type_keys):
+    """Not its own code, even if whoever reads the question says yes; not a pickle; not a chat template."""
+    canary = tmp_path / "executed"
+    code = f"import os\nos.makedirs({str(canary)!r})\nfrom transformers import *\n"
+    code += "class Config(GPT2Config): pass\nclass Model(GPT2LMHeadModel): pass\n"
+    code += "class Tokenizer(PreTrainedTokenizerFast): pass\n"
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    auto |= {"AutoModelForSequenceClassification": "evil.Model"}
+    tokenizer = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}
+    template = "{{ cycler.__init__.__globals__.os.mkdir('" + str(canary) + "') }}"
+
+    def offer(name: str, config: dict, tokenizer: dict, *flags: str) -> int:
+        base = tmp_path / name
+        shutil.copytree(gpt2, base)
+        (base / "evil.py").write_text(code)
+        for file, change in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+            (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | change))
+        type_keys("y\n" * 9)
+        flags = [flag.replace("BASE", str(base)) for flag in flags] or ["--base-model", str(base)]
+        status = rlhf.main([*SMALL, "--base-model", gpt2, "--run-dir", str(tmp_path / f"run-{name}"), *flags])
+        captured = capsys.readouterr()
+        assert not canary.exists(), name
+        assert "[y/N]" not in captured.out and (status == 0 or captured.err.count("\n") == 1), name
+        return status
+
+    own = {"model_type": "evil", "auto_map": auto}
+    assert offer("own", own, {}) == 2
+    assert offer("own-tokenizer", own, tokenizer) == 2
+    offer("tokenizer", {}, tokenizer | {"tokenizer_class": "Tokenizer"})  # it may do without
+    assert offer("beside", {"auto_map": auto}, {}) == 0  # transformers has its own code for these
+    assert offer("classifier", own, tokenizer, "--reward", "classifier:BASE") == 2
+    assert offer("learned", own, tokenizer, "--base-model", "BASE", "--reward", "preferences:x.jsonl") == 2
+    assert (
+        offer("template", {}, {"chat_template": template}, "--base-model", "BASE", "--system", "Hello") == 2
+    )
+
+    pickled = tmp_path / "pickled"
+    shutil.copytree(gpt2, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Canary(canary)}, pickled / "pytorch_model.bin")
+    torch.load(pickled / "pytorch_model.bin", weights_only=False)
+    assert canary.is_dir()  # so it is one
+    canary.rmdir()
+    assert rlhf.main([*SMALL, "--base-model", str(pickled), "--run-dir", str(tmp_path / "run")]) == 2
+    assert not canary.exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_that_goes_on_writes_nowhere_but_in_its_directory(whole_run, tmp_path, capsys):
+    """Wherever its args.json says that it is, and wherever links in it lead."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    shutil.copytree(whole_run, run)
+    (outside / "model").mkdir(parents=True)
+    for name in ("metrics.jsonl", "samples.jsonl", "args.json", "model/config.json", "curves.png"):
+        (outside / name).write_bytes(
+            (whole_run / name).read_bytes() if (whole_run / name).exists() else b"mine"
+        )
+        (outside / name).chmod(0o600)
+    record = json.loads((run / "args.json").read_text())
+    record |= {
+        "run_dir": str(outside),
+        "resume": str(outside),
+        "running_on": "../../x",
+        "versions": {"../x": 1},
+    }
+    (outside / "args.json").write_text(json.dumps(record))
+    for name in ("metrics.jsonl", "samples.jsonl", "args.json", "model", "adapter"):
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+        (run / name).symlink_to(outside / ("model" if name == "adapter" else name))
+    before = {
+        path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*") if run not in path.parents
+    }
+    (run / "checkpoint" / "phase-00001.pt").unlink()  # so that all of it is made again
+    for attempt in ("again", "a link to delete"):
+        if attempt != "again":
+            (run / "x.unfinished").symlink_to(outside)
+        status = rlhf.main(["--resume", str(run)])
+        assert status == (0 if attempt == "again" else 2), capsys.readouterr().err
+        after = {
+            path: path.is_file() and path.read_bytes()
+            for path in tmp_path.rglob("*")
+            if run not in path.parents
+        }
+        assert after == before
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (run / "metrics.jsonl").is_symlink() and not (run / "model").is_symlink()
+    assert len(metrics_of(run)) == 1
+
+
+def test_a_checkpoint_that_lacks_a_part_or_holds_code_is_none(whole_run, tmp_path, capsys):
+    run, canary = tmp_path / "run", tmp_path / "executed"
+    shutil.copytree(whole_run, run)
+    newest = run / "checkpoint" / "phase-00002.pt"
+    state = torch.load(run / "checkpoint" / "phase-00001.pt", weights_only=True)
+    trainer = RLHFTrainer(RLHFArgs(resume=run))
+    first = {name: weight.clone() for name, weight in trainer.trained.items()}
+    spoiled = [{key: value for key, value in state.items() if key != missing} for missing in state]
+    spoiled += [{"fits": state["fits"]} | {key: Canary(canary) for key in state if key != "fits"}]
+    spoiled += [
+        state | {"numbers": [1, 2]},
+        state | {"trained": dict(list(state["trained"].items())[:1])},
+        [],
+        5,
+    ]
+    for content in spoiled:
+        torch.save(content, newest)
+        capsys.readouterr()
+        rlhf.load_checkpoint(trainer)
+        assert re.search("phase-00002.pt: is damaged .*; trying the one before", capsys.readouterr().out)
+        assert trainer.phase == 1 and all(torch.equal(first[name], x) for name, x in trainer.trained.items())
+        (run / "checkpoint" / "phase-00001.pt").rename(tmp_path / "kept.pt")
+        with pytest.raises(SettingError, match="no checkpoint is whole"):
+            rlhf.load_checkpoint(trainer)
+        (tmp_path / "kept.pt").rename(run / "checkpoint" / "phase-00001.pt")
+    assert not canary.exists()
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("log_extra('seen', [1])", "log_extra: expected a value for each completion"),
+        ("log_extra('seen', 5)", "log_extra: expected a value for each completion"),
+        ("log_extra('seen', [object()] * len(prompts))", "samples.jsonl: cannot be written"),
+        ("log_extra('seen', ['\\ud800'] * len(prompts))", "samples.jsonl: cannot be written"),
+        ("log_extra(('a', 'b'), [1] * len(prompts))", "samples.jsonl: cannot be written"),
+        ("log_metric('accuracy', object())", "metrics.jsonl: cannot be written"),
+        ("log_metric(('a', 'b'), 1.0)", "metrics.jsonl: cannot be written"),
+    ],
+)
+def test_what_a_reward_logs_and_cannot_be_written_is_one_line(gpt2, tmp_path, capsys, line, expected):
+    source = tmp_path / "logging_reward.py"
+    source.write_text(
+        f"def f(prompts, log_extra, log_metric, **columns):\n    {line}\n    return [1.0] * len(prompts)\n"
+    )
+    assert (
+        rlhf.main(
+            [*SMALL, "--base-model", gpt2, "--reward", f"{source}:f", "--run-dir", str(tmp_path / "run")]
+        )
+        == 2
+    )
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and expected in complaint
 
 
 # ---- Exercises ---------------------------------------------------------------------------------------------
