@@ -1022,7 +1022,7 @@ class RLHFTrainer:
 
     def train(self) -> None:
         """All phases that are still to come."""
-        args, examples = self.args, [self.examples[i % len(self.examples)] for i in range(8)]
+        args, examples = self.args, [*itertools.islice(itertools.cycle(self.examples), 8)]
         with RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
@@ -1112,12 +1112,14 @@ class RLHFTrainer:
                 counts.append(part.mask.sum().item())
             average_gradients(weights, self.accelerator)
             norms.append(nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
-            advice = f"phase {self.phase + 1}: the gradient is not finite; smaller learning rates may help"
-            require(math.isfinite(norms[-1]), advice)
+            require(
+                math.isfinite(norms[-1]),
+                f"phase {self.phase + 1}: the gradient is not finite; smaller learning rates may help",
+            )
             self.optimizer.step()
         means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
-        means["grad_norm"] = sum(norms) / len(norms)
+        means["grad_norm"] = np.mean(norms).item()
         self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], self.last_kl, args)
         self.last_kl = means["kl"]
         self.phase += 1
@@ -1490,8 +1492,8 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
 
 def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
     """One dict a completion; extra are the columns that reward functions log."""
-    prompts = [example["prompt"] for example in examples]
-    columns = extra | {"prompt": prompts, "completion": texts, "reward": rewards.tolist()}
+    columns = extra | {"prompt": [example["prompt"] for example in examples]}
+    columns |= {"completion": texts, "reward": rewards.tolist()}
     with explained("log_extra: expected a value for each completion"):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -1708,8 +1710,11 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
         require(ids, f"{where}: is empty, and the tokenizer has no token that begins a text")
         require(max(ids) < V, f"{where}: holds token {max(ids)}, and the model knows only {V}")
         fits = len(ids) + args.gen_len <= context
-        counts = f"{len(ids)} tokens and --gen-len {args.gen_len} are more than the context of {context}"
-        require(fits or args.long_prompts == "drop", f"{where}: {counts}; see --long-prompts")
+        require(
+            fits or args.long_prompts == "drop",
+            f"{where}: {len(ids)} tokens and --gen-len {args.gen_len} are more than the context of "
+            f"{context}; see --long-prompts",
+        )
         if fits:
             kept.append(example)
     require(kept or not rows, "--long-prompts drop: no prompt is left")
@@ -1761,8 +1766,10 @@ def load_bridge(
         stops = torch.tensor(list({tokenizer.eos_token_id, *declared} - {None}), device=device)
         scale = getattr(model.config, "logit_scale", None) or 1 / getattr(model.config, "logits_scaling", 1.0)
         error = (scale * bridge.unembed(features) - truth).abs().max() / truth.abs().max()
-    reason = f"as TransformerLens and the output layer have them, its logits are off by {error:.0%}"
-    require(error < torch.finfo(model.dtype).eps ** 0.5, f"{refused}: {reason}")
+    require(
+        error < torch.finfo(model.dtype).eps ** 0.5,
+        f"{refused}: as TransformerLens and the output layer have them, its logits are off by {error:.0%}",
+    )
     return bridge, tokenizer, stops, published, scale
 
 
@@ -1846,16 +1853,20 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
     if kind == "preferences" and rest:
         return preferences_reward(rest, args, run_dir, device)
     path, _, name = spec.rpartition(":" if ".py:" in spec else ".")
-    learned = "`sentiment`, `classifier:MODEL[:LABEL]`, `preferences:FILE`"
-    expected = f"`periods`, `char:X`, {learned}, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`"
-    require(path, f"--reward {spec}: unknown; expected {expected}")
+    require(
+        path,
+        f"--reward {spec}: unknown; expected `periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, "
+        "`preferences:FILE`, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`",
+    )
     # A real module, so that it can import its neighbours, and a process pool the function.
     file = Path(path)
     sys.path.insert(0, str(file.parent.resolve()))
     if file.suffix == ".py":
         require(file.is_file(), f"--reward {spec}: there is no file {path}")
-        taken = f"--reward {spec}: Python has a module of this name; rename the file"
-        require(file.stem not in sys.stdlib_module_names, taken)
+        require(
+            file.stem not in sys.stdlib_module_names,
+            f"--reward {spec}: Python has a module of this name; rename the file",
+        )
         path = file.stem
         sys.modules.pop(path, None)
     with blamed(f"--reward {spec}"):
@@ -1937,8 +1948,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     labels = [*classifier.config.id2label.values()]
     if class_name is None and len(labels) == 1:
         class_name = labels[0]
-    message = f"--reward classifier:{name}: no such label; expected one of {', '.join(labels)}"
-    require(class_name in labels, message)
+    require(class_name in labels, f"--reward classifier:{name}: no such label; one of {', '.join(labels)}")
     are_independent = classifier.config.problem_type == "multi_label_classification"
 
     @torch.no_grad()
@@ -1992,13 +2002,17 @@ def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
     require(
         launched == found, f"{launched} processes were launched, but {found} found each other; check --device"
     )
-    parts = f"{found} processes times --num-minibatches {args.num_minibatches}"
-    message = f"--batch-size {args.batch_size}: must be divisible by {parts}"
-    require(args.batch_size % (found * args.num_minibatches) == 0, message)
+    require(
+        args.batch_size % (found * args.num_minibatches) == 0,
+        f"--batch-size {args.batch_size}: must be divisible by {found} processes times --num-minibatches "
+        f"{args.num_minibatches}",
+    )
     precision = accelerator.mixed_precision
     require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
-    advice = "accelerate's gradient accumulation: not supported; give --micro-batch-size"
-    require(accelerator.gradient_accumulation_steps == 1, advice)
+    require(
+        accelerator.gradient_accumulation_steps == 1,
+        "accelerate's gradient accumulation: not supported; give --micro-batch-size",
+    )
 
 
 # ---- 13 What outlives the run ------------------------------------------------------------------------------
@@ -2078,8 +2092,11 @@ def choose_run_dir(args: RLHFArgs) -> Path:
     now = datetime.now().strftime("%Y%m%d-%H%M%S.%f")[:-3]  # milliseconds: several runs may start together
     run_dir = args.run_dir or Path("runs", f"{now}-{args.algo}{'-lora' if args.lora else ''}")
     is_taken = run_dir.exists() and any(path.suffix != ".unfinished" for path in run_dir.iterdir())
-    advice = f"give another, or, if it holds a run already, go on with that by --resume {run_dir}"
-    require(not is_taken, f"--run-dir {run_dir}: is not an empty directory; {advice}")
+    require(
+        not is_taken,
+        f"--run-dir {run_dir}: is not an empty directory; give another, or, if it holds a run already, go on "
+        f"with that by --resume {run_dir}",
+    )
     return run_dir
 
 
@@ -2248,8 +2265,10 @@ def trained_layers(policy: TransformerWithValueHead) -> dict[tuple[str, nn.Modul
             layer = component.original_component
             stored = block.attn.qkv.original_component if part in rows else getattr(layer, "base", layer)
             if any(weight.requires_grad for weight in layer.parameters()):
-                message = f"{part}: is a part of a fused matrix and cannot be trained; see --lora-targets"
-                require(stored.weight in names, message)
+                require(
+                    stored.weight in names,
+                    f"{part}: is a part of a fused matrix and cannot be trained; see --lora-targets",
+                )
                 if layer is not stored:
                     all_rows = torch.arange(len(as_rows(stored)))
                     table[names[stored.weight], stored].append((rows.get(part, all_rows), layer))
@@ -2554,8 +2573,10 @@ def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
         if chosen != rejected and row.get("score_chosen", 1) != row.get("score_rejected", 0):
             pairs.append(tuple(texts))
     console.print(f"{source}: {len(pairs)} pairs; {len(rows) - len(pairs)} more are ties, and left out")
-    message = f"{source}: expected at least two preferences, one of them to test on; found {len(pairs)}"
-    require(len(pairs) > 1, message)
+    require(
+        len(pairs) > 1,
+        f"{source}: expected at least two preferences, one of them to test on; found {len(pairs)}",
+    )
     return pairs
 
 
@@ -2948,8 +2969,9 @@ def train(args: RLHFArgs) -> int:
     trainer.train()
     if trainer.phase == args.total_phases:
         return 0
-    advice = f"go on with: python rlhf.py --resume {trainer.run_dir}"
-    console.print(f"stopped after phase {trainer.phase}; {advice}")
+    console.print(
+        f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}"
+    )
     return 128 + trainer.stopped_by
 
 
