@@ -1581,7 +1581,7 @@ def check_types(args: RLHFArgs) -> None:
     """Makes of each setting what its type says: of "runs/x" a Path, of one reward a tuple. With `resume`,
     what is at its default becomes what the run had. Raises SettingError for what has another type, and for
     what contradicts the run."""
-    saved = vars(saved_settings(Path(args.resume))) if args.resume else {}
+    saved = vars(saved_settings(Path(args.resume))) if args.resume is not None else {}
     for field in dataclasses.fields(args):
         name, value, flag = field.name, getattr(args, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
@@ -1948,7 +1948,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     labels = [*classifier.config.id2label.values()]
     if class_name is None and len(labels) == 1:
         class_name = labels[0]
-    require(class_name in labels, f"--reward classifier:{name}: no such label; one of {', '.join(labels)}")
+    require(class_name in labels, f"--reward classifier:{name}: no such label; it has {', '.join(labels)}")
     are_independent = classifier.config.problem_type == "multi_label_classification"
 
     @torch.no_grad()
@@ -1973,8 +1973,10 @@ def call_reward(reward: Reward, columns: dict[str, Any]) -> list[float]:
     where, completions = f"reward function {reward.name.removeprefix('reward/')}", columns["completions"]
     with blamed(where):
         scores = [None if score is None else float(score) for score in reward.function(**columns)]
-    counts = f"{len(scores)} values for {len(completions)} completions"
-    require(len(scores) == len(completions), f"{where}: returned {counts}")
+    require(
+        len(scores) == len(completions),
+        f"{where}: returned {len(scores)} values for {len(completions)} completions",
+    )
     for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
         message = f"{where}: value {i} is {score}, not a finite number, for the completion {completion!r}"
         require(math.isfinite(score or 0), message)
@@ -2511,7 +2513,7 @@ def read_answers(file: Path) -> list[dict]:
         for key in ("prompt", "chosen", "rejected"):
             turns_of(where, row, key)
     with explained(f'{file}: a "pair" is no number'):  # older files hold none, and then its place does
-        return [row | {"pair": int(row.get("pair", i))} for i, (_, row) in enumerate(rows)]
+        return [row | {"pair": abs(int(row.get("pair", i)))} for i, (_, row) in enumerate(rows)]
 
 
 def show_pair(prompt: Turns, left: str, right: str, title: str) -> None:
