@@ -1119,7 +1119,7 @@ class RLHFTrainer:
             self.optimizer.step()
         means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
-        means["grad_norm"] = np.mean(norms).item()
+        means["grad_norm"] = sum(norms) / len(norms)
         self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], self.last_kl, args)
         self.last_kl = means["kl"]
         self.phase += 1
@@ -1565,8 +1565,10 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
                 axis.set_ylim(bottom=0)
-        titles = [name + f" ({len(group)} runs)" * (len(group) > 1) for name, group in runs.items()]
-        labels = [textwrap.fill(title, 110) for title in titles]
+        labels = [
+            textwrap.fill(name + f" ({len(group)} runs)" * (len(group) > 1), 110)
+            for name, group in runs.items()
+        ]
         figure.legend(figure.axes[0].lines, labels, loc="upper left", bbox_to_anchor=(0, 0))  # below
 
 
