@@ -1486,7 +1486,7 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     found, rows, size = {}, trainer.held_out, trainer.args.batch_size
     for name, top_k in (("eval_reward", trainer.args.top_k), ("eval_reward_greedy", 1)) if rows else ():
         parts = [showcase(trainer, rows[i : i + size], top_k) for i in range(0, len(rows), size)]
-        found[name] = float(np.nanmean([one["reward"] for part in parts for one in part]))
+        found[name] = np.nanmean([one["reward"] for part in parts for one in part])
     return found
 
 
@@ -2990,6 +2990,9 @@ def main(argv: list[str]) -> int:
     except (SettingError, OSError) as error:
         print(f"rlhf.py: {one_line(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
 
 
 if __name__ == "__main__":

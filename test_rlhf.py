@@ -2718,6 +2718,17 @@ def test_the_readme_names_these_families():
     assert tested[1].split(", ") == [*ALL_FAMILIES] and tested[2].split(", ") == [*REFUSED_FAMILIES]
 
 
+def test_an_interrupt_outside_of_training_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    for command in ("train", "parse"):
+        with monkeypatch.context() as patch:
+            patch.setattr(rlhf, command, interrupted)
+            assert rlhf.main([]) == 130
+    assert capsys.readouterr().out == "interrupted\n" * 2
+
+
 def test_what_a_person_ignores_stays_ignored():
     """As nohup has it: a closed terminal stops nothing."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -4488,7 +4499,12 @@ def test_each_setting_refuses_what_is_not_of_its_type(refusals):
         for value in values[kind]
     ]
     assert len(rows) > 40
-    refusals(rows)
+    for (flag, value), expected in rows:
+        with pytest.raises(SettingError, match=expected):
+            RLHFArgs(**{flag.removeprefix("--").replace("-", "_"): value})
+    refusals(
+        [*{value: ([flag, value], expected) for (flag, value), expected in rows}.values()]
+    )  # one of each
 
 
 def test_numbers_are_finite_and_in_range(refusals):
