@@ -223,7 +223,8 @@ def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     else:
         ids = tokenizer.encode(prompt, add_special_tokens=False)
-        ids = ids if ids[:1] == tokenizer.begin else tokenizer.begin + ids
+        if ids[:1] != tokenizer.begin:
+            ids = tokenizer.begin + ids
     return ids[-tokenizer.room :]
 
 
@@ -357,8 +358,9 @@ class TransformerWithValueHead(nn.Module):
         super().__init__()
         # published: the weights by the names that they have in the model's files, for export; logit_scale: 1,
         # but for Cohere and Granite; stops: the tokens that end a text. load_bridge is in section 12.
-        loaded = load_bridge(base_model, device, dtype, prepend_bos)
-        self.bridge, self.tokenizer, self.stops, self.published, self.logit_scale = loaded
+        self.bridge, self.tokenizer, self.stops, self.published, self.logit_scale = load_bridge(
+            base_model, device, dtype, prepend_bos
+        )
         self.value_head = None
         if has_critic:
             D = self.bridge.cfg.d_model
@@ -393,13 +395,17 @@ class TransformerWithValueHead(nn.Module):
         """What the output layer sees, the final residual stream, normalised; and the values. The KV cache
         keeps keys and values of attention, so that of all columns only the new ones need be computed; the
         mask is of all."""
-        output = self.bridge.original_model.base_model(
-            input_ids=tokens,
-            attention_mask=attention_mask.long(),
-            position_ids=positions(attention_mask)[:, -tokens.shape[1] :],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+        LoRALinear.in_pass = True
+        try:
+            output = self.bridge.original_model.base_model(
+                input_ids=tokens,
+                attention_mask=attention_mask.long(),
+                position_ids=positions(attention_mask)[:, -tokens.shape[1] :],
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
+        finally:
+            LoRALinear.in_pass = False
         return output.last_hidden_state, self.values  # which the hook read_values left there just now
 
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
@@ -472,6 +478,8 @@ class LoRALinear(nn.Linear):
     True
     """
 
+    in_pass = False  # is any model just computing?
+
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
         nn.Module.__init__(self)  # not nn.Linear's, for W is the base's
         self.base = base.requires_grad_(False)
@@ -484,8 +492,10 @@ class LoRALinear(nn.Linear):
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """W and, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained."""
-        return as_rows(self.base) + self.update * self.enabled
+        """W and, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained. In
+        a pass W alone, for there TransformerLens asks for the type and nothing else."""
+        W = as_rows(self.base)
+        return W if LoRALinear.in_pass else (W + self.update * self.enabled).to(W)
 
     @property
     def bias(self) -> Tensor | None:
@@ -1044,7 +1054,8 @@ class RLHFTrainer:
                 log.phase({"phase": self.phase} | metrics, completions[:3])
                 if is_due:
                     save_checkpoint(self)
-            save_checkpoint(self)
+            if self.phase % args.save_every:  # the loop has not saved this one
+                save_checkpoint(self)
             export(self)
             if self.phase == args.total_phases:
                 log.samples("after", showcase(self, examples, args.top_k))
@@ -1349,11 +1360,12 @@ def gradient_weight(
 
 
 def average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """The mean over all processes, without the usual wrapper around the model, which would hide the bridge's
-    hooks."""
-    for weight in weights:
-        if weight.grad is not None:
-            weight.grad = accelerator.reduce(weight.grad, "mean")
+    """The mean over all processes, in one message; without the usual wrapper around the model, which would
+    hide the bridge's hooks."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    if accelerator.num_processes > 1:
+        mean = accelerator.reduce(nn.utils.parameters_to_vector(gradients), "mean")
+        nn.utils.vector_to_parameters(mean, gradients)
 
 
 def summarize(
@@ -1441,19 +1453,13 @@ def rollout_metrics(
         "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
         "distinct_2": distinct_2(unpad(drawn, mask)),
     }
-    if args.has_critic:
-        metrics["explained_variance"] = explained_variance(advantages, values, mask)
-    terms = {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
-    return trainer.logged | metrics | terms
-
-
-def explained_variance(
-    advantages: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"]
-) -> float:
-    """Of the returns, advantages + values: 1 is a perfect critic, 0 one that knows their mean only, below 0
-    one that misleads."""
-    variance = (advantages + values)[mask].var(correction=0)
-    return (1 - advantages[mask].var(correction=0) / variance).item() if variance > 1e-10 else 0.0
+    if (
+        args.has_critic
+    ):  # of the returns: 1 is a perfect critic, 0 one that knows their mean, below 0 misleads
+        unforeseen, all_of_it = (x[mask].var(correction=0).item() for x in (advantages, advantages + values))
+        metrics["explained_variance"] = 1 - unforeseen / all_of_it if all_of_it > 1e-10 else 0.0
+    metrics |= {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
+    return trainer.logged | metrics
 
 
 @torch.no_grad()
@@ -1477,8 +1483,7 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> l
     generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
     samples, texts = trainer.sample(examples, generator, top_k)
     scores = get_rewards(trainer.rewards, examples, texts, **trl_extras(trainer, samples))
-    rewards = total_reward(scores, trainer.rewards)
-    return records(examples, texts, rewards, trainer.extra)
+    return records(examples, texts, total_reward(scores, trainer.rewards), trainer.extra)
 
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
@@ -1492,8 +1497,8 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
 
 def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
     """One dict a completion; extra are the columns that reward functions log."""
-    columns = extra | {"prompt": [example["prompt"] for example in examples]}
-    columns |= {"completion": texts, "reward": rewards.tolist()}
+    prompts = [example["prompt"] for example in examples]
+    columns = extra | {"prompt": prompts, "completion": texts, "reward": rewards.tolist()}
     with explained("log_extra: expected a value for each completion"):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -1594,10 +1599,14 @@ def check_types(args: RLHFArgs) -> None:
             reason = error.errors()[0]["msg"].removeprefix("Input ")
             raise SettingError(f"{flag} {getattr(args, name)}: {reason}") from None
         theirs = saved.get(name, ours)
-        is_free = name in ("resume", "device", "save_every", "track", "total_phases")
-        message = f"--resume {args.resume}: was begun with {flag} {theirs}, not {ours}; leave {flag} out"
-        require(ours == field.default or is_free or as_json(ours) == as_json(theirs), message)
-        object.__setattr__(args, name, theirs if ours == field.default else ours)
+        if ours == field.default:
+            ours = theirs
+        require(
+            name in ("resume", "device", "save_every", "track", "total_phases")
+            or as_json(ours) == as_json(theirs),
+            f"--resume {args.resume}: was begun with {flag} {theirs}, not {ours}; leave {flag} out",
+        )
+        object.__setattr__(args, name, ours)
 
 
 def check_settings(args: RLHFArgs) -> None:
@@ -1635,12 +1644,11 @@ def check_settings(args: RLHFArgs) -> None:
 def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, dict]]:
     """One dict a prompt, behind the words that say where it stands: "prompt", a text or messages, and the
     other columns, None where a row lacks one. Without a source, the prefix alone."""
-    key = args.prompt_column
-    rows = read_rows(source) if source is not None else [("--prefix", {key: args.prefix})]
+    rows = read_rows(source) if source is not None else [("--prefix", {args.prompt_column: args.prefix})]
     columns = dict.fromkeys(column for _, row in rows for column in row)
     examples = []
     for where, row in rows:
-        prompt = turns_of(where, row, key)
+        prompt = turns_of(where, row, args.prompt_column)
         if args.system is not None:
             prompt = messages(args.system, "system") + messages(prompt, "user")
         examples.append((where, columns | row | {"prompt": prompt}))
@@ -1682,9 +1690,10 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     order."""
     args, size = trainer.args, len(trainer.examples)
     count = args.batch_size // args.samples_per_prompt
+    order = functools.cache(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(size))
     return [
-        trainer.examples[np.random.default_rng((args.seed, n // size)).permutation(size)[n % size]]
-        for n in range(trainer.phase * count, (trainer.phase + 1) * count)
+        trainer.examples[order(number // size)[number % size]]
+        for number in range(trainer.phase * count, (trainer.phase + 1) * count)
     ]
 
 
@@ -1828,8 +1837,10 @@ def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.
     """The components that `--lora-targets` names, of every block."""
     matrices = [block_matrices(block) for block in blocks]
     for target in targets:
-        known = ", ".join(matrices[0])
-        require(target in matrices[0], f"--lora-targets {target}: no such matrix; expected of {known}")
+        require(
+            target in matrices[0],
+            f"--lora-targets {target}: no such matrix; expected of {', '.join(matrices[0])}",
+        )
     return [found[target] for found in matrices for target in dict.fromkeys(targets)]
 
 
@@ -1881,8 +1892,8 @@ def as_in_trl(function: RewardFn) -> RewardFn:
     """A user's function, `async` or not, called as TRL does: in a conversation, completions are messages."""
 
     def call(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
-        completions = [reply(*pair) for pair in zip(prompts, completions, strict=True)]
-        scores = function(prompts=prompts, completions=completions, **columns)
+        replies = [*map(reply, prompts, completions)]
+        scores = function(prompts=prompts, completions=replies, **columns)
         if asyncio.iscoroutine(scores):
             # In a thread of its own, for a notebook has a loop here already.
             return ThreadPoolExecutor().submit(asyncio.run, scores).result()
@@ -1892,7 +1903,8 @@ def as_in_trl(function: RewardFn) -> RewardFn:
 
 
 def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
-    """What TRL offers to reward functions beside the columns."""
+    """What TRL offers to reward functions beside the columns. What they log is in `trainer.logged`, a number
+    each, and `trainer.extra`, a column each."""
     trainer.logged, trainer.extra = {}, {}
     return {
         "completion_ids": unpad(samples.tokens[:, samples.prompt_width :], samples.mask),
@@ -1955,8 +1967,10 @@ def classifier_reward(name: str, device: str) -> RewardFn:
 
     @torch.no_grad()
     def score(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
-        both = zip(prompts, completions, strict=True)
-        texts = [as_text(prompt + reply(prompt, text), tokenizer) for prompt, text in both]
+        texts = [
+            as_text(prompt + reply(prompt, completion), tokenizer)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         scores = classify(classifier, tokenizer, texts)
         if len(labels) > 1:
             scores = scores.sigmoid() if are_independent else scores.softmax(-1)
@@ -1980,8 +1994,10 @@ def call_reward(reward: Reward, columns: dict[str, Any]) -> list[float]:
         f"{where}: returned {len(scores)} values for {len(completions)} completions",
     )
     for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
-        message = f"{where}: value {i} is {score}, not a finite number, for the completion {completion!r}"
-        require(math.isfinite(score or 0), message)
+        require(
+            math.isfinite(score or 0),
+            f"{where}: value {i} is {score}, not a finite number, for the completion {completion!r}",
+        )
     return [math.nan if score is None else score for score in scores]
 
 
@@ -1989,8 +2005,10 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
     """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
     processes do not find each other."""
     for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        is_off = os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false"
-        require(is_off, f"accelerate's {engine}: not supported; each process holds the whole model")
+        require(
+            os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false",
+            f"accelerate's {engine}: not supported; each process holds the whole model",
+        )
     is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     accelerator = Accelerator(cpu=is_cpu)
     if device == "auto":
@@ -2083,10 +2101,10 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """The file holds these rows, each on a line, or, if this fails, what it held before."""
-    numbers = {"ensure_ascii": False, "default": lambda x: x.tolist()}  # also those of numpy and torch
     with explained(f"{path}: cannot be written"):
-        text = "".join(json.dumps(row, **numbers) + "\n" for row in rows)
-        write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
+        # tolist: also numbers of numpy and torch
+        lines = [json.dumps(row, ensure_ascii=False, default=lambda x: x.tolist()) + "\n" for row in rows]
+        write_whole(path, lambda new: new.write_text("".join(lines), encoding="utf-8"))
 
 
 def choose_run_dir(args: RLHFArgs) -> Path:
@@ -2163,8 +2181,7 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
     }
     torch.save(state, buffer := io.BytesIO())  # torch has names of its own for a full disk
     directory = trainer.run_dir / "checkpoint"
-    path = directory / f"phase-{trainer.phase:05}.pt"
-    write_whole(path, lambda new: new.write_bytes(buffer.getvalue()))
+    write_whole(directory / f"phase-{trainer.phase:05}.pt", lambda new: new.write_bytes(buffer.getvalue()))
     for path in sorted(directory.glob("phase-*.pt"))[:-2]:
         path.unlink()
 
@@ -2230,9 +2247,9 @@ def start_tracker(trainer: RLHFTrainer) -> None:
     run = {"name": run_dir.name, "resume": "allow" if args.resume else "never"}
     # wandb ends the name of each of its directories with the run's id.
     earlier = max((path.name[-8:] for path in run_dir.glob("wandb/*run-*")), default=None)
-    options = {"trackio": run, "wandb": run | {"dir": str(run_dir), "id": earlier}}
+    wandb = run | {"dir": str(run_dir), "id": earlier}
     with explained(f"--track {args.track}: cannot be opened; is it installed?"):
-        trainer.accelerator.init_trackers("rlhf", settings, options)
+        trainer.accelerator.init_trackers("rlhf", settings, {"trackio": run, "wandb": wandb})
 
 
 def export(trainer: RLHFTrainer) -> None:
@@ -2286,7 +2303,7 @@ def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
     for (name, stored), parts in trained_layers(policy).items():
         new = copy.deepcopy(stored)
         for rows, layer in parts:
-            as_rows(new)[rows] = layer.weight.to(new.weight)
+            as_rows(new)[rows] = layer.weight
             if new.bias is not None:
                 new.bias[rows] = layer.bias
         weights |= {f"{name}.{key}": value for key, value in new.state_dict().items()}
@@ -2333,8 +2350,8 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
 
 def cached(name: str, make: Callable[[Path], object]) -> str:
     """The directory of a built-in model in ~/.cache/rlhf (or RLHF_CACHE); made on first use, in a minute."""
-    cache = os.environ.get("RLHF_CACHE") or "~/.cache/rlhf"
-    path = Path(cache, f"{name}-1").expanduser()  # the number changes when what follows does
+    # The number changes when what follows does.
+    path = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf", f"{name}-1").expanduser()
     if not path.exists():
         console.print(f"making {name} once, into {path}")
         write_whole(path, make)
@@ -2455,8 +2472,10 @@ def label(file: Path, args: tyro.conf.OmitArgPrefixes[RLHFArgs], pairs: int = 20
         file: the preferences, JSON lines; an earlier session goes on behind its last answer
         pairs: stop when the file holds this many answers
     """
-    rows, device = load_examples(args, args.prompts), pick_device(args.device)[1]
-    policy = TransformerWithValueHead(args.base_model, False, device, args.dtype, args.prepend_bos)
+    rows = load_examples(args, args.prompts)
+    policy = TransformerWithValueHead(
+        args.base_model, False, pick_device(args.device)[1], args.dtype, args.prepend_bos
+    )
     examples = fitting(policy, rows, args)
     ask(file, pairs, functools.partial(draw_pair, policy, examples, args))
 
@@ -2469,14 +2488,14 @@ def draw_pair(
     While they are equal, both are drawn anew: so which is on the left is a fair coin.
     """
     prompt = examples[number % len(examples)]["prompt"]
-    tokenizer, device = policy.tokenizer, policy.bridge.cfg.device
+    device = policy.bridge.cfg.device
     generator = torch.Generator(device).manual_seed(seed_of(args.seed, number))
-    tokens, mask = tokenize(tokenizer, [prompt, prompt], device)
+    tokens, mask = tokenize(policy.tokenizer, [prompt, prompt], device)
     for _ in range(20):
         drawn = get_samples(
             policy, tokens, mask, args.gen_len, args.temperature, args.top_k, args.top_p, generator
         )
-        left, right = decode(drawn, tokenizer)
+        left, right = decode(drawn, policy.tokenizer)
         if left != right:
             return prompt, left, right
     raise SettingError(f"label: 20 times twice the same for {prompt!r}; raise --temperature or --gen-len")
@@ -2706,7 +2725,11 @@ def inspect(
     bos = settings.prepend_bos
     base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype, prepend_bos=bos).float()
     trained = TransformerWithValueHead(str(run / "model"), prepend_bos=bos)
-    rows = [("--prompt", {"prompt": prompt})] if prompt else load_examples(settings, settings.prompts)
+    rows = (
+        [("--prompt", {"prompt": prompt})]
+        if prompt is not None
+        else load_examples(settings, settings.prompts)
+    )
     example, *_ = fitting(trained, rows, dataclasses.replace(settings, gen_len=gen_len, seed=seed))
     prompt = example["prompt"]
     texts = draw_texts(trained, prompt, token, samples, gen_len, seed)

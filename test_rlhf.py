@@ -2632,6 +2632,53 @@ def test_views_of_transformer_lens_show_the_trained_model(family, tmp_path):
             torch.testing.assert_close(getattr(trainer.policy.bridge, name), untrained, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_pass_merges_adapters(dtype, tmp_path, monkeypatch):
+    """In Llama's attention TransformerLens asks for the weight of o, to see its type: of every layer, at
+    every token."""
+    base = save_model(tmp_path / "base", FAMILIES["llama"]())
+    trainer = RLHFTrainer(small_args(base, algo="grpo", lora=True, dtype=dtype))
+    merged, update = [], LoRALinear.update.fget
+    monkeypatch.setattr(LoRALinear, "update", property(lambda layer: merged.append(0) or update(layer)))
+    memory, *_ = trainer.rollout_phase()
+    trainer.learning_phase(memory)
+    assert not merged and not LoRALinear.in_pass
+    assert trainer.policy.bridge.W_O.dtype == getattr(torch, dtype) and len(merged) == 2  # a layer each
+
+
+def test_one_process_copies_no_gradient(gpt2, monkeypatch):
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo"))
+    weights = list(trainer.trained.values())
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    before = [weight.grad for weight in weights]
+    rlhf.average_gradients(weights, trainer.accelerator)
+    assert all(weight.grad is grad for weight, grad in zip(weights, before, strict=True))
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("phases, expected", [(4, [2, 4]), (3, [2, 3])])
+def test_each_phase_is_saved_once(gpt2, tmp_path, monkeypatch, phases, expected):
+    saved, save = [], rlhf.save_checkpoint
+    monkeypatch.setattr(rlhf, "save_checkpoint", lambda trainer: saved.append(trainer.phase) or save(trainer))
+    args = small_args(gpt2, lora=True, save_every=2, total_phases=phases, run_dir=tmp_path / "run")
+    RLHFTrainer(args).train()
+    assert saved == expected
+
+
+def test_prompts_are_shuffled_once_an_epoch(gpt2, tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": f"No {i}"} for i in range(5)])
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", prompts=path, group_size=2, batch_size=8))
+    shuffled, generator_of = [], numpy.random.default_rng
+    monkeypatch.setattr(numpy.random, "default_rng", lambda seed: shuffled.append(seed) or generator_of(seed))
+    drawn = []
+    for trainer.phase in range(5):  # four prompts each
+        drawn += [example["prompt"] for example in rlhf.examples_of(trainer)]
+    assert len(shuffled) <= 5 + 3  # each phase, and where it begins another epoch
+    for epoch in range(4):
+        assert len(set(drawn[5 * epoch : 5 * epoch + 5])) == 5
+
+
 def test_a_part_of_a_fused_matrix_that_could_not_be_exported_is_refused(tmp_path):
     base = save_model(tmp_path, transformers.Phi3Config(**SHAPE, pad_token_id=0))
     RLHFTrainer(small_args(base, lora=True))
@@ -4274,6 +4321,11 @@ def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, 
     assert rlhf.main(["inspect", str(run), "--samples", "2", "--gen-len", "4"]) == 0
     for (name, _), size in moved[0].items():
         assert (size == 0) == (name in ("in", "out")), name
+
+
+def test_an_empty_prompt_can_be_inspected(collapsed, capsys):
+    argv = ["inspect", str(collapsed), "--prompt", "", "--samples", "2", "--gen-len", "4"]
+    assert rlhf.main(argv) == 0 and "2 completions of ''" in capsys.readouterr().out
 
 
 def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsys):
