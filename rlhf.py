@@ -229,7 +229,7 @@ def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
 
 
 def tokenize(
-    tokenizer, prompts: list[str | list], device: str
+    tokenizer, prompts: list[str | list], device: str | torch.device
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
@@ -810,12 +810,6 @@ class ReplayMemory(Samples):
         """These rows of every field."""
         return ReplayMemory(**{name: field[rows] for name, field in vars(self).items()})
 
-    def parts(self, size: int | None) -> Iterator["ReplayMemory"]:
-        """All rows in their order, so many at a time, by default all."""
-        size = size or len(self.tokens)
-        for start in range(0, len(self.tokens), size):
-            yield self[start : start + size]
-
     def get_minibatches(
         self, passes: int, count: int, generator: torch.Generator
     ) -> Iterator["ReplayMemory"]:
@@ -1071,7 +1065,7 @@ class RLHFTrainer:
         examples = [one for one in examples_of(self) for _ in range(args.samples_per_prompt)]
         examples = own_share(examples, accelerator)
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
-        samples, texts = self.sample(examples, self.generator, args.top_k)
+        samples, texts = complete(self.policy, examples, args, self.generator, args.top_k)
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities.
         with adapters_off(self.reference):  # a frozen copy has none
             ref_features, _ = self.reference.completion_features(samples)
@@ -1109,12 +1103,13 @@ class RLHFTrainer:
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args) * learns
-        weights = list(self.trained.values())
+        weights, size = list(self.trained.values()), args.micro_batch_size or args.batch_size
         for minibatch in memory.get_minibatches(
             args.batches_per_learning_phase, args.num_minibatches, self.generator
         ):
             self.optimizer.zero_grad()
-            for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
+            for start in range(0, len(minibatch.tokens), size):  # the gradients of parts add up
+                part = minibatch[start : start + size]
                 new = self.evaluate(part)
                 objective = objective_of(new, part, self.kl_coef, args)
                 loss = -objective * gradient_weight(part, minibatch, args, self.accelerator)
@@ -1123,10 +1118,7 @@ class RLHFTrainer:
                 counts.append(part.mask.sum().item())
             average_gradients(weights, self.accelerator)
             norms.append(nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
-            require(
-                math.isfinite(norms[-1]),
-                f"phase {self.phase + 1}: the gradient is not finite; smaller learning rates may help",
-            )
+            stop_unless_finite(self, minibatch, norms)
             self.optimizer.step()
         means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
@@ -1155,17 +1147,6 @@ class RLHFTrainer:
             kl = kl * (logprobs - minibatch.logprobs).exp()
         return PolicyOutput(logprobs, entropy, kl, values)
 
-    def sample(
-        self, examples: list[dict], generator: torch.Generator, top_k: int | None
-    ) -> tuple[Samples, list[str]]:
-        """One completion of each example's prompt, as tokens and as text."""
-        args, prompts = self.args, [example["prompt"] for example in examples]
-        tokens, mask = tokenize(self.tokenizer, prompts, self.device)
-        samples = get_samples(
-            self.policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator
-        )
-        return samples, decode(samples, self.tokenizer)
-
     def __init__(self, args: RLHFArgs):
         # What chooses, checks and loads is in sections 12 and 13; at bad input it stops with one line.
         self.args = args
@@ -1180,7 +1161,6 @@ class RLHFTrainer:
             self.policy = TransformerWithValueHead(
                 args.base_model, args.has_critic, self.device, args.dtype, args.prepend_bos
             )
-            self.tokenizer = self.policy.tokenizer
             self.examples, self.held_out = (fitting(self.policy, one, args) for one in (rows, held_out))
             choose_trained(self.policy.bridge, args)
             trained_layers(self.policy)  # raises SettingError where one could not be exported
@@ -1282,6 +1262,7 @@ import safetensors.torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -1390,6 +1371,7 @@ class RunLog(contextlib.AbstractContextManager):
         self.is_main = trainer.accelerator.is_main_process
         console.quiet = not self.is_main
         start_tracker(trainer)
+        self.lock = only_one(trainer.run_dir / "args.json") if self.is_main else None
         self.metrics, self.completions = open_run_dir(trainer) if self.is_main else ([], [])
         console.print(f"training {sum(weight.numel() for weight in trainer.trained.values()):,} numbers")
 
@@ -1428,6 +1410,26 @@ class RunLog(contextlib.AbstractContextManager):
             prompt = sample["prompt"]
             text = one_line(as_text(prompt + reply(prompt, sample["completion"])))
             console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}")
+
+
+@torch.no_grad()
+def stop_unless_finite(trainer: RLHFTrainer, minibatch: ReplayMemory, norms: list[float]) -> None:
+    """Raises SettingError where the last of the phase's gradients is not finite, and names the first part of
+    the model that wrote NaN or infinity."""
+    if math.isfinite(norms[-1]):
+        return
+    wrong = ["none"]
+
+    def look(x: Tensor, hook) -> None:
+        if not x.isfinite().all():
+            wrong.insert(-1, hook.name)
+
+    with trainer.policy.bridge.hooks(fwd_hooks=[(lambda name: name.endswith("hook_out"), look)]):
+        trainer.evaluate(minibatch)
+    raise SettingError(
+        f"phase {trainer.phase + 1}, minibatch {len(norms)}: the gradient is not finite; the first "
+        f"activation that is not: {wrong[0]}; smaller learning rates may help"
+    )
 
 
 def rollout_metrics(
@@ -1481,18 +1483,20 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
 def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> list[dict]:
     """A completion of each, drawn with the same random numbers before, during and after training."""
     generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
-    samples, texts = trainer.sample(examples, generator, top_k)
+    samples, texts = complete(trainer.policy, examples, trainer.args, generator, top_k)
     scores = get_rewards(trainer.rewards, examples, texts, **trl_extras(trainer, samples))
     return records(examples, texts, total_reward(scores, trainer.rewards), trainer.extra)
 
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
-    found, rows, size = {}, trainer.held_out, trainer.args.batch_size
-    for name, top_k in (("eval_reward", trainer.args.top_k), ("eval_reward_greedy", 1)) if rows else ():
+    rows, size = trainer.held_out, trainer.args.batch_size
+
+    def mean(top_k: int | None) -> float:
         parts = [showcase(trainer, rows[i : i + size], top_k) for i in range(0, len(rows), size)]
-        found[name] = np.nanmean([one["reward"] for part in parts for one in part])
-    return found
+        return np.nanmean([one["reward"] for one in itertools.chain(*parts)])
+
+    return {"eval_reward": mean(trainer.args.top_k), "eval_reward_greedy": mean(1)} if rows else {}
 
 
 def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
@@ -1532,7 +1536,13 @@ PANELS = [  # what is drawn, over what, under which title
 LOOKS = "cycler('linestyle', ['-', '--', ':']) * cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7'])"
 STYLE = [
     "seaborn-v0_8-whitegrid",
-    {"font.size": 8, "lines.markersize": 4, "text.parse_math": False, "axes.prop_cycle": LOOKS},
+    {
+        "font.size": 8,
+        "lines.markersize": 4,
+        "text.parse_math": False,
+        "axes.prop_cycle": LOOKS,
+        "image.cmap": "viridis",
+    },
 ]
 
 
@@ -1690,11 +1700,23 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     order."""
     args, size = trainer.args, len(trainer.examples)
     count = args.batch_size // args.samples_per_prompt
+    start = trainer.phase * count
     order = functools.cache(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(size))
-    return [
-        trainer.examples[order(number // size)[number % size]]
-        for number in range(trainer.phase * count, (trainer.phase + 1) * count)
-    ]
+    return [trainer.examples[order(number // size)[number % size]] for number in range(start, start + count)]
+
+
+def complete(
+    policy: TransformerWithValueHead,
+    examples: list[dict],
+    args: RLHFArgs,
+    generator: torch.Generator,
+    top_k: int | None,
+) -> tuple[Samples, list[str]]:
+    """One completion of each example's prompt, as tokens and as text; on the generator's device."""
+    prompts = [example["prompt"] for example in examples]
+    tokens, mask = tokenize(policy.tokenizer, prompts, generator.device)
+    samples = get_samples(policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator)
+    return samples, decode(samples, policy.tokenizer)
 
 
 def decode(samples: Samples, tokenizer) -> list[str]:
@@ -1751,9 +1773,11 @@ def load_bridge(
     with explained(refused):
         name = model_name(base_model)
         tokenizer = load_tokenizer(name, prepend_bos)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), attn_implementation="eager"
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
+        lacking = sorted(info["missing_keys"])[:3]
+        require(not lacking, f"{refused}: its files lack {', '.join(lacking)}")
         model.to(device)
         published = model.state_dict(keep_vars=True)
         truth = probe(model).logits[:, 3:]
@@ -1931,10 +1955,14 @@ def blamed(what: str) -> Iterator[None]:
 def load_classifier(name: str, what: str, device: str, **options):
     """A sequence classifier and its tokenizer, padding on the right and cutting on the left."""
     with explained(f"{what}: cannot be loaded as a classifier"):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, **options)
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, output_loading_info=True, **options
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, truncation_side="left", padding_side="right"
         )
+    is_trained = "num_labels" in options or not info["missing_keys"]
+    require(is_trained, f"{what}: its files lack the weights of a classifier")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
     context = getattr(model.config, "max_position_embeddings", 2**20)
     context -= 2 * ("roberta" in model.config.model_type)  # which begins to count at 2
@@ -2010,9 +2038,10 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
             f"accelerate's {engine}: not supported; each process holds the whole model",
         )
     is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
-    accelerator = Accelerator(cpu=is_cpu)
+    with explained("accelerate: was launched wrongly"):
+        accelerator = Accelerator(cpu=is_cpu)
     if device == "auto":
-        return accelerator, str(accelerator.device)
+        device = str(accelerator.device)
     with explained(f"--device {device}: not available here"):
         torch.empty(1, device=device)
     return accelerator, device
@@ -2048,22 +2077,24 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".unfinished", f"{path.name}.", path.parent) as directory:
-            new, old = Path(directory, path.name), Path(directory, "old")
+            new = Path(directory, path.name)
             write(new)
             if new.is_file():
                 with open(new, "rb+") as file:
                     os.fsync(file.fileno())  # on the disk before the old one goes
             elif path.is_dir():  # a file replaces a file by the renaming itself, and never a directory
-                path.rename(old)
-            try:
-                new.replace(path)
-            except OSError:
-                if old.exists():
-                    old.rename(path)
-                raise
+                path.rename(Path(directory, "old"))
+            new.replace(path)
     except OSError as error:
         reason = error.strerror or error
         raise SettingError(f"{path}: cannot be written ({reason}); what was there is whole") from error
+
+
+def only_one(path: Path) -> FileLock:
+    """Keeps other processes from this path while the lock exists; raises SettingError if one has it."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, is_singleton=True)
+    with explained(f"{path}: another process is writing it"):
+        return lock.acquire().lock
 
 
 def read_rows(source: str | Path) -> list[tuple[str, dict]]:
@@ -2113,7 +2144,7 @@ def choose_run_dir(args: RLHFArgs) -> Path:
         return args.resume
     now = datetime.now().strftime("%Y%m%d-%H%M%S.%f")[:-3]  # milliseconds: several runs may start together
     run_dir = args.run_dir or Path("runs", f"{now}-{args.algo}{'-lora' if args.lora else ''}")
-    is_taken = run_dir.exists() and any(path.suffix != ".unfinished" for path in run_dir.iterdir())
+    is_taken = run_dir.exists() and {path.suffix for path in run_dir.iterdir()} - {".unfinished", ".lock"}
     require(
         not is_taken,
         f"--run-dir {run_dir}: is not an empty directory; give another, or, if it holds a run already, go on "
@@ -2148,10 +2179,9 @@ def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
     run_dir = trainer.run_dir
     for orphan in run_dir.rglob("*.unfinished"):  # of a run that was killed
         shutil.rmtree(orphan)
-    versions = {
+    versions = {"python": sys.version} | {
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")
     }
-    versions["python"] = sys.version
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
     done = ["before", *range(1, trainer.phase + 1)] if trainer.phase else []
     kept = [read_rows(run_dir / name) if done else [] for name in ("metrics.jsonl", "samples.jsonl")]
@@ -2159,11 +2189,9 @@ def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
     return tuple([row for _, row in rows if row.get("phase") in done] for rows in kept)
 
 
-def fingerprint(trainer: RLHFTrainer) -> str:
-    """Of what a checkpoint must fit: the model that training starts from, and the shapes that it trains."""
-    base = sum(weight.view(torch.int16).sum().item() for weight in trainer.reference.published.values())
-    shapes = {name: [*weight.shape] for name, weight in trainer.trained.items()}
-    return f"base model of sum {base}, trained {shapes}"
+def fingerprint(trainer: RLHFTrainer) -> int:
+    """Of the model that training starts from, which a checkpoint must fit: the sum of its bits."""
+    return sum(weight.view(torch.int16).sum().item() for weight in trainer.reference.published.values())
 
 
 def save_checkpoint(trainer: RLHFTrainer) -> None:
@@ -2193,7 +2221,7 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            require(state["fits"] == trainer.fits, f"{path}: is of another base model or other settings")
+            require(state["fits"] == trainer.fits, f"{path}: is of another base model")
             for name, weight in trainer.trained.items():
                 weight.data.copy_(state["trained"][name])
             trainer.optimizer.load_state_dict(state["optimizer"])
@@ -2487,15 +2515,11 @@ def draw_pair(
 
     While they are equal, both are drawn anew: so which is on the left is a fair coin.
     """
-    prompt = examples[number % len(examples)]["prompt"]
-    device = policy.bridge.cfg.device
-    generator = torch.Generator(device).manual_seed(seed_of(args.seed, number))
-    tokens, mask = tokenize(policy.tokenizer, [prompt, prompt], device)
+    example = examples[number % len(examples)]
+    prompt = example["prompt"]
+    generator = torch.Generator(policy.bridge.cfg.device).manual_seed(seed_of(args.seed, number))
     for _ in range(20):
-        drawn = get_samples(
-            policy, tokens, mask, args.gen_len, args.temperature, args.top_k, args.top_p, generator
-        )
-        left, right = decode(drawn, policy.tokenizer)
+        _, (left, right) = complete(policy, [example, example], args, generator, args.top_k)
         if left != right:
             return prompt, left, right
     raise SettingError(f"label: 20 times twice the same for {prompt!r}; raise --temperature or --gen-len")
@@ -2506,9 +2530,9 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
 
     A skipped pair does not come again; only one skipped behind the last answer does, in the next session.
     """
-    answers = read_answers(file)
-    numbers = itertools.count(1 + max((answer["pair"] for answer in answers), default=-1))
-    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(keypresses()) as keys:
+    with only_one(file), contextlib.suppress(KeyboardInterrupt):
+        answers, keys = read_answers(file), keypresses()
+        numbers = itertools.count(1 + max((answer["pair"] for answer in answers), default=-1))
         while len(answers) < pairs:
             number = next(numbers)
             prompt, left, right = draw(number)
@@ -2557,19 +2581,13 @@ def printable(text: str) -> str:
 
 
 def keypresses() -> Iterator[str]:
-    """Characters of standard input as they come, up to its end; on a terminal, but not on Windows, without
-    Enter."""
-    stdin = sys.stdin.fileno()
-    with contextlib.ExitStack() as restore:
-        if os.name == "posix" and os.isatty(stdin):
-            import termios
-            import tty
+    """Keys as they are typed, on a terminal without Enter; elsewhere the characters of standard input."""
+    from click import getchar
 
-            restore.callback(termios.tcsetattr, stdin, termios.TCSANOW, termios.tcgetattr(stdin))
-            tty.setcbreak(stdin, termios.TCSANOW)  # not the default, which would throw away a key typed early
-        while typed := os.read(stdin, 1024).decode("latin-1"):
-            # An arrow or function key is an escape and some letters, which are no answer; Ctrl-D is an end.
-            yield from re.sub(r"\x1b(\[[^@-~]*|O)?.", "", typed).replace("\x04", "q").lower()
+    read = getchar if sys.stdin.isatty() else lambda: sys.stdin.buffer.read(1).decode("latin-1")
+    with contextlib.suppress(EOFError):  # Ctrl-D
+        while key := read()[:1]:  # an arrow key is an escape and more, of which nothing is an answer
+            yield key.lower()
 
 
 # ---- 16 Preferences to reward ------------------------------------------------------------------------------
@@ -2635,15 +2653,12 @@ def train_reward_model(source: str | Path, base_model: str, directory: Path, dev
         logits = classify(model, tokenizer, [*chosen, *rejected])
         return rearrange(logits, "(pair b) 1 -> pair b", pair=2)
 
-    def loss_of(batch: Sequence) -> Float[Tensor, ""]:
-        return bradley_terry_loss(*rewards(*batch))
-
     count = math.ceil(0.15 * len(pairs))
     held_out, training = random_split(pairs, [count, len(pairs) - count])
     epochs = max(1, min(12, 10_000 // len(training)))  # the more pairs, the fewer times each
     batches = [batch for _ in range(epochs) for batch in DataLoader(training, batch_size=4, shuffle=True)]
     with dropout_and_lora(model):
-        fit(model, batches, loss_of, "reward model", lr=1e-3)
+        fit(model, batches, lambda batch: bradley_terry_loss(*rewards(*batch)), "reward model", lr=1e-3)
     with torch.no_grad():
         chosen, rejected = rewards(*zip(*held_out, strict=True))
     right, loss = (chosen > rejected).float().mean(), bradley_terry_loss(chosen, rejected)
@@ -2653,7 +2668,7 @@ def train_reward_model(source: str | Path, base_model: str, directory: Path, dev
 
 
 @contextlib.contextmanager
-def dropout_and_lora(model: nn.Module, dropout: float = 0.3, rank: int = 16) -> Iterator[None]:
+def dropout_and_lora(model: nn.Module) -> Iterator[None]:
     """Within, all but the head is frozen, and each matrix of the attention is replaced by dropout and a
     LoRALinear; afterwards what they have learned is part of the matrix.
 
@@ -2667,8 +2682,7 @@ def dropout_and_lora(model: nn.Module, dropout: float = 0.3, rank: int = 16) -> 
         if "att" in path.lower() and isinstance(part, nn.Linear | Conv1D)
     }
     for path, part in replaced.items():
-        lora = LoRALinear(part, rank, alpha=2.0 * rank)
-        model.set_submodule(path, nn.Sequential(nn.Dropout(dropout), lora))
+        model.set_submodule(path, nn.Sequential(nn.Dropout(0.3), LoRALinear(part, rank=16, alpha=32.0)))
     yield
     for path, part in replaced.items():
         as_rows(part).data.add_(model.get_submodule(path)[-1].update)
@@ -2715,7 +2729,7 @@ def inspect(
         run: a run directory
         token: whose logit is taken apart
         prompt: what the completions continue, on which both models are read; by default the run's first
-        samples: completions, drawn from the trained model
+        samples: completions, drawn from the trained model as in training
         gen_len: tokens in a completion, at most
         seed: of the completions
     """
@@ -2725,14 +2739,11 @@ def inspect(
     bos = settings.prepend_bos
     base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype, prepend_bos=bos).float()
     trained = TransformerWithValueHead(str(run / "model"), prepend_bos=bos)
-    rows = (
-        [("--prompt", {"prompt": prompt})]
-        if prompt is not None
-        else load_examples(settings, settings.prompts)
-    )
-    example, *_ = fitting(trained, rows, dataclasses.replace(settings, gen_len=gen_len, seed=seed))
-    prompt = example["prompt"]
-    texts = draw_texts(trained, prompt, token, samples, gen_len, seed)
+    settings = dataclasses.replace(settings, gen_len=gen_len)
+    if prompt is not None:
+        settings = dataclasses.replace(settings, prompts=None, prefix=prompt)
+    example, *_ = fitting(trained, load_examples(settings, settings.prompts), settings)
+    prompt, texts = example["prompt"], draw_texts(trained, [example] * samples, settings, token, seed)
     console.print(
         f"{run / 'model'} against {settings.base_model}, on its own {samples} completions of {prompt!r};",
         f"the logit of {token!r} is read before {texts.where.sum()} of {(texts.predicted >= 0).sum()} tokens",
@@ -2749,13 +2760,12 @@ def inspect(
 
 
 def draw_texts(
-    model: TransformerWithValueHead, prompt: Turns, token: str, samples: int, gen_len: int, seed: int
+    model: TransformerWithValueHead, examples: list[dict], settings: RLHFArgs, token: str, seed: int
 ) -> Texts:
-    """Completions of the one prompt, so no row is padded on the left, and the right no causal model sees."""
+    """Completions of one prompt, so no row is padded on the left, and the right no causal model sees."""
     with explained(f"--token {token!r}: must be a single token; a leading space may matter"):
         token_id = model.bridge.to_single_token(token)
-    tokens, mask = tokenize(model.tokenizer, [prompt] * samples, "cpu")
-    drawn = get_samples(model, tokens, mask, gen_len, generator=torch.Generator().manual_seed(seed))
+    drawn, _ = complete(model, examples, settings, torch.Generator().manual_seed(seed), settings.top_k)
     predicted = nn.functional.pad(drawn.completion, (drawn.prompt_width - 1, 1), value=-100)
     where = predicted == token_id
     return Texts(drawn.tokens, predicted, where if where.any() else predicted >= 0, token, token_id)
@@ -2893,20 +2903,23 @@ def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> flo
     return token_logit(bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)]), texts)
 
 
-def what_moved(axis, readings: tuple[Reading, Reading]) -> dict[tuple[str, int], float]:
-    """‖ΔW‖ / ‖W‖ (Frobenius), the size of the update of every matrix of the blocks, by name and layer."""
-    moved, both = {}, (map(block_matrices, one.bridge.blocks) for one in readings)
-    for layer, (before, after) in enumerate(zip(*both, strict=True)):
-        for name, part in before.items():
-            W, new = part.original_component.weight.data, after[name].original_component.weight.data
-            moved[name, layer] = ((new - W).norm() / W.norm()).item()
-    (name, most), layers = max(moved, key=moved.get), range(layer + 1)
-    console.print(f"moved most: {name} of layer {most}, by {moved[name, most]:.1%} of its size")
+def what_moved(axis, readings: tuple[Reading, Reading]) -> Float[Tensor, "matrices L"]:
+    """‖ΔW‖ / ‖W‖ (Frobenius), the size of the update of every matrix of the blocks."""
+    base, trained = ([*map(block_matrices, one.bridge.blocks)] for one in readings)
+    names, L = [*base[0]], len(base)
+
+    def share(name: str, layer: int) -> Float[Tensor, ""]:
+        W, new = (blocks[layer][name].original_component.weight.data for blocks in (base, trained))
+        return (new - W).norm() / W.norm()
+
+    moved = torch.tensor([[share(name, layer) for layer in range(L)] for name in names])
+    row, layer = divmod(moved.argmax().item(), L)
+    console.print(f"moved most: {names[row]} of layer {layer}, by {moved.max():.1%} of its size")
     heatmap(
         axis,
-        torch.tensor([[moved[name, layer] for layer in layers] for name in before]),
-        before,
-        layers,
+        moved,
+        names,
+        range(L),
         "How far each matrix moved",
         "Layer. ‖ΔW‖ / ‖W‖, the size of the update as a share of the matrix that it changes.",
         vmin=0,
@@ -2920,11 +2933,9 @@ def caption(axis, title: str, text: str) -> None:
     axis.set_xlabel(textwrap.fill(text, 56), loc="left")
 
 
-def heatmap(
-    axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text: str, cmap: str = "viridis", **limits
-) -> None:
+def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text: str, **looks) -> None:
     """Rows and columns have names; the more there are, the smaller they are written."""
-    axis.figure.colorbar(axis.imshow(values.numpy(), cmap, aspect="auto", **limits), ax=axis)
+    axis.figure.colorbar(axis.imshow(values.numpy(), aspect="auto", **looks), ax=axis)
     axis.grid(False)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks(range(len(columns)), columns)
@@ -2985,8 +2996,8 @@ def parse(target: Callable, argv: list[str]):
     except SystemExit as stop:
         if not stop.code:
             raise
-        _title, sentence, *_advice = re.split("[─-]{4,}", complaint.getvalue())  # at the horizontal rules
-        words = re.sub("[│╮]", " ", sentence).split()
+        sentence = re.split("[─-]{4,}", complaint.getvalue())[1]  # between title and advice, behind rules
+        words = re.findall(r"[^\s│╮]+", sentence)
         raise SettingError(f"{' '.join(words)} (python rlhf.py --help lists all settings)") from None
 
 
