@@ -27,7 +27,7 @@ From reinforcement learning to language models:
 What is different from PPO on CartPole:
   - The policy can write before it is trained. Left alone it finds the one text that pays most, "......", and
     writes nothing else: mode collapse. So there is a reference, the model as it was, and a price β on leaving
-    it: the KL penalty, its leash.
+    it: the KL penalty, its leash. (The toy reward counts full stops.)
   - Any state can be started from again: K completions of one prompt can be compared, and their mean
     reward can do the critic's work (GRPO, RLOO).
   - There is one reward, at the end of a short episode, so there is nothing to discount: γ = 1. And λ = 1
@@ -82,7 +82,7 @@ from kernels import float32_linear, linear_token_logprobs, lora_linear
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
 # comment the flag's help. Bounds stand in the types, and `check_types` in section 12 enforces them.
 
-RewardFn = Callable[..., list[float]]
+RewardFn = Callable[..., list[float | None]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
 Repeatable = Annotated[tuple[RewardSpec, ...], tyro.conf.UseAppendAction]  # --reward A --reward B
 Count = Annotated[int, Field(ge=1)]
@@ -99,7 +99,7 @@ class RLHFArgs:
     """
 
     # The experiment
-    algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "course"] = "ppo"  # as published
+    algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "course"] = "ppo"  # see README
     base_model: str = "tiny"  # `tiny`, `smollm2`, a name that TransformerLens knows, hub id, or directory
     reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL, preferences:FILE, FILE.py:NAME
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
@@ -114,8 +114,8 @@ class RLHFArgs:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
-    advantage: Literal["critic", "group", "others"] | None = None  # less critic, group mean, others' mean
-    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation to divide
+    advantage: Literal["critic", "group", "others"] | None = None  # reward less critic, group's mean, others'
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # divide by deviation; critic: not group
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
     clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
@@ -129,7 +129,7 @@ class RLHFArgs:
     # Rollout phase: completions are drawn and judged
     total_phases: Count = 50  # rollout phase and learning phase, this many times
     batch_size: Count = 64  # completions in a rollout phase, of all processes together
-    group_size: Count | None = None  # completions of a prompt; by default all, with --prompts 8 (ppo: 1)
+    group_size: Count | None = None  # completions of a prompt; default: all, of many prompts 8 (critic: 1)
     gen_len: Count = 32  # tokens in a completion, at most
     temperature: Positive = 1.0  # divides the logits; for greedy completions --top-k 1
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
@@ -148,7 +148,7 @@ class RLHFArgs:
 
     # What is trained, and how fast
     base_lr: Amount = 5e-4  # learning rate of the transformer, or of its adapters
-    head_lr: Amount = 3e-3  # learning rate of the value head, which starts from nothing (ppo)
+    head_lr: Amount = 3e-3  # learning rate of the value head, which starts from nothing (critic)
     warmup_steps: Annotated[int, Field(ge=0)] = 3  # phases, not optimizer steps: learning rates rise linearly
     final_scale: Amount = 0.1  # learning rates of the last phase, reached linearly, as a share of the peak
     max_grad_norm: Amount = 1.0  # longer gradients are shortened to this; 0: none is
@@ -162,7 +162,7 @@ class RLHFArgs:
     device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
     dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the weights that LoRA freezes
     run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
-    resume: Path | None = None  # a run directory: go on from its last checkpoint, with its settings
+    resume: Path | None = None  # a run directory: go on with its settings; a default counts as not given
     save_every: Count = 10  # phases between checkpoints; Ctrl-C, SIGTERM and SIGHUP leave one too
     track: Literal["wandb", "trackio", "tensorboard"] | None = None  # send the metrics there, too
 
@@ -374,7 +374,7 @@ class TransformerWithValueHead(nn.Module):
         if self.value_head is None:
             self.values = normalized_residual.new_zeros(normalized_residual.shape[:2])
         else:
-            with torch.autocast(normalized_residual.device.type, enabled=False):  # float32 there too
+            with torch.autocast(normalized_residual.device.type, enabled=False):  # float32 even then
                 self.values = self.value_head(normalized_residual.float()).squeeze(-1)
 
     def forward(
@@ -395,7 +395,7 @@ class TransformerWithValueHead(nn.Module):
         """What the output layer sees, the final residual stream, normalised; and the values. The KV cache
         keeps keys and values of attention, so that of all columns only the new ones need be computed; the
         mask is of all."""
-        LoRALinear.in_pass = True
+        LoRALinear.in_pass = True  # section 4: so that no pass adds up W and its adapters
         try:
             output = self.bridge.original_model.base_model(
                 input_ids=tokens,
@@ -426,7 +426,7 @@ class TransformerWithValueHead(nn.Module):
         cache = DynamicCache(config=self.bridge.original_model.config)
         if prompts.shape[1] > 1:
             self.features(prompts[:, :-1].clamp(min=0), prompts[:, :-1] >= 0, cache)
-            cache.batch_select_indices(of_row)
+            cache.batch_select_indices(of_row)  # a copy for each row that has this prompt
         return cache
 
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
@@ -514,8 +514,8 @@ class LoRALinear(nn.Linear):
 
 
 def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
-    """Freezes all but what is to be trained: adapters, or the weights themselves, of all blocks or the last
-    few.
+    """Freezes all but what is to be trained: adapters of all blocks or the last few, or the weights of the
+    last few; with neither flag nothing.
 
     A LoRALinear takes the place of each target matrix inside of its hooks, so that they see what LoRA adds.
     """
@@ -653,8 +653,8 @@ def get_rewards(
     rewards: list[Reward], examples: list[dict], completions: list[str], **extras
 ) -> Float[Tensor, "B R"]:
     """What each of the R reward functions gives each completion; NaN where one does not apply. A function is
-    called once for the whole batch, with the columns of the prompts file as lists, and the extras as they
-    are."""
+    called once for the whole batch, with the columns of the prompts file as lists, and the extras (section
+    12) as they are."""
     columns = {key: [example[key] for example in examples] for key in examples[0]} | extras
     columns |= {"prompts": columns.pop("prompt"), "completions": completions}
     return torch.tensor([call_reward(reward, columns) for reward in rewards]).T
@@ -663,7 +663,7 @@ def get_rewards(
 def total_reward(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> Float[Tensor, "B"]:
     """The weighted sum of the terms that apply; NaN where none does."""
     weights = scores.new_tensor([reward.weight for reward in rewards])
-    applies = (scores.isfinite() & (weights != 0)).any(dim=1)
+    applies = (scores.isfinite() & (weights != 0)).any(dim=1)  # of weight 0 is what is only logged
     return (scores.nan_to_num() * weights).sum(dim=1).where(applies, math.nan)
 
 
@@ -685,7 +685,8 @@ def deviation(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups 1"]:
 def normalize_reward(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Mean 0 and standard deviation 1 over the batch; all 0 where all rewards are equal.
 
-    For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever a reward's unit. GRPO
+    For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever a reward's unit, and
+    values speak of better or worse than this phase's mean. GRPO
     divides by the group's deviation instead; RLOO and Dr. GRPO by none, so there β depends on the unit.
 
     >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0]))
@@ -752,7 +753,7 @@ def group_relative(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2), r_i the
-    sum of a completion's rewards.
+    sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide: `scale_rewards none`.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
@@ -982,7 +983,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 
 
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
-# line wins over the cell. ε, β and λ are this experiment's choice, except: ε of DAPO, GSPO and CISPO; β = 0,
+# line wins over the cell. Entropy bonus and exact KL are ours in all (as published: `--ent-coef 0`, for GRPO
+# `--kl-estimator k3`). ε, β and λ are this experiment's choice, except: ε of DAPO, GSPO and CISPO; β = 0,
 # where the paper does without a reference; λ = 0, the course's one-step advantage.
 # - `-`: clip_coef is the upper end, too.
 # - rloo: REINFORCE, and so is the surrogate while ρ = 1, in a phase's first step; later steps are clipped.
@@ -1014,8 +1016,10 @@ for switch, *cells in switches:
 
 # ---- 10 Objective to update --------------------------------------------------------------------------------
 # In: the settings. Out: a trained policy. All state lives in the trainer, and nothing here knows which
-# algorithm runs. Several processes may share the work by rows, each with its part of the batch. On one, read
-# own_share, gather_rows and average_gradients as "the same", gradient_weight as 1, summarize as a mean.
+# algorithm runs, only whether there is a critic. Several processes may share the work by rows, each with its
+# part of the batch. On one, read own_share, gather_rows and average_gradients as "the same", gradient_weight
+# as 1 (of a micro-batch its share), summarize as a mean. What was not defined so far is in the workshop:
+# several processes and logging at its start, prompts, models and rewards in section 12, files in 13.
 
 
 class RLHFTrainer:
@@ -1027,7 +1031,7 @@ class RLHFTrainer:
     def train(self) -> None:
         """All phases that are still to come."""
         args, examples = self.args, [*itertools.islice(itertools.cycle(self.examples), 8)]
-        with RunLog(self) as log, stop_signals(self):
+        with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
             while self.phase < args.total_phases and not self.accelerator.check_trigger():  # of a Ctrl-C
@@ -1036,8 +1040,8 @@ class RLHFTrainer:
                 with saved_on_error(self), self.accelerator.autocast():
                     memory, metrics, completions = self.rollout_phase()
                 middle = time.perf_counter()
-                # Where every group's rewards are equal, only entropy and KL would be left to follow: then the
-                # learning rates are 0, and the pass is made for its metrics.
+                # Where every group's rewards are equal, only entropy, KL and the critic's error would be left
+                # to follow: then no step is taken, and the pass is made for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics["rollout_seconds"] = middle - start
                 metrics["learning_seconds"] = time.perf_counter() - middle
@@ -1097,12 +1101,12 @@ class RLHFTrainer:
 
     def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
-        metrics: means over all tokens of all minibatches, learning rate and β. If it does not learn, its
-        learning rates are 0."""
+        metrics: means over all tokens of all minibatches, learning rate and β. If it does not learn, it takes
+        no step."""
         args, metrics, counts, norms = self.args, [], [], []
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
-            param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args) * learns
+            param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args)
         weights, size = list(self.trained.values()), args.micro_batch_size or args.batch_size
         for minibatch in memory.get_minibatches(
             args.batches_per_learning_phase, args.num_minibatches, self.generator
@@ -1119,7 +1123,8 @@ class RLHFTrainer:
             average_gradients(weights, self.accelerator)
             norms.append(nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
-            self.optimizer.step()
+            if learns:
+                self.optimizer.step()
         means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
         means["grad_norm"] = sum(norms) / len(norms)
@@ -1136,7 +1141,7 @@ class RLHFTrainer:
         reference = ()
         if args.kl_estimator == "full":
             reference = minibatch.ref_features, *self.reference.output_layer
-        with self.accelerator.autocast():  # entered anew each time: it keeps its casts of weights
+        with self.accelerator.autocast():  # entered anew each time: its casts of weights grow old
             features, values = self.policy.completion_features(minibatch)
             logprobs, entropy, kl = self.policy.score(
                 features, minibatch.completion, args.temperature, *reference
@@ -1196,7 +1201,8 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
 
 
 def lr_scale(phase: int, args: RLHFArgs) -> float:
-    """Linear warm-up over warmup_steps phases, then linear decay to final_scale in the last one.
+    """Linear warm-up over warmup_steps phases, then linear decay to final_scale in the last one, if any is
+    left.
 
     >>> [round(lr_scale(phase, RLHFArgs(total_phases=5, warmup_steps=1)), 2) for phase in range(5)]
     [0.5, 1.0, 0.7, 0.4, 0.1]
@@ -1262,7 +1268,7 @@ import safetensors.torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
@@ -1307,7 +1313,7 @@ def explained(what: str) -> Iterator[None]:
 
 # ---- Several processes -------------------------------------------------------------------------------------
 # What the trainer shares with its likes under torchrun or `accelerate launch`. Rows of the batch are shared
-# out evenly; gradients and metrics become means over all. Of one process all of these are the identity.
+# out evenly; gradients and metrics become means over all.
 
 
 def seed_of(*numbers: int) -> int:
@@ -1371,7 +1377,6 @@ class RunLog(contextlib.AbstractContextManager):
         self.is_main = trainer.accelerator.is_main_process
         console.quiet = not self.is_main
         start_tracker(trainer)
-        self.lock = only_one(trainer.run_dir / "args.json") if self.is_main else None
         self.metrics, self.completions = open_run_dir(trainer) if self.is_main else ([], [])
         console.print(f"training {sum(weight.numel() for weight in trainer.trained.values()):,} numbers")
 
@@ -1397,7 +1402,9 @@ class RunLog(contextlib.AbstractContextManager):
             self.metrics.append(metrics)
             write_jsonl(trainer.run_dir / "metrics.jsonl", self.metrics)
         if [one.get("equal_groups") for one in self.metrics[-3:]] == [1.0] * 3:
-            console.print("for three phases no completion was rewarded differently: nothing is learned")
+            console.print(
+                "for three phases no group's completions were rewarded differently: nothing is learned"
+            )
         trainer.accelerator.log(metrics, step=phase)
 
     def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
@@ -1418,18 +1425,14 @@ def stop_unless_finite(trainer: RLHFTrainer, minibatch: ReplayMemory, norms: lis
     the model that wrote NaN or infinity."""
     if math.isfinite(norms[-1]):
         return
-    wrong = ["none"]
+    what = f"phase {trainer.phase + 1}, minibatch {len(norms)}: the gradient is not finite"
 
     def look(x: Tensor, hook) -> None:
-        if not x.isfinite().all():
-            wrong.insert(-1, hook.name)
+        require(x.isfinite().all(), f"{what}; the first activation that is not: {hook.name}")
 
     with trainer.policy.bridge.hooks(fwd_hooks=[(lambda name: name.endswith("hook_out"), look)]):
         trainer.evaluate(minibatch)
-    raise SettingError(
-        f"phase {trainer.phase + 1}, minibatch {len(norms)}: the gradient is not finite; the first "
-        f"activation that is not: {wrong[0]}; smaller learning rates may help"
-    )
+    raise SettingError(f"{what}, though all activations are; smaller learning rates may help")
 
 
 def rollout_metrics(
@@ -1437,7 +1440,7 @@ def rollout_metrics(
     drawn: Int[Tensor, "B C"],  # -100 where masked
     ended: Bool[Tensor, "B"],
     scores: Float[Tensor, "B R"],
-    rewards: Float[Tensor, "B"],  # as they came, before any scaling
+    rewards: Float[Tensor, "B"],  # before any scaling
     advantages: Float[Tensor, "B C"],
     values: Float[Tensor, "B C"],
 ) -> dict:
@@ -1580,10 +1583,7 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
                 axis.set_ylim(bottom=0)
-        labels = [
-            textwrap.fill(name + f" ({len(group)} runs)" * (len(group) > 1), 110)
-            for name, group in runs.items()
-        ]
+        labels = [textwrap.fill(name, 110) for name in runs]
         figure.legend(figure.axes[0].lines, labels, loc="upper left", bbox_to_anchor=(0, 0))  # below
 
 
@@ -1776,8 +1776,8 @@ def load_bridge(
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
-        lacking = sorted(info["missing_keys"])[:3]
-        require(not lacking, f"{refused}: its files lack {', '.join(lacking)}")
+        lacking = sorted(info["missing_keys"])
+        require(not lacking, f"{refused}: its files lack {', '.join(lacking[:3])}")
         model.to(device)
         published = model.state_dict(keep_vars=True)
         truth = probe(model).logits[:, 3:]
@@ -1915,7 +1915,7 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
 def as_in_trl(function: RewardFn) -> RewardFn:
     """A user's function, `async` or not, called as TRL does: in a conversation, completions are messages."""
 
-    def call(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
+    def call(prompts: list[Turns], completions: list[str], **columns) -> list[float | None]:
         replies = [*map(reply, prompts, completions)]
         scores = function(prompts=prompts, completions=replies, **columns)
         if asyncio.iscoroutine(scores):
@@ -1961,8 +1961,8 @@ def load_classifier(name: str, what: str, device: str, **options):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, truncation_side="left", padding_side="right"
         )
-    is_trained = "num_labels" in options or not info["missing_keys"]
-    require(is_trained, f"{what}: its files lack the weights of a classifier")
+    is_whole = "num_labels" in options or not info["missing_keys"]
+    require(is_whole, f"{what}: its files lack {', '.join(sorted(info['missing_keys'])[:3])}")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
     context = getattr(model.config, "max_position_embeddings", 2**20)
     context -= 2 * ("roberta" in model.config.model_type)  # which begins to count at 2
@@ -2077,24 +2077,33 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".unfinished", f"{path.name}.", path.parent) as directory:
-            new = Path(directory, path.name)
+            new, old = Path(directory, path.name), Path(directory, "old")
             write(new)
             if new.is_file():
                 with open(new, "rb+") as file:
                     os.fsync(file.fileno())  # on the disk before the old one goes
             elif path.is_dir():  # a file replaces a file by the renaming itself, and never a directory
-                path.rename(Path(directory, "old"))
-            new.replace(path)
+                path.rename(old)
+            try:
+                new.replace(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
     except OSError as error:
         reason = error.strerror or error
         raise SettingError(f"{path}: cannot be written ({reason}); what was there is whole") from error
 
 
-def only_one(path: Path) -> FileLock:
-    """Keeps other processes from this path while the lock exists; raises SettingError if one has it."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, is_singleton=True)
-    with explained(f"{path}: another process is writing it"):
-        return lock.acquire().lock
+def only_one(path: Path) -> contextlib.AbstractContextManager:
+    """Within, other runs and sessions are kept from this path, as far as the file system has locks."""
+    try:
+        name = f".{path.name}.{PartialState().process_index}.lock"
+        return FileLock(path.parent / name, timeout=0).acquire()
+    except Timeout as error:
+        raise SettingError(f"{path}: another process is writing it") from error
+    except OSError:  # no place to write: the first write will say so
+        return contextlib.nullcontext()
 
 
 def read_rows(source: str | Path) -> list[tuple[str, dict]]:
@@ -2505,7 +2514,8 @@ def label(file: Path, args: tyro.conf.OmitArgPrefixes[RLHFArgs], pairs: int = 20
         args.base_model, False, pick_device(args.device)[1], args.dtype, args.prepend_bos
     )
     examples = fitting(policy, rows, args)
-    ask(file, pairs, functools.partial(draw_pair, policy, examples, args))
+    with only_one(file):
+        ask(file, pairs, functools.partial(draw_pair, policy, examples, args))
 
 
 def draw_pair(
@@ -2530,9 +2540,9 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
 
     A skipped pair does not come again; only one skipped behind the last answer does, in the next session.
     """
-    with only_one(file), contextlib.suppress(KeyboardInterrupt):
-        answers, keys = read_answers(file), keypresses()
-        numbers = itertools.count(1 + max((answer["pair"] for answer in answers), default=-1))
+    answers, keys = read_answers(file), keypresses()
+    numbers = itertools.count(1 + max((answer["pair"] for answer in answers), default=-1))
+    with contextlib.suppress(KeyboardInterrupt):
         while len(answers) < pairs:
             number = next(numbers)
             prompt, left, right = draw(number)
@@ -2739,11 +2749,11 @@ def inspect(
     bos = settings.prepend_bos
     base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype, prepend_bos=bos).float()
     trained = TransformerWithValueHead(str(run / "model"), prepend_bos=bos)
-    settings = dataclasses.replace(settings, gen_len=gen_len)
+    settings = dataclasses.replace(settings, gen_len=gen_len, seed=seed)
     if prompt is not None:
         settings = dataclasses.replace(settings, prompts=None, prefix=prompt)
     example, *_ = fitting(trained, load_examples(settings, settings.prompts), settings)
-    prompt, texts = example["prompt"], draw_texts(trained, [example] * samples, settings, token, seed)
+    prompt, texts = example["prompt"], draw_texts(trained, [example] * samples, settings, token)
     console.print(
         f"{run / 'model'} against {settings.base_model}, on its own {samples} completions of {prompt!r};",
         f"the logit of {token!r} is read before {texts.where.sum()} of {(texts.predicted >= 0).sum()} tokens",
@@ -2759,13 +2769,11 @@ def inspect(
     console.print(f"wrote {run / 'inspect.png'}")
 
 
-def draw_texts(
-    model: TransformerWithValueHead, examples: list[dict], settings: RLHFArgs, token: str, seed: int
-) -> Texts:
+def draw_texts(model: TransformerWithValueHead, examples: list[dict], args: RLHFArgs, token: str) -> Texts:
     """Completions of one prompt, so no row is padded on the left, and the right no causal model sees."""
     with explained(f"--token {token!r}: must be a single token; a leading space may matter"):
         token_id = model.bridge.to_single_token(token)
-    drawn, _ = complete(model, examples, settings, torch.Generator().manual_seed(seed), settings.top_k)
+    drawn, _ = complete(model, examples, args, torch.Generator().manual_seed(args.seed), args.top_k)
     predicted = nn.functional.pad(drawn.completion, (drawn.prompt_width - 1, 1), value=-100)
     where = predicted == token_id
     return Texts(drawn.tokens, predicted, where if where.any() else predicted >= 0, token, token_id)

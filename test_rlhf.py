@@ -709,6 +709,27 @@ def test_none_says_that_a_reward_does_not_apply():
     assert rlhf.total_reward(scores, gold).isnan().tolist() == [False, True]
 
 
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "rloo"])
+def test_a_completion_without_any_reward_teaches_nothing(gpt2, algo):
+    def every_other(completions, **columns):
+        return [None if i % 2 else float(i) for i in range(len(completions))]
+
+    trainer = RLHFTrainer(small_args(gpt2, algo=algo, reward=(every_other,)))
+    memory, metrics, _ = trainer.rollout_phase()
+    assert (memory.advantages[1::2] == 0).all() and (memory.advantages[::2] != 0).any()
+    assert metrics["reward"] == 3 and trainer.learning_phase(memory)["grad_norm"] > 0
+
+
+def test_weights_without_a_gradient_do_not_decay():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = rlhf.get_optimizer({"weight": weight}, RLHFArgs())
+    for param_group in optimizer.param_groups:
+        param_group["lr"] = 0.1
+    weight.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(3))
+
+
 @pytest.mark.parametrize("algo", ["grpo", "dr_grpo", "rloo"])
 def test_a_completion_without_any_reward_is_left_out_of_its_group(algo):
     args = RLHFArgs(algo=algo, batch_size=8, group_size=4, num_minibatches=1)
@@ -1235,7 +1256,7 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
         with unittest.mock.patch.object(rlhf, "plot_curves", draw):
             assert rlhf.main(argv) == 0
         assert {p.name for p in (tmp_path / name).iterdir()} == {
-            "args.json", ".args.json.lock", "metrics.jsonl", "samples.jsonl", "checkpoint", "model",
+            "args.json", ".args.json.0.lock", "metrics.jsonl", "samples.jsonl", "checkpoint", "model",
             *["curves.png"] * (name == "first"), *["adapter"] * lora,
         }  # fmt: skip
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -1291,7 +1312,8 @@ def test_where_nothing_is_rewarded_differently_nothing_moves(gpt2, tmp_path, cap
     trainer.train()
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.trained.items())
     output = capsys.readouterr().out
-    assert output.count("no completion was rewarded differently: nothing is learned") == 2  # phases 3 and 4
+    assert output.count("completions were rewarded differently: nothing is learned") == 2  # phases 3 and 4
+    assert not trainer.optimizer.state  # nor do the moments remember it, for the next phase to follow
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["equal_groups"] == 1 for row in rows)
     assert algo == "grpo" or all(row["explained_variance"] == 0 for row in rows)
@@ -1674,15 +1696,13 @@ def metrics_of(run_dir: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
+@pytest.mark.usefixtures("no_pictures")
 @forks
-@pytest.mark.parametrize("algo, lora", [("ppo", True), ("grpo", False)])
-def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_path, request, algo, lora):
-    if not lora:  # with a picture, kills hit its drawing; without, more of them the phases
-        request.getfixturevalue("no_pictures")
-    flags = f"--algo {algo} --batch-size 8 --gen-len 6".split()
+def test_killed_at_any_moment_a_run_goes_on_bit_for_bit(gpt2, prompts_file, tmp_path):
+    flags = "--algo ppo --lora --batch-size 8 --gen-len 6".split()
     flags += "--num-minibatches 2 --total-phases 6 --warmup-steps 1".split()
     flags += ["--base-model", gpt2, "--prompts", str(prompts_file), "--group-size", "4", "--reward", "char:e"]
-    flags += ["--save-every", "1", "--kl-target", "0.05", "--device", "cpu", *["--lora"] * lora]
+    flags += ["--save-every", "1", "--kl-target", "0.05", "--device", "cpu"]
 
     def start(*argv: str) -> int:
         """A child process; one thread, since the parent's do not survive a fork."""
@@ -1805,14 +1825,15 @@ def test_what_is_not_finite_stops_before_the_step_and_is_named(gpt2, tmp_path, a
     memory, _, _ = trainer.rollout_phase()
     steps, bridge = [], trainer.policy.bridge
     trainer.optimizer.register_step_post_hook(lambda *_: steps.append(weights_of(trainer)))
-    bridge.blocks[1].attn.q.hook_out.add_hook(lambda x, hook: x + value if steps else x)
-    with pytest.raises(SettingError, match="phase 1, minibatch 2: .*that is not: blocks.1.attn.q.hook_out;"):
+    one = torch.tensor([value] + [0.0] * (bridge.cfg.d_head - 1))  # of many
+    bridge.blocks[1].attn.q.hook_out.add_hook(lambda x, hook: x + one if steps else x)
+    with pytest.raises(SettingError, match="phase 1, minibatch 2: .*that is not: blocks.1.attn.q.hook_out$"):
         trainer.learning_phase(memory)
     assert len(steps) == 1 and trainer.phase == 0
     for name, weight in weights_of(trainer).items():
         assert torch.equal(weight, steps[0][name]) and weight.isfinite().all(), name
     bridge.reset_hooks()
-    with pytest.raises(SettingError, match="minibatch 1: .*that is not: none;"):
+    with pytest.raises(SettingError, match="minibatch 1: .*though all activations are;"):
         rlhf.stop_unless_finite(trainer, memory, [value])
     rlhf.stop_unless_finite(trainer, memory, [value, 1.0])
 
@@ -1831,24 +1852,30 @@ def test_files_that_lack_weights_are_refused(gpt2, tmp_path):
         SettingError, match="cannot be loaded: its files lack transformer.h.1.mlp.c_fc.weight"
     ):
         TransformerWithValueHead(str(directory))
-    with pytest.raises(SettingError, match="classifier:.*: its files lack the weights of a classifier"):
+    with pytest.raises(SettingError, match="classifier:.*: its files lack score.weight"):
         rlhf.classifier_reward(f"{gpt2}:LABEL_0", "cpu")
 
 
 @pytest.mark.parametrize(
-    "variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"OMPI_COMM_WORLD_SIZE": "2"}]
+    "variables, cause",
+    [
+        ({"WORLD_SIZE": "2"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": ""}, "invalid literal for int"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "MASTER_ADDR"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_variables_of_a_launcher_without_one_are_one_line(tmp_path, capfd, variables):
+@forks
+def test_variables_of_a_launcher_without_one_are_one_line(tmp_path, capfd, variables, cause):
     if (child := os.fork()) == 0:  # what accelerate makes of them is for the whole process
         try:
             AcceleratorState._reset_state(reset_partial_state=True)
             os.environ |= variables
-            os._exit(rlhf.main(["--run-dir", str(tmp_path / "run")]))
+            os._exit(rlhf.main(["--run-dir", str(tmp_path / "run"), "--device", "cpu"]))
         finally:
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
-    assert re.fullmatch("rlhf.py: accelerate: was launched wrongly: .*\n", capfd.readouterr().err)
+    assert re.fullmatch(f"rlhf.py: accelerate: was launched wrongly: .*{cause}.*\n", capfd.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 
@@ -1903,21 +1930,81 @@ def test_a_reward_that_draws_changes_no_new_weights(gpt2, tmp_path):
         assert all(torch.equal(plain[name], drawing[name]) for name in plain)
 
 
-@pytest.mark.usefixtures("no_pictures")
-def test_a_full_disk_leaves_the_checkpoint_before(gpt2, tmp_path, monkeypatch, capsys):
-    trainer = RLHFTrainer(small_args(gpt2, lora=True, run_dir=tmp_path / "run", save_every=1, total_phases=2))
-    trainer.train()
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()}
+@forks
+@pytest.mark.parametrize("fault", ["kill -9", "full disk"])
+def test_whatever_ends_at_any_write_a_run_goes_on_bit_for_bit(gpt2, tmp_path, monkeypatch, capsys, fault):
+    """At each write in turn, with half of it done: settings, samples, metrics, checkpoint, model, adapter and
+    picture."""
+    flags = "--algo grpo --lora --batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 1".split()
+    flags += ["--warmup-steps", "0", "--base-model", gpt2, "--reward", "char:e", "--device", "cpu"]
+    write_whole, written = rlhf.write_whole, []
+    monkeypatch.setattr(rlhf, "picture", lambda path, **size: drawing(path))
 
-    def full(path, data):
-        path.touch()
-        raise OSError(28, "No space left on device")
+    @contextlib.contextmanager
+    def drawing(path: Path):
+        yield Figure()
+        rlhf.write_whole(path, lambda new: new.write_bytes(b"a picture"))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    trainer.phase = 3
-    with pytest.raises(SettingError, match="phase-00003.pt: cannot be written .No space left on device"):
-        rlhf.save_checkpoint(trainer)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()} == before
+    def failing(at: int):
+        def write_or_fail(path: Path, write: Callable) -> None:
+            def half(new: Path) -> None:
+                write(new)
+                file = max(new.iterdir()) if new.is_dir() else new
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+                if fault == "kill -9":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise OSError(28, "No space left on device")
+
+            written.append(path.name)
+            write_whole(path, half if len(written) == at else write)
+
+        return write_or_fail
+
+    def start(run: Path) -> int:
+        argv = ["--resume", str(run)] if (run / "args.json").exists() else [*flags, "--run-dir", str(run)]
+        return rlhf.main(argv)
+
+    monkeypatch.setattr(rlhf, "write_whole", failing(0))
+    assert start(tmp_path / "whole") == 0
+    names, whole = written[:], contents(tmp_path / "whole")
+    assert {*names} >= {"args.json", "samples.jsonl", "metrics.jsonl", "phase-00001.pt", "model", "adapter"}
+    for at, name in enumerate(names, start=1):
+        run = tmp_path / f"{at}"
+        written.clear()
+        monkeypatch.setattr(rlhf, "write_whole", failing(at))
+        if fault == "kill -9":
+            if (child := os.fork()) == 0:
+                start(run)
+                os._exit(1)
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL, name
+        else:
+            capsys.readouterr()
+            assert start(run) == 2
+            assert re.fullmatch(f"rlhf.py: .*{name}: cannot be .*No space left.*\n", capsys.readouterr().err)
+            assert not [*run.rglob("*.unfinished")], name
+        monkeypatch.setattr(rlhf, "write_whole", failing(0))
+        assert start(run) == 0, name
+        assert contents(run) == whole, name
+
+
+def contents(run: Path) -> dict[str, object]:
+    """All that a run leaves but settings and checkpoints, in which places and times are named."""
+    kept = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    return {name: x for name, x in kept.items() if not re.search("json$|jsonl$|[.]pt$|lock$", name)} | {
+        "metrics": metrics_of(run),
+        "samples": [json.loads(line) for line in kept["samples.jsonl"].splitlines()],
+        "names": sorted(kept),
+    }
+
+
+def test_a_directory_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "weights").write_text("old")
+    monkeypatch.setattr(Path, "replace", unittest.mock.Mock(side_effect=OSError(5, "Input/output error")))
+    with pytest.raises(SettingError, match="model: cannot be written .Input/output error.*is whole"):
+        rlhf.write_whole(directory, lambda new: new.mkdir())
+    assert (directory / "weights").read_text() == "old" and [*tmp_path.iterdir()] == [directory]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -2856,7 +2943,7 @@ def test_cut_prompts_are_cut_for_every_command(gpt2):
     examples = rlhf.fitting(policy, [("here", {"prompt": "This is a test. " * 40})], args)
     prompt, left, right = rlhf.draw_pair(policy, examples, args, 0)
     assert left != right and prompt == examples[0]["prompt"]
-    texts = rlhf.draw_texts(policy, examples * 2, args, ".", 0)
+    texts = rlhf.draw_texts(policy, examples * 2, args, ".")
     assert texts.tokens.shape[1] <= 64
 
 
@@ -4023,7 +4110,8 @@ def test_ctrl_c_at_a_terminal_ends_labelling(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_two_processes_do_not_write_the_same(gpt2, tmp_path, type_keys, monkeypatch, capsys):  # noqa: F811
+@forks
+def test_two_processes_do_not_write_the_same(gpt2, tmp_path, type_keys, monkeypatch):  # noqa: F811
     """A run that goes on, and a labelling session, keep others out until they end, be it by kill -9."""
     run, file = tmp_path / "run", tmp_path / "p.jsonl"
     flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 2 --warmup-steps 1 --lora".split()
@@ -4035,38 +4123,57 @@ def test_two_processes_do_not_write_the_same(gpt2, tmp_path, type_keys, monkeypa
     )
     monkeypatch.chdir(tmp_path)
 
-    def draw_slowly(number: int):
-        Path("slow").touch()
-        signal.pause()
-
-    def refused_meanwhile(theirs, ours) -> None:
-        for name in ("slow", "go slowly"):
-            Path(name).unlink(missing_ok=True)
+    def refused_meanwhile(theirs: list[str], ours: Callable[[], object]) -> None:
         Path("go slowly").touch()
         if (child := os.fork()) == 0:
             try:
-                torch.set_num_threads(1)  # the parent's threads do not survive a fork
-                theirs()
+                rlhf.main(theirs)
             finally:
                 os._exit(0)
-        while not Path("slow").exists():
-            assert os.waitpid(child, os.WNOHANG) == (0, 0)
-        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        with pytest.raises(SettingError, match="another process is writing it"):
-            ours()
-        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        Path("go slowly").unlink()
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        try:
+            deadline = time.monotonic() + 60
+            while not Path("slow").exists():
+                assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
+                time.sleep(0.01)
+            before = contents_of(tmp_path)
+            with pytest.raises(SettingError, match="another process is writing it"):
+                ours()
+            assert contents_of(tmp_path) == before
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        for name in ("slow", "go slowly"):
+            Path(name).unlink()
         ours()
+        ours()  # what has ended, in this process or another, keeps nobody out
 
-    refused_meanwhile(
-        lambda: rlhf.main([*flags, "--run-dir", str(run)]), lambda: rlhf.train(RLHFArgs(resume=run))
-    )
+    refused_meanwhile([*flags, "--run-dir", str(run)], lambda: rlhf.train(RLHFArgs(resume=run)))
     assert [row["phase"] for row in metrics_of(run)] == [1, 2]
-    type_keys("l")
-    refused_meanwhile(lambda: rlhf.ask(file, 9, draw_slowly), lambda: rlhf.ask(file, 9, numbered_pair))
-    assert chosen(file) == ["left 0"]
+    draw = rlhf.draw_pair
+
+    def draw_slowly(*arguments):
+        while Path("go slowly").exists():
+            Path("slow").touch()
+        return draw(*arguments)
+
+    monkeypatch.setattr(rlhf, "draw_pair", draw_slowly)
+    type_keys("")
+    args = RLHFArgs(base_model=gpt2, gen_len=4, device="cpu")
+    refused_meanwhile(
+        ["label", str(file), "--base-model", gpt2, "--gen-len", "4", "--device", "cpu"],
+        lambda: rlhf.label(file, args),
+    )
+
+
+def contents_of(root: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_place_without_locks_is_used_without_one(tmp_path, monkeypatch):
+    """As on some network file systems."""
+    monkeypatch.setattr(rlhf.FileLock, "acquire", unittest.mock.Mock(side_effect=OSError(37, "No locks")))
+    with rlhf.only_one(tmp_path / "file"):
+        pass
 
 
 # ---- Learned rewards ---------------------------------------------------------------------------------------
@@ -4380,7 +4487,7 @@ def test_the_drop_is_what_the_logit_loses(collapsed, gpt2, capsys):  # noqa: F81
 def read_both(base: str, run: Path, token: str = ".", samples: int = 4, gen_len: int = 6) -> tuple:
     models = [rlhf.TransformerWithValueHead(str(path)) for path in (base, run / "model")]
     examples, settings = [{"prompt": "This is"}] * samples, RLHFArgs(gen_len=gen_len)
-    texts = rlhf.draw_texts(models[1], examples, settings, token, 0)
+    texts = rlhf.draw_texts(models[1], examples, settings, token)
     return texts, tuple(rlhf.read("model", model.bridge, texts) for model in models)
 
 
@@ -4523,7 +4630,7 @@ def test_compare_makes_one_line_of_seeds(tmp_path, figures):
     band = reward.collections[0].get_paths()[0].vertices
     assert {(1.0, 1.0), (1.0, 3.0), (3.0, 3.0), (3.0, 9.0)} <= {tuple(v) for v in band.tolist()}
     labels = [text.get_text().replace("\n", "") for text in figure.legends[0].get_texts()]
-    assert labels == [f"{tmp_path / 'a'} (2 runs)", f"{tmp_path / 'c'}"]
+    assert labels == [f"{tmp_path / 'a'}", f"{tmp_path / 'c'}"]
     path = panels(figure)["frontier"].lines[0]
     assert list(path.get_xdata()) == list(path.get_ydata()) == [2, 4, 6]
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -4571,6 +4678,9 @@ def test_peak_memory_is_the_most_that_ever_was():
     held[:: 2**12] = b"1" * len(held[:: 2**12])
     del held
     assert rlhf.peak_memory_mb("cpu") > before + 50
+    if sys.platform == "linux":
+        kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+        assert rlhf.peak_memory_mb("cpu") == pytest.approx(int(kilobytes) / 1024, rel=0.02)
 
 
 def test_what_cannot_be_compared_says_so_in_one_line(tmp_path, capsys):
@@ -4593,8 +4703,15 @@ SMALL = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 1 --warmu
 
 
 def tree(root: Path) -> dict[str, tuple]:
-    """All files and directories but the locks of other processes, and what must not change about them."""
-    paths = sorted(path for path in root.rglob("*") if path.suffix != ".lock")
+    """All files and directories, and what must not change about them; but for what keeps other processes out
+    and directories that hold nothing else."""
+    paths = sorted(root.rglob("*"))
+    locks = [path for path in paths if path.name.endswith(".0.lock")]
+    of_locks, of_files = (
+        {parent for path in group for parent in path.parents}
+        for group in (locks, [path for path in paths if not path.is_dir() and path not in locks])
+    )
+    paths = [path for path in paths if path not in {*locks, *(of_locks - of_files)}]
     return {str(path): (path.lstat().st_mode, path.lstat().st_size * path.is_file()) for path in paths}
 
 
