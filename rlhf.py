@@ -374,7 +374,7 @@ class TransformerWithValueHead(nn.Module):
         if self.value_head is None:
             self.values = normalized_residual.new_zeros(normalized_residual.shape[:2])
         else:
-            with torch.autocast(normalized_residual.device.type, enabled=False):  # float32 even then
+            with torch.autocast(normalized_residual.device.type, enabled=False):  # float32 in any case
                 self.values = self.value_head(normalized_residual.float()).squeeze(-1)
 
     def forward(
@@ -686,8 +686,8 @@ def normalize_reward(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """Mean 0 and standard deviation 1 over the batch; all 0 where all rewards are equal.
 
     For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever a reward's unit, and
-    values speak of better or worse than this phase's mean. GRPO
-    divides by the group's deviation instead; RLOO and Dr. GRPO by none, so there β depends on the unit.
+    values speak of better or worse than this phase's mean. GRPO divides by the group's deviation instead;
+    RLOO and Dr. GRPO by none, so there β depends on the unit.
 
     >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0]))
     tensor([-1.0000,  0.0000,  1.0000])
