@@ -720,6 +720,51 @@ def test_a_completion_without_any_reward_teaches_nothing(gpt2, algo):
     assert metrics["reward"] == 3 and trainer.learning_phase(memory)["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("size", [None, 3])
+def test_every_completion_is_learned_from_in_each_pass(gpt2, size):
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", micro_batch_size=size, reward=("char:e",)))
+    memory, *_ = trainer.rollout_phase()
+    memory.advantages = torch.arange(8.0)[:, None].expand_as(memory.advantages)  # by which to know them
+    seen, evaluate = [], trainer.evaluate
+    trainer.evaluate = lambda part: (seen.extend(part.advantages[:, 0].tolist()), evaluate(part))[1]
+    trainer.learning_phase(memory)
+    assert sorted(seen) == sorted(2 * [*range(8)])
+    assert sorted(seen[:8]) == [*range(8)]
+
+
+def test_a_fit_rises_for_a_tenth_of_its_steps_and_falls_to_zero():
+    model, rates = nn.Linear(1, 1), []
+    step = torch.optim.AdamW.step
+
+    def note(optimizer, *args):
+        rates.append(optimizer.param_groups[0]["lr"])
+        return step(optimizer, *args)
+
+    with unittest.mock.patch.object(torch.optim.AdamW, "step", note):
+        rlhf.fit(model, [torch.ones(1)] * 20, lambda batch: model(batch).sum(), "title", lr=2.0)
+    expected = [1.0, 2.0, 2.0, *(2.0 * (20 - n) / 18 for n in range(3, 20))]
+    assert rates == pytest.approx(expected) and not model.training
+
+
+def test_lora_a_starts_as_in_peft_and_lora_b_at_zero():
+    """Uniform within ±1/√d_in."""
+    layer = rlhf.LoRALinear(nn.Linear(400, 3), rank=50, alpha=1.0)
+    assert 0.049 < layer.lora_a.abs().max() <= 0.05 and not layer.lora_b.any()
+    assert layer.lora_a.std().item() == pytest.approx(0.05 / math.sqrt(3), rel=0.02)
+
+
+@pytest.mark.parametrize("pairs, epochs", [(20, 12), (1200, 9)])
+def test_the_more_pairs_the_fewer_times_each_is_learned(gpt2, tmp_path, monkeypatch, pairs, epochs):
+    rows = [{"prompt": "This", "chosen": f" is {i}.", "rejected": f" has {i}."} for i in range(pairs)]
+    learned = []
+    monkeypatch.setattr(rlhf, "fit", lambda model, batches, *_, **__: learned.extend(batches))
+    path = write_preferences(tmp_path / "p.jsonl", rows)
+    rlhf.train_reward_model(path, gpt2, tmp_path / "reward_model", "cpu", 0)
+    texts = [text for chosen, _ in learned for text in chosen]
+    training = pairs - math.ceil(0.15 * pairs)
+    assert len(texts) == epochs * training and len(set(texts)) == training
+
+
 def test_weights_without_a_gradient_do_not_decay():
     weight = nn.Parameter(torch.ones(3))
     optimizer = rlhf.get_optimizer({"weight": weight}, RLHFArgs())
