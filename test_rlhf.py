@@ -2014,6 +2014,8 @@ def test_whatever_ends_at_any_write_a_run_goes_on_bit_for_bit(gpt2, tmp_path, mo
     names, whole = written[:], contents(tmp_path / "whole")
     assert {*names} >= {"args.json", "samples.jsonl", "metrics.jsonl", "phase-00001.pt", "model", "adapter"}
     for at, name in enumerate(names, start=1):
+        if name in names[: at - 1]:
+            continue  # the samples of the phase and after training, too
         run = tmp_path / f"{at}"
         written.clear()
         monkeypatch.setattr(rlhf, "write_whole", failing(at))
@@ -4076,7 +4078,7 @@ def label_in_a_child(file: Path, keys: str) -> tuple[int, int]:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_answers_survive_kill_9_none_lost_none_twice(tmp_path):
     file, rng, killed, before = tmp_path / "p.jsonl", random.Random(0), 0, []
-    for _ in range(40):
+    for _ in range(30):
         keys = "".join(rng.choices("lrsu", weights=(5, 5, 2, 2), k=60))
         child, said = label_in_a_child(file, keys)
         first = os.read(said, 1)  # it has started; now at any moment
@@ -4097,7 +4099,7 @@ def test_answers_survive_kill_9_none_lost_none_twice(tmp_path):
         for row in rows:
             assert {row["chosen"], row["rejected"]} == {f"left {row['pair']}", f"right {row['pair']}"}
         before = after
-    assert killed >= 20 and len(before) > 20
+    assert killed >= 15 and len(before) > 20
 
 
 def test_the_command_goes_on_where_it_ended(gpt2, tmp_path, type_keys, capsys):  # noqa: F811
