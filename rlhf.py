@@ -1776,8 +1776,10 @@ def load_bridge(
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=getattr(torch, dtype), output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
-        lacking = sorted(info["missing_keys"])
-        require(not lacking, f"{refused}: its files lack {', '.join(lacking[:3])}")
+        require(
+            not info["missing_keys"],
+            f"{refused}: its files lack {', '.join(sorted(info['missing_keys'])[:3])}",
+        )
         model.to(device)
         published = model.state_dict(keep_vars=True)
         truth = probe(model).logits[:, 3:]
@@ -1961,8 +1963,10 @@ def load_classifier(name: str, what: str, device: str, **options):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, truncation_side="left", padding_side="right"
         )
-    is_whole = "num_labels" in options or not info["missing_keys"]
-    require(is_whole, f"{what}: its files lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    require(
+        "num_labels" in options or not info["missing_keys"],
+        f"{what}: its files lack {', '.join(sorted(info['missing_keys'])[:3])}",
+    )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
     context = getattr(model.config, "max_position_embeddings", 2**20)
     context -= 2 * ("roberta" in model.config.model_type)  # which begins to count at 2
@@ -2098,6 +2102,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def only_one(path: Path) -> contextlib.AbstractContextManager:
     """Within, other runs and sessions are kept from this path, as far as the file system has locks."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # not left to the lock, which would follow a dead link
         name = f".{path.name}.{PartialState().process_index}.lock"
         return FileLock(path.parent / name, timeout=0).acquire()
     except Timeout as error:
@@ -2753,9 +2758,10 @@ def inspect(
     if prompt is not None:
         settings = dataclasses.replace(settings, prompts=None, prefix=prompt)
     example, *_ = fitting(trained, load_examples(settings, settings.prompts), settings)
-    prompt, texts = example["prompt"], draw_texts(trained, [example] * samples, settings, token)
+    texts = draw_texts(trained, [example] * samples, settings, token)
     console.print(
-        f"{run / 'model'} against {settings.base_model}, on its own {samples} completions of {prompt!r};",
+        f"{run / 'model'} against {settings.base_model},",
+        f"on its own {samples} completions of {example['prompt']!r};",
         f"the logit of {token!r} is read before {texts.where.sum()} of {(texts.predicted >= 0).sum()} tokens",
         soft_wrap=True,
     )

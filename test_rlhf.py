@@ -1353,7 +1353,7 @@ def test_where_nothing_is_rewarded_differently_nothing_moves(gpt2, tmp_path, cap
     """Not by the entropy bonus either, of which AdamW makes full steps."""
     args = small_args(gpt2, algo=algo, lora=True, reward=("char:§",), run_dir=tmp_path / "run", ent_coef=0.5)
     trainer = RLHFTrainer(args)
-    before = {name: weight.clone() for name, weight in trainer.trained.items()}
+    before = weights_of(trainer)
     trainer.train()
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.trained.items())
     output = capsys.readouterr().out
@@ -2036,7 +2036,7 @@ def test_whatever_ends_at_any_write_a_run_goes_on_bit_for_bit(gpt2, tmp_path, mo
 
 def contents(run: Path) -> dict[str, object]:
     """All that a run leaves but settings and checkpoints, in which places and times are named."""
-    kept = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    kept = {str(path.relative_to(run)): content for path, content in contents_of(run).items()}
     return {name: x for name, x in kept.items() if not re.search("json$|jsonl$|[.]pt$|lock$", name)} | {
         "metrics": metrics_of(run),
         "samples": [json.loads(line) for line in kept["samples.jsonl"].splitlines()],
@@ -2121,7 +2121,7 @@ def one_update_each(base: str, out: Path) -> dict[str, tuple[dict, dict]]:
         with unittest.mock.patch.object(rlhf, "complete", share_of_one_batch):
             memory, metrics, _ = trainer.rollout_phase()
         metrics |= trainer.learning_phase(memory)
-        results[algo] = {n: w.detach().clone() for n, w in trainer.trained.items()}, metrics
+        results[algo] = weights_of(trainer), metrics
     return results
 
 
@@ -4078,7 +4078,7 @@ def label_in_a_child(file: Path, keys: str) -> tuple[int, int]:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_answers_survive_kill_9_none_lost_none_twice(tmp_path):
     file, rng, killed, before = tmp_path / "p.jsonl", random.Random(0), 0, []
-    for _ in range(30):
+    for _ in range(40):
         keys = "".join(rng.choices("lrsu", weights=(5, 5, 2, 2), k=60))
         child, said = label_in_a_child(file, keys)
         first = os.read(said, 1)  # it has started; now at any moment
@@ -4099,7 +4099,7 @@ def test_answers_survive_kill_9_none_lost_none_twice(tmp_path):
         for row in rows:
             assert {row["chosen"], row["rejected"]} == {f"left {row['pair']}", f"right {row['pair']}"}
         before = after
-    assert killed >= 15 and len(before) > 20
+    assert killed >= 20 and len(before) > 20
 
 
 def test_the_command_goes_on_where_it_ended(gpt2, tmp_path, type_keys, capsys):  # noqa: F811
@@ -5214,7 +5214,7 @@ def test_run_directories_that_cannot_be_used(whole_run, refusals, tmp_path):
     refusals(rows)
 
 
-PLACES = "file/below loop/below /proc/x /proc/self/x /dev/null/x".split()
+PLACES = "file/below dangling/below loop/below /proc/x /proc/self/x /dev/null/x".split()
 
 
 @pytest.mark.usefixtures("quick_parse")
@@ -5226,7 +5226,9 @@ def test_places_that_cannot_be_written(gpt2, whole_run, refusals, tmp_path, type
     (here / "file").write_text("mine")
     (here / "directory" / "mine").write_text("mine")
     begin = ["--base-model", gpt2, *SMALL, "--lora"]
-    rows = [([*begin, "--run-dir", place], place) for place in (*PLACES, "file", "directory", "loop")]
+    rows = [
+        ([*begin, "--run-dir", place], place) for place in (*PLACES, *"file directory dangling loop".split())
+    ]
     rows += [(["compare", whole_run, "--output", place], place) for place in (*PLACES, "directory")]
     refusals(rows)
     for place in (*PLACES, "directory", "x" * 300):
@@ -5619,7 +5621,7 @@ def test_a_checkpoint_that_lacks_a_part_or_holds_code_is_none(whole_run, tmp_pat
     newest = run / "checkpoint" / "phase-00002.pt"
     state = torch.load(run / "checkpoint" / "phase-00001.pt", weights_only=True)
     trainer = RLHFTrainer(RLHFArgs(resume=run))
-    first = {name: weight.clone() for name, weight in trainer.trained.items()}
+    first = weights_of(trainer)
     spoiled = [{key: value for key, value in state.items() if key != missing} for missing in state]
     spoiled += [{"fits": state["fits"]} | {key: Canary(canary) for key in state if key != "fits"}]
     spoiled += [
