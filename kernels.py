@@ -3,7 +3,7 @@ token log-probability, and the LoRA matmul. Each stands below a reference in pla
 and its test.
 
     token_logprobs         log p(token) and H(p), from logits that are read once
-    linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, logits h Uᵀ + b never held as a whole
+    linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, logits h Uᵀ + b in bounded memory
     float32_linear         x Wᵀ + b in float32: the logits above, for a sampler that needs them whole
     lora_linear            x Wᵀ + b + s (x Aᵀ) Bᵀ, x read once
 
@@ -15,7 +15,7 @@ and its test.
 
     8,192 tokens, V = 50,257, D = 1,024, bf16:   forward         backward        beside the inputs
     token_logprobs         bound by bandwidth    reads 0.8 GB    moves 1.6 GB    0.8 GB, the result
-    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       77 MB, one chunk
+    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       77 MB, and 268 MB kept
 
 Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. A chunk of rows bounds all of
 them here, but for the logits of the first rows: these are kept for the backward pass as far as a budget goes,
@@ -589,7 +589,8 @@ def linear_token_logprobs(
     ref_unembed: Float[Tensor, "V D_ref"] | None = None,
     ref_bias: Float[Tensor, "V"] | None = None,
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."], Float[Tensor, "..."] | None]:
-    """`linear_token_logprobs_reference` without its logits: at most one chunk of them is ever in memory.
+    """`linear_token_logprobs_reference` in bounded memory: one chunk of logits at a time, of which at most
+    KEPT_NUMBERS wait for the backward pass.
 
     >>> h, U, tokens = torch.zeros(3, 2), torch.ones(4, 2), torch.tensor([0, 1, -100])
     >>> linear_token_logprobs(h, U, tokens, ref_hidden=h)[2]  # the reference is the policy

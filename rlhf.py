@@ -1,21 +1,24 @@
 """Reinforcement learning from human feedback on a real transformer, in one file, to be read from the top.
 
-    policy, reference = one model twice: one is trained, the other stays as it was      # sections 3 and 4
+    policy, reference = one model twice: one is trained, the other stays as it was         # sections 3, 4
     for phase in range(total_phases):
-        completions = what the policy writes after the prompts; its critic's values too # 2, 5  rollout phase
-        rewards     = reward_fn(prompts, completions)                                   # 6
-        advantages  = compute_advantages(rewards, values)                               # 7
-        memory      = all of these, and what the reference makes of the completions     # 8
-        for minibatch in memory, a few times over:                                      #       learning phase
+        # rollout phase
+        completions = what the policy writes after the prompts; its critic's values too    # 2, 5
+        rewards     = reward_fn(prompts, completions)                                      # 6
+        advantages  = compute_advantages(rewards, values)                                  # 7
+        memory      = all of these, and what the reference makes of the completions        # 8
+        # learning phase
+        for minibatch in memory, a few times over:
             ρ         = p(token | policy now) / p(token | policy that wrote it)
-            objective = mean of min(ρ Â, clip(ρ) Â) - β KL(policy ‖ reference) + entropy bonus  # 9
-            one step of AdamW up the gradient of the objective                          # 10
-        log one line                                                                    # 11
+            objective = mean of min(ρ Â, clip(ρ) Â) - β KL(policy ‖ reference)             # 9
+                        + entropy bonus
+            one step of AdamW up the gradient of the objective                             # 10
+        log one line                                                                       # 11
 
 compute_advantages is `gae` for PPO, `group_relative` for GRPO, `leave_one_out` for RLOO. PPO learns values
-too: its objective also has - vf_coef (values now - returns)², where returns = advantages + the values of when
-the completions were drawn. What else tells the published algorithms apart is a few switches: the table
-ALGORITHM_TABLE, at the end of section 9.
+too: its objective also has - vf_coef (values now - returns)², where returns = advantages + old values, those
+of the rollout phase. What else tells the published algorithms apart is a few switches: ALGORITHM_TABLE, at
+the end of section 9.
 
 From reinforcement learning to language models:
 
@@ -40,9 +43,9 @@ What is different from PPO on CartPole:
 Notation   B completions in a batch, b in a minibatch   K completions in a group (of one prompt)
            P width of the prompts   C width of the completions   T = P + C columns
            D width of the residual stream   V size of the vocabulary   R reward functions
-           L layers, H heads (section 17)   In formulas: r reward, Â advantage, V_t the value of a state,
-           ρ = π_θ / π_old the ratio of probabilities, ε where it is clipped, β = kl_coef. Log-probabilities,
-           entropy and KL divergence are in nats: natural logarithms.
+           In formulas: r reward, Â advantage, V_t the value of a state, ρ = π_θ / π_old the ratio of
+           probabilities, ε where it is clipped, β = kl_coef. Log-probabilities, entropy and KL divergence
+           are in nats: natural logarithms.
 Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740
            Dr. GRPO 2503.20783   DAPO 2503.14476   GSPO 2507.18071   CISPO 2506.13585   LoRA 2106.09685
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
@@ -57,7 +60,9 @@ Left out   because it would hide the idea: a reward function for each token, a c
 """
 
 import contextlib
+import itertools
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,6 +73,7 @@ import numpy as np
 import torch
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
@@ -99,23 +105,23 @@ class RLHFArgs:
     """
 
     # The experiment
-    algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "course"] = "ppo"  # see README
+    algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "course"] = "ppo"  # section 9
     base_model: str = "tiny"  # `tiny`, `smollm2`, a name that TransformerLens knows, hub id, or directory
     reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL, preferences:FILE, FILE.py:NAME
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: str | Path | None = None  # instead, one a row: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
+    prompts: str | Path | None = None  # in place of prefix: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
     eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
-    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # that leave no room; cut them on the left
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # leaving no room for gen_len; cut keeps the end
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
-    prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer does; in GPT-2's kind yes
+    prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer; GPT-2, Pythia: yes
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
-    advantage: Literal["critic", "group", "others"] | None = None  # reward less critic, group's mean, others'
-    scale_rewards: Literal["group", "batch", "none"] | None = None  # divide by deviation; critic: not group
+    advantage: Literal["critic", "group", "others"] | None = None  # reward less value, or mean of group/others
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # by its deviation; critic: group is as none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
     clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
@@ -133,8 +139,8 @@ class RLHFArgs:
     gen_len: Count = 32  # tokens in a completion, at most
     temperature: Positive = 1.0  # divides the logits; for greedy completions --top-k 1
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
-    top_p: Annotated[Positive, Field(le=1)] = 1.0  # from the fewest that have it together; biased likewise
-    truncated: Literal["keep", "mask", "penalty"] = "keep"  # without an end: learn, ignore, reward - 1
+    top_p: Annotated[Positive, Field(le=1)] = 1.0  # from the fewest that add up to this; biased likewise
+    truncated: Literal["keep", "mask", "penalty"] = "keep"  # cut off at gen_len: learn, skip, reward - 1
 
     # Learning phase: the policy is moved towards what was better than expected
     batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs; the name is the course's)
@@ -194,8 +200,7 @@ class RLHFArgs:
 
 # ---- 2 Prompt to tokens ------------------------------------------------------------------------------------
 # In: texts. Out: one rectangle of token ids. Prompts are padded on the left, so that every completion starts
-# in column P and is padded on the right. This is one row, with P = 4 and C = 4; the rest of the file leans on
-# it:
+# in column P and is padded on the right. One row, with P = 4 and C = 4, on which the rest of the file leans:
 #
 #     column            0     1     2     3  |  4     5     6     7
 #     tokens           pad   BOS  This   is  |  a   test  EOS   pad
@@ -276,7 +281,7 @@ class Samples:
 
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
-    logprobs: Float[Tensor, "B C"]  # log π_old(token), of all V tokens even with top_k, at its temperature
+    logprobs: Float[Tensor, "B C"]  # log π_old(token): at the temperature, but over all V even with top_k
     values: Float[Tensor, "B C"]  # of the critic, 0 without one
 
     @property
@@ -296,8 +301,7 @@ class Samples:
 
 # ---- 3 Tokens to logits and values -------------------------------------------------------------------------
 # In: token ids and their mask. Out: `logits, values = model(tokens)`. For each column the logits say which
-# token comes next, and the value how much reward the critic expects. From the logits come three numbers a
-# token:
+# token comes next, and the value how much reward the critic expects. Three numbers a token come from logits:
 
 
 def get_logprobs(
@@ -330,8 +334,8 @@ def get_logprobs(
 
 # That is all there is to it; the price is memory, since V numbers a token are made to keep three (in GPT-2 V
 # is 65 times D). So the model below hands on its features, the D numbers a token from which one matrix makes
-# the logits, and `score` gets from them the same three numbers without holding the logits: kernels.py makes a
-# few rows of logits at a time, forward and backward.
+# the logits, and `score` gets from them the same three numbers in bounded memory, however many tokens there
+# are: kernels.py makes a few rows of logits at a time, forward and backward.
 #
 # A TransformerBridge is TransformerLens' view of a Hugging Face model, a hook around each of its parts:
 #     bridge.original_model              the Hugging Face model, made of the hooked parts: hooks fire here too
@@ -395,7 +399,7 @@ class TransformerWithValueHead(nn.Module):
         """What the output layer sees, the final residual stream, normalised; and the values. The KV cache
         keeps keys and values of attention, so that of all columns only the new ones need be computed; the
         mask is of all."""
-        LoRALinear.in_pass = True  # section 4: so that no pass adds up W and its adapters
+        LoRALinear.in_pass = True  # see section 4
         try:
             output = self.bridge.original_model.base_model(
                 input_ids=tokens,
@@ -443,9 +447,9 @@ class TransformerWithValueHead(nn.Module):
         *reference: Tensor | None,  # for the KL: its features, and its output layer's weight and bias
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B C"] | None]:
         """get_logprobs(self.logits(features), tokens, temperature, the reference's logits): the same numbers,
-        without holding the logits."""
+        from a chunk of the logits at a time."""
         weight, bias = self.output_layer
-        temperature = temperature / self.logit_scale
+        temperature = temperature / self.logit_scale  # scale · x / τ = x / (τ / scale)
         return linear_token_logprobs(features, weight, tokens, bias, temperature, *reference)
 
 
@@ -478,7 +482,9 @@ class LoRALinear(nn.Linear):
     True
     """
 
-    in_pass = False  # is any model just computing?
+    # True while any model computes: then TransformerLens reads `weight` at every token, for its dtype alone,
+    # and W + update would be added up for nothing.
+    in_pass = False
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
         nn.Module.__init__(self)  # not nn.Linear's, for W is the base's
@@ -486,14 +492,13 @@ class LoRALinear(nn.Linear):
         self.out_features, self.in_features = as_rows(base).shape
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, device=base.weight.device))
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear's own weight, and PEFT's
         self.scale = alpha / rank
         self.enabled = True
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """W and, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained. In
-        a pass W alone, for there TransformerLens asks for the type and nothing else."""
+        """W and, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained."""
         W = as_rows(self.base)
         return W if LoRALinear.in_pass else (W + self.update * self.enabled).to(W)
 
@@ -515,7 +520,7 @@ class LoRALinear(nn.Linear):
 
 def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
     """Freezes all but what is to be trained: adapters of all blocks or the last few, or the weights of the
-    last few; with neither flag nothing.
+    last few. Without --lora and --train-layers it freezes nothing.
 
     A LoRALinear takes the place of each target matrix inside of its hooks, so that they see what LoRA adds.
     """
@@ -618,14 +623,28 @@ def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float)
     return torch.zeros_like(probs).scatter(1, tokens, likeliest.masked_fill(before >= top_p, 0))
 
 
+def complete(
+    policy: TransformerWithValueHead,
+    examples: list[dict],
+    args: RLHFArgs,
+    generator: torch.Generator,
+    top_k: int | None,
+) -> tuple[Samples, list[str]]:
+    """The whole way: one completion of each example's "prompt", as tokens and as text. `decode` is in section
+    12."""
+    prompts = [example["prompt"] for example in examples]
+    tokens, mask = tokenize(policy.tokenizer, prompts, generator.device)
+    samples = get_samples(policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator)
+    return samples, decode(samples, policy.tokenizer)
+
+
 # ---- 6 Completion to reward --------------------------------------------------------------------------------
 # In: prompts and completions as text. Out: one number each. Where is the human? People choose the better of
 # two completions, a classifier learns to score as they choose (section 16), and its score is one more reward
 # function; in the lesson, a count of full stops stands in for that score. A reward function is called as in
 # TRL, Hugging Face's RLHF library:
 #     function(prompts=[...], completions=[...], **columns) -> [a number, or None if it does not apply, ...]
-# The columns are those of the prompts file, beside "prompt": the answer to a sum, say. Its rows are the
-# examples.
+# The columns are those of the prompts file, beside "prompt": the answer to a sum. Its rows are the examples.
 
 
 def reward_fn_char_count(char: str = ".") -> RewardFn:
@@ -715,8 +734,8 @@ def normalize_reward(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
 def token_rewards(
     rewards: Float[Tensor, "B"], kl_penalty: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"]
 ) -> Float[Tensor, "B C"]:
-    """r_t: a completion's reward falls on its last token. With `--kl-in reward` each token has paid a KL
-    penalty by then, β (log π_old - log π_ref) (1909.08593, eq. 2; InstructGPT 2203.02155, eq. 2).
+    """r_t: a completion's reward falls on its last token. With `--kl-in reward` each token also pays a KL
+    penalty, β (log π_old - log π_ref) (1909.08593, eq. 2; InstructGPT 2203.02155, eq. 2).
 
     >>> mask = torch.tensor([[True, True, False]])
     >>> token_rewards(torch.tensor([1.0]), torch.full((1, 3), 0.25), mask)
@@ -729,8 +748,8 @@ def token_rewards(
 def gae(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
-    """Â_t = δ_t + γλ Â_{t+1} with δ_t = r_t + γ V_{t+1} - V_t (GAE 1506.02438, eq. 16; PPO 1707.06347, eq.
-    11, 12).
+    """Â_t = δ_t + γλ Â_{t+1} with δ_t = r_t + γ V_{t+1} - V_t (GAE 1506.02438, eq. 16; PPO 1707.06347, eq. 11
+    and 12).
 
     After the last token there is no state, V = 0. With γ = λ = 1 the sum of the δ telescopes: Â_t is the sum
     of the rewards from t on, less V_t. λ = 0 gives the one-step estimate δ_t.
@@ -757,7 +776,7 @@ def group_relative(
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
-    >>> mask = rewards == rewards  # all True
+    >>> mask = torch.ones(4, 1).bool()
     >>> group_relative(rewards, rewards, mask, args).T  # mean 1, std √(2/3) = 0.8165; values are not used
     tensor([[-1.2247,  0.0000,  0.0000,  1.2247]])
     """
@@ -770,18 +789,18 @@ def group_relative(
 def leave_one_out(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
-    """Â_i = r_i - mean of the other rewards of the group = K/(K-1) (r_i - mean(r)) (RLOO 2402.14740, section
-    2.2). Where its own reward is not in the mean, the baseline leaves the gradient unbiased.
+    """Â_i = r_i - mean of the other rewards of the group = n/(n-1) (r_i - mean(r)) (RLOO 2402.14740, section
+    2.2), n of the K having a reward; of one alone it is NaN, which teaches nothing. Where its own reward is
+    not in the mean, the baseline leaves the gradient unbiased.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
-    >>> mask = rewards == rewards  # all True
+    >>> mask = torch.ones(4, 1).bool()
     >>> leave_one_out(rewards, rewards, mask, args).T  # 0 - 4/3, 1 - 3/3, 1 - 3/3, 2 - 2/3
     tensor([[-1.3333,  0.0000,  0.0000,  1.3333]])
     """
-    advantages = group_relative(rewards, values, mask, args)
-    counted = rearrange(rewards.sum(dim=1).isfinite(), "(prompt K) -> prompt K", K=args.samples_per_prompt)
-    n = counted.sum(dim=1).repeat_interleave(args.samples_per_prompt)[:, None]
+    advantages, K = group_relative(rewards, values, mask, args), args.samples_per_prompt
+    n = rewards.sum(dim=1).isfinite().view(-1, K).sum(dim=1).repeat_interleave(K)[:, None]
     return n / (n - 1) * advantages
 
 
@@ -875,8 +894,8 @@ def clipped_surrogate(
 
     Why clip: the advantages were measured on the old policy's completions; beyond 1 ± ε there is nothing to
     gain, so the gradient is 0 and the policy stays near. Why the minimum too: where ρ has gone the wrong way,
-    say up with Â < 0, clip alone would have gradient 0 as well and never bring it back; the minimum takes ρ
-    Â, the worse of the two.
+    say up with Â < 0, clip alone would have gradient 0 as well and never bring it back; the minimum takes
+    the worse of the two, ρ Â.
 
     >>> clipped_surrogate(torch.tensor([[1.5, 1.5]]), torch.tensor([[1.0, -1.0]]), low=0.8, high=1.2)
     tensor([[ 1.2000, -1.5000]])
@@ -900,9 +919,10 @@ def kl_estimate(
         k3                    yes      no: that of KL(π_ref ‖ π_θ)
         full, weighted_k3     yes      yes
 
-    `full` is the exact sum over the vocabulary, weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556). "Yes" is of
-    each state visited: that early tokens lead to other states later is left out of all these gradients. A
-    penalty in the reward has that too, and is noisier. Beyond log q = 10 all are cut off: q may be infinite.
+    `full` is get_logprobs' exact sum over the vocabulary; weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556), its
+    ρ comes in `RLHFTrainer.evaluate`. "Yes" is of each state visited: that early tokens lead to other states
+    later is left out of all these gradients. A penalty in the reward has that too, and is noisier. Beyond
+    log q = 10 all are cut off: q may be infinite.
 
     >>> [round(kl_estimate(torch.zeros(1, 1), torch.ones(1, 1), k).item(), 3) for k in ("k1", "k2", "k3")]
     [-1.0, 0.5, 0.718]
@@ -939,8 +959,8 @@ def whitened(x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"]) -> Float[Tensor
 def policy_objective(
     new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs
 ) -> Float[Tensor, ""]:
-    """J = E[ min(ρ Â, clip(ρ) Â) - β KL ] + c_ent E[ entropy ] (DeepSeekMath 2402.03300, eq. 3; entropy is
-    ours). E is masked_mean. With the KL in the reward, Â has it and β is 0 here."""
+    """J = E[ min(ρ Â, clip(ρ) Â) - β KL + c_ent H ] (DeepSeekMath 2402.03300, eq. 3; the entropy H is ours).
+    E is masked_mean. With the KL in the reward, Â has it and β is 0 here."""
     advantages = whitened(old.advantages, old.mask) if args.whiten == "minibatch" else old.advantages
     ratio, (low, high) = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio), clip_range(args)
     if args.clip == "minimum":
@@ -954,8 +974,7 @@ def policy_objective(
 
 def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
     """J_PPO = J - c_vf E[ (V - V_target)² ] (PPO 1707.06347, eq. 9, with a KL penalty), J as above and
-    V_target = Â + V of when the completion was drawn: `old.returns`. Some write ½ (V - V_target)²: here
-    the ½ is part of vf_coef."""
+    V_target = Â + V_old: `old.returns`. Some write ½ (V - V_target)²: here the ½ is part of vf_coef."""
     squared_error = (new.values - old.returns).square()
     value_loss = masked_mean(squared_error, old.mask, args.loss_average, args.gen_len)
     return policy_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
@@ -1025,12 +1044,12 @@ for switch, *cells in switches:
 class RLHFTrainer:
     """Alternates rollout phases and learning phases: `RLHFTrainer(RLHFArgs(algo="grpo", lora=True)).train()`.
 
-    What it does comes first; `__init__`, which sets up what it does it with, stands last.
+    `__init__` stands last: what the trainer does, before what it holds.
     """
 
     def train(self) -> None:
         """All phases that are still to come."""
-        args, examples = self.args, [*itertools.islice(itertools.cycle(self.examples), 8)]
+        args, examples = self.args, (self.examples * 8)[:8]  # shown before and after; few come again
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
@@ -1040,8 +1059,9 @@ class RLHFTrainer:
                 with saved_on_error(self), self.accelerator.autocast():
                     memory, metrics, completions = self.rollout_phase()
                 middle = time.perf_counter()
-                # Where every group's rewards are equal, only entropy, KL and the critic's error would be left
-                # to follow: then no step is taken, and the pass is made for its metrics.
+                # Where every group's rewards are equal, nothing says which completion was better: a step
+                # would follow entropy and KL alone, and stay in AdamW's moments. So none is taken; the pass
+                # is made for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics["rollout_seconds"] = middle - start
                 metrics["learning_seconds"] = time.perf_counter() - middle
@@ -1049,7 +1069,7 @@ class RLHFTrainer:
                 if is_due:
                     with saved_on_error(self):
                         metrics |= held_out_rewards(self)
-                log.phase({"phase": self.phase} | metrics, completions[:3])
+                log.phase(metrics, completions[:3])
                 if is_due:
                     save_checkpoint(self)
             if self.phase % args.save_every:  # the loop has not saved this one
@@ -1060,8 +1080,7 @@ class RLHFTrainer:
 
     @torch.no_grad()
     def rollout_phase(self) -> tuple[ReplayMemory, dict, list[dict]]:
-        """Fills a memory; also returns the phase's metrics, and the completions as records for people to
-        read."""
+        """Fills a memory; also returns the phase's metrics, and the completions as records to be read."""
         args, accelerator = self.args, self.accelerator
         # A seed for each phase and process: going on after a stop needs no stored random state.
         self.generator.manual_seed(seed_of(args.seed, self.phase, accelerator.process_index))
@@ -1074,19 +1093,20 @@ class RLHFTrainer:
         with adapters_off(self.reference):  # a frozen copy has none
             ref_features, _ = self.reference.completion_features(samples)
         ref_logprobs, _, _ = self.reference.score(ref_features, samples.completion, args.temperature)
-        # 4. Rewards. A group may be spread over processes: so everybody's, and what else advantages need.
+        # 4. Rewards. A group may be spread over processes: so those of all are gathered, and what else
+        # advantages need.
         scores = get_rewards(self.rewards, examples, texts, **trl_extras(self, samples)).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
-        ours = scores, samples.completion, samples.values, k1
-        scores, drawn, values, k1 = gather_rows(ours, accelerator)
+        own = scores, samples.completion, samples.values, k1
+        scores, drawn, values, k1 = gather_rows(own, accelerator)
         rewards, mask = total_reward(scores, self.rewards), drawn != -100
         ended = torch.isin(drawn, self.policy.stops).any(dim=1)
         if args.truncated == "penalty":
             rewards = rewards - (~ended).float()
         # 5. Advantages, and of them our own, as wide as our own completions.
-        normal = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
+        scaled = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
         kl_penalty = (self.kl_coef if args.kl_in == "reward" else 0.0) * k1
-        per_token = token_rewards(normal, kl_penalty, mask)
+        per_token = token_rewards(scaled, kl_penalty, mask)
         # NaN: a completion that no reward applies to teaches nothing
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
@@ -1101,8 +1121,7 @@ class RLHFTrainer:
 
     def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
-        metrics: means over all tokens of all minibatches, learning rate and β. If it does not learn, it takes
-        no step."""
+        metrics: means over all tokens of all minibatches, learning rate and β. Unless it learns, no step."""
         args, metrics, counts, norms = self.args, [], [], []
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
@@ -1141,7 +1160,7 @@ class RLHFTrainer:
         reference = ()
         if args.kl_estimator == "full":
             reference = minibatch.ref_features, *self.reference.output_layer
-        with self.accelerator.autocast():  # entered anew each time: its casts of weights grow old
+        with self.accelerator.autocast():  # anew each time, for it keeps its casts of the weights
             features, values = self.policy.completion_features(minibatch)
             logprobs, entropy, kl = self.policy.score(
                 features, minibatch.completion, args.temperature, *reference
@@ -1183,7 +1202,7 @@ class RLHFTrainer:
         self.generator = torch.Generator(self.device)
         self.phase, self.kl_coef, self.last_kl = 0, args.kl_coef, 0.0
         self.stopped_by = signal.SIGINT
-        self.fits = fingerprint(self)  # what a checkpoint must match
+        self.fingerprint = fingerprint(self)  # which a checkpoint must match
         if args.resume:
             load_checkpoint(self)
 
@@ -1241,13 +1260,11 @@ import functools
 import importlib.metadata
 import importlib.util
 import io
-import itertools
 import json
 import os
 import re
 import reprlib
 import shutil
-import signal
 import sys
 import sysconfig
 import tempfile
@@ -1267,7 +1284,6 @@ import pydantic
 import safetensors.torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -1285,8 +1301,7 @@ transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never asks whether
 
 
 class SettingError(Exception):
-    """Something the user gave is wrong; its message is the one line that `main` prints before it exits with
-    2."""
+    """Something the user gave is wrong; its message is the one line that `main` prints before it exits."""
 
 
 def require(condition: object, message: str) -> None:
@@ -1451,6 +1466,7 @@ def rollout_metrics(
     are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
     terms = scores.nanmean(dim=0).nan_to_num().tolist()
     metrics = {
+        "phase": trainer.phase + 1,
         "reward": rewards.nanmean().nan_to_num().item(),
         "reward_std": deviation(centered(rewards)).item(),
         "equal_groups": are_equal.float().mean().item(),  # the share that teaches nothing
@@ -1458,9 +1474,8 @@ def rollout_metrics(
         "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
         "distinct_2": distinct_2(unpad(drawn, mask)),
     }
-    if (
-        args.has_critic
-    ):  # of the returns: 1 is a perfect critic, 0 one that knows their mean, below 0 misleads
+    # Of the variance of the returns: 1 is a perfect critic, 0 one that knows their mean, below 0 misleads.
+    if args.has_critic:
         unforeseen, all_of_it = (x[mask].var(correction=0).item() for x in (advantages, advantages + values))
         metrics["explained_variance"] = 1 - unforeseen / all_of_it if all_of_it > 1e-10 else 0.0
     metrics |= {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
@@ -1705,20 +1720,6 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     return [trainer.examples[order(number // size)[number % size]] for number in range(start, start + count)]
 
 
-def complete(
-    policy: TransformerWithValueHead,
-    examples: list[dict],
-    args: RLHFArgs,
-    generator: torch.Generator,
-    top_k: int | None,
-) -> tuple[Samples, list[str]]:
-    """One completion of each example's prompt, as tokens and as text; on the generator's device."""
-    prompts = [example["prompt"] for example in examples]
-    tokens, mask = tokenize(policy.tokenizer, prompts, generator.device)
-    samples = get_samples(policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator)
-    return samples, decode(samples, policy.tokenizer)
-
-
 def decode(samples: Samples, tokenizer) -> list[str]:
     """The completions as text, decoded behind the last token of the prompt: alone, Llama's would lose a
     leading space."""
@@ -1874,7 +1875,7 @@ def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
     """The terms of the reward, and with weight 0 what is only logged."""
     weighted = zip(args.reward or ("periods",), args.reward_weights or itertools.repeat(1.0), strict=False)
     terms = [(spec, f"reward/{getattr(spec, '__name__', spec)}", weight) for spec, weight in weighted]
-    if args.gold_reward:
+    if args.gold_reward is not None:
         terms.append((args.gold_reward, "gold_reward", 0.0))
     return [Reward(name, load_reward(spec, args, run_dir, device), weight) for spec, name, weight in terms]
 
@@ -2216,7 +2217,7 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
     if not trainer.accelerator.is_main_process:
         return
     state = {
-        "fits": trainer.fits,
+        "fits": trainer.fingerprint,
         "trained": {name: weight.detach().contiguous() for name, weight in trainer.trained.items()},
         "optimizer": trainer.optimizer.state_dict(),
         "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
@@ -2235,7 +2236,7 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            require(state["fits"] == trainer.fits, f"{path}: is of another base model")
+            require(state["fits"] == trainer.fingerprint, f"{path}: is of another base model")
             for name, weight in trainer.trained.items():
                 weight.data.copy_(state["trained"][name])
             trainer.optimizer.load_state_dict(state["optimizer"])
@@ -2672,7 +2673,7 @@ def train_reward_model(source: str | Path, base_model: str, directory: Path, dev
     held_out, training = random_split(pairs, [count, len(pairs) - count])
     epochs = max(1, min(12, 10_000 // len(training)))  # the more pairs, the fewer times each
     batches = [batch for _ in range(epochs) for batch in DataLoader(training, batch_size=4, shuffle=True)]
-    with dropout_and_lora(model):
+    with only_one(directory), dropout_and_lora(model):
         fit(model, batches, lambda batch: bradley_terry_loss(*rewards(*batch)), "reward model", lr=1e-3)
     with torch.no_grad():
         chosen, rejected = rewards(*zip(*held_out, strict=True))
