@@ -189,6 +189,7 @@ def test_every_setting_is_read():
         ("--no-such-flag 1", "no-such-flag"),
         ("--reward lengthh", "lengthh.*expected `periods`"),
         ("--reward char:", "char:.*expected"),
+        ("--gold-reward=", "unknown; expected `periods`"),
         ("--reward nowhere.py:f", "no file nowhere.py"),
         ("--batch-size 10 --num-minibatches 4", "batch-size 10.*divisible by --num-minibatches 4"),
         ("--batch-size 12 --group-size 5", "batch-size 12.*divisible by --group-size 5"),
@@ -3064,6 +3065,7 @@ def test_logged_numbers_of_any_kind_are_written_and_change_nothing_else(gpt2, tm
     def reward(prompts, completions, log_metric, log_extra, **columns):
         log_metric("accuracy", numpy.float32(0.5))
         log_metric("equal_groups", 1.0)  # which stops the learning, where it is true
+        log_metric("phase", 7)
         log_extra("seen", list(torch.arange(len(prompts))))
         log_extra("reward", ["mine"] * len(prompts))
         return [float(len(text)) for text in completions]
@@ -3071,7 +3073,7 @@ def test_logged_numbers_of_any_kind_are_written_and_change_nothing_else(gpt2, tm
     run = tmp_path / "run"
     RLHFTrainer(small_args(gpt2, reward=reward, run_dir=run, total_phases=1, warmup_steps=0)).train()
     (metrics,) = metrics_of(run)
-    assert metrics["accuracy"] == 0.5 and metrics["equal_groups"] == 0
+    assert metrics["accuracy"] == 0.5 and metrics["equal_groups"] == 0 and metrics["phase"] == 1
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     during = [row for row in rows if row["phase"] == 1]
     assert [row["seen"] for row in during] == [0, 1, 2] and during[0]["reward"] != "mine"
@@ -4356,7 +4358,11 @@ def test_a_run_learns_its_reward_and_remembers_it(learned, gpt2, tmp_path, capsy
     argv = [*flags.split(), "--device", "cpu", "--base-model", gpt2, "--run-dir", str(run)]
     some = tmp_path / "some.jsonl"
     some.write_text("".join(learned[0].read_text().splitlines(keepends=True)[:40]))
-    assert rlhf.main([*argv, "--reward", f"preferences:{some}", "--gold-reward", "periods"]) == 0
+    argv_learned = [*argv, "--reward", f"preferences:{some}", "--gold-reward", "periods"]
+    with rlhf.only_one(run / "reward_model"):  # another start in the same new directory learns it just now
+        assert rlhf.main(argv_learned) == 2
+    assert "reward_model: another process is writing it" in capsys.readouterr().err
+    assert rlhf.main(argv_learned) == 0
     assert "34 pairs learned; of 6 held out" in capsys.readouterr().out
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == 2 and all("gold_reward" in m for m in metrics)
@@ -4945,7 +4951,7 @@ FREE_TEXTS = {
     "--reward": ["", ":", "char:", "wibble", "classifier:", "preferences:", ".x", "nowhere.f", "a..b",
                  "nowhere.py:f", "nowhere.py:", "math:sqrt", "math.pi", "math.nothing",
                  "classifier:./nowhere", "classifier:./nowhere:LABEL", "preferences:nowhere.jsonl", "a\nb"],
-    "--gold-reward": ["wibble", "char:", "classifier:./nowhere", "nowhere.py:f"],
+    "--gold-reward": ["", "wibble", "char:", "classifier:./nowhere", "nowhere.py:f"],
     "--prompts": ["", "nowhere.txt", "nowhere.csv", "nowhere.parquet", "hub:", "hub::", "hub:./nowhere:train",
                   "hub:no/such:train", "hub", "/dev/null", "/proc/self/mem", "x" * 300, "a\nb"],
     "--eval-prompts": ["", "nowhere.jsonl", "/dev/null", "."],
@@ -5669,6 +5675,122 @@ def test_what_a_reward_logs_and_cannot_be_written_is_one_line(gpt2, tmp_path, ca
     )
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1 and expected in complaint
+
+
+# ---- Beside TRL --------------------------------------------------------------------------------------------
+# `pytest test_rlhf.py -m bench -s` prints what a phase costs here and, where `pip install trl==1.16.0 peft`
+# was done, there: fresh processes in turn, the same work on as many threads as the machine has cores. A phase
+# is GRPO with LoRA of rank 4 and k3, 2 passes of 4 minibatches. The limit is the time that its products of
+# matrices would take at the rate of one large product.
+
+# Completions, of a prompt, new tokens, prompts, characters of a prompt; rounds, and phases of each.
+BENCH_JOBS = {
+    "tiny": (128, 128, 36, 1, 7, 5, 4),
+    "small": (32, 32, 36, 1, 7, 5, 1),
+    "prompts": (64, 8, 64, 8, 199, 1, 1),
+}
+BENCH = """
+import json, random, resource, statistics, sys, time, types
+from pathlib import Path
+import torch, transformers
+
+def reward(completions, **columns):
+    return [len(set(text)) % 7 + 0.01 * i for i, text in enumerate(completions)]
+
+who, base, directory = sys.argv[1:4]
+B, K, C, count, width, rounds, phases = map(int, sys.argv[4:])
+draw = random.Random(0)
+prompts = ["".join(draw.choice("bcdfghjk ") for _ in range(width)) for _ in range(count)]
+parts = {}
+if who == "here":
+    import rlhf
+    from torch.utils.flop_counter import FlopCounterMode
+    path = Path(directory, "prompts.txt")
+    path.write_text("".join(one + "\\n" for one in prompts))
+    trainer = rlhf.RLHFTrainer(rlhf.RLHFArgs(
+        algo="grpo", lora=True, base_model=base, prompts=path, batch_size=B, group_size=K, gen_len=C,
+        top_k=10, kl_estimator="k3", kl_coef=0.04, ent_coef=0.0, reward=reward, device="cpu",
+        run_dir=Path(directory, "run")))
+    rollouts, seconds = [], []
+    for _ in range(1 + phases):
+        start = time.perf_counter()
+        memory, _, _ = trainer.rollout_phase()
+        rollouts.append(time.perf_counter() - start)
+        trainer.learning_phase(memory)
+        seconds.append(time.perf_counter() - start)
+    parts["rollout"] = statistics.median(rollouts[1:])
+    parts["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with FlopCounterMode(display=False) as counter:
+        trainer.learning_phase(trainer.rollout_phase()[0])
+    x = torch.randn(2048, 2048)
+    products = []
+    for _ in range(10):
+        start = time.perf_counter()
+        x @ x
+        products.append((time.perf_counter() - start) / (2 * 2048**3))
+    parts["limit"] = counter.get_total_flops() * statistics.median(products)
+    parts["tokens"] = B * C
+else:
+    import peft, trl
+    from datasets import Dataset
+    config = trl.GRPOConfig(
+        output_dir=directory, per_device_train_batch_size=B // 4, steps_per_generation=4, num_iterations=2,
+        num_generations=K, max_completion_length=C, top_k=10, temperature=1.0, beta=0.04, loss_type="grpo",
+        use_bias_correction_kl=False, max_steps=8 * (1 + phases), learning_rate=5e-4, bf16=False,
+        use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True)
+    stamps = []
+    class Stamps(transformers.TrainerCallback):
+        def on_train_begin(self, *arguments, **named):
+            stamps.append(time.perf_counter())
+        def on_step_end(self, args, state, control, **named):
+            if state.global_step % 8 == 0:
+                stamps.append(time.perf_counter())
+    trl.GRPOTrainer(
+        transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), reward, config,
+        Dataset.from_list([{"prompt": one} for one in prompts] * B),
+        processing_class=transformers.AutoTokenizer.from_pretrained(base), callbacks=[Stamps()],
+        peft_config=peft.LoraConfig(
+            r=4, lora_alpha=32, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
+    ).train()
+    seconds = [after - before for before, after in zip(stamps, stamps[1:])]
+    parts["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print("\\nBENCH " + json.dumps(parts | {"phase": statistics.median(seconds[1:])}))
+"""
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("job", BENCH_JOBS)
+def test_a_phase_costs_less_than_in_trl(tmp_path, job):
+    if job == "tiny":
+        base = rlhf.model_name("tiny")
+    else:  # GPT-2 small as it is made, with random weights; the tokenizer knows the first of its tokens
+        save_model(tmp_path / "base", transformers.GPT2Config(n_layer=1))
+        config = transformers.GPT2Config(bos_token_id=0, eos_token_id=0)
+        transformers.GPT2LMHeadModel(config).save_pretrained(base := tmp_path / "base")
+    both = ["here", "TRL"] if importlib.util.find_spec("trl") else ["here"]
+    found = {who: [] for who in both}
+    for i, who in itertools.product(range(BENCH_JOBS[job][-2]), both):
+        (directory := tmp_path / f"{who}{i}").mkdir()
+        command = [sys.executable, "-c", BENCH, who, base, directory, *map(str, BENCH_JOBS[job])]
+        environment = os.environ | {"PYTHONPATH": str(Path(rlhf.__file__).parent), "PYTHONWARNINGS": "ignore"}
+        environment.pop("TRITON_INTERPRET", None)
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr[-3000:]
+        found[who].append(json.loads(run.stdout.partition("\nBENCH ")[2]))
+    medians = {
+        who: {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+        for who, rounds in found.items()
+    }
+    ours = medians["here"]
+    print(
+        f"\n{job}: {ours['phase']:.2f} s a phase ({ours['rollout']:.2f} s rollout),",
+        f"{ours['tokens'] / ours['phase']:.0f} tokens/s,",
+        f"{ours['phase'] / ours['limit']:.1f} times the limit, {ours['peak_mb']:.0f} MB",
+    )
+    if "TRL" in medians:
+        theirs = medians["TRL"]
+        print(f"TRL: {theirs['phase']:.2f} s a phase, {theirs['peak_mb']:.0f} MB")
+        assert ours["phase"] < theirs["phase"]
 
 
 # ---- Exercises ---------------------------------------------------------------------------------------------
