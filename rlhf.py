@@ -114,14 +114,14 @@ class RLHFArgs:
     prompts: str | Path | None = None  # in place of prefix: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
     eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
-    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # leaving no room for gen_len; cut keeps the end
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # that leave no room; cut keeps their end
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
     prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer; GPT-2, Pythia: yes
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
-    advantage: Literal["critic", "group", "others"] | None = None  # reward less value, or mean of group/others
-    scale_rewards: Literal["group", "batch", "none"] | None = None  # by its deviation; critic: group is as none
+    advantage: Literal["critic", "group", "others"] | None = None  # less value, or group's or others' mean
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # by its deviation; critic: group is none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
     clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
