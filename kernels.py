@@ -62,14 +62,6 @@ CHUNK_ROWS = 256  # tokens whose logits are made at a time: enough of them to be
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
 BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
 
-# transformers imports Hugging Face's package of this name and finds this file. Where that one is installed,
-# both share the name: its modules are found below this one, and what this file has not is looked up there.
-__path__ = [str(one.locate_file("kernels")) for one in importlib.metadata.distributions(name="kernels")]
-if __path__:
-
-    def __getattr__(name: str):
-        return getattr(importlib.import_module("kernels.__init__"), name)
-
 
 # Choosing a path
 
@@ -914,6 +906,15 @@ def report_memory() -> None:
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         megabytes, seconds = map(float, run.stdout.split())
         print(f"{which:22} {megabytes:6.0f} MB {seconds:6.1f} s")
+
+
+# transformers imports Hugging Face's package of this name and finds this file. Where that one is installed,
+# both share the name: its modules are found below this one, and what this file has not is looked up there.
+__path__ = [str(one.locate_file("kernels")) for one in importlib.metadata.distributions(name="kernels")]
+if __path__:
+
+    def __getattr__(name: str):
+        return getattr(importlib.import_module("kernels.__init__"), name)
 
 
 if __name__ == "__main__":
