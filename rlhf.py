@@ -225,10 +225,13 @@ def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
     """A prompt's tokens: a text's behind `tokenizer.begin`, which is BOS or nothing; a conversation's as the
     model's chat template has them; the last `tokenizer.room` of them. (begin and room: section 12.)"""
     if isinstance(prompt, list):
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        is_open = prompt[-1]["role"] == "assistant"  # then the completion goes on with this message
+        ids = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=not is_open, continue_final_message=is_open, return_dict=False
+        )
     else:
         ids = tokenizer.encode(prompt, add_special_tokens=False)
-        if ids[:1] != tokenizer.begin:
+        if ids[: len(tokenizer.begin)] != tokenizer.begin:
             ids = tokenizer.begin + ids
     return ids[-tokenizer.room :]
 
@@ -238,10 +241,9 @@ def tokenize(
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
-    masks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    mask = pad_sequence(masks, batch_first=True, padding_side="left")
-    tokens = pad_sequence(rows, True, tokenizer.eos_token_id, padding_side="left")
-    return tokens.to(device), mask.to(device)
+    tokens = pad_sequence(rows, True, -1, padding_side="left").to(device)
+    mask = tokens >= 0
+    return tokens.where(mask, tokenizer.eos_token_id), mask
 
 
 def positions(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -485,6 +487,7 @@ class LoRALinear(nn.Linear):
     # True while any model computes: then TransformerLens reads `weight` at every token, for its dtype alone,
     # and W + update would be added up for nothing.
     in_pass = False
+    enabled = True  # of all adapters at once: see adapters_off
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
         nn.Module.__init__(self)  # not nn.Linear's, for W is the base's
@@ -494,7 +497,6 @@ class LoRALinear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear's own weight, and PEFT's
         self.scale = alpha / rank
-        self.enabled = True
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
@@ -538,16 +540,13 @@ def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
 
 
 @contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within, the model is the one that LoRA started from."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
-    for layer in layers:
-        layer.enabled = False
+def adapters_off() -> Iterator[None]:
+    """Within, every model is the one that LoRA started from."""
+    LoRALinear.enabled = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enabled = True
+        LoRALinear.enabled = True
 
 
 # ---- 5 Tokens to completion --------------------------------------------------------------------------------
@@ -581,7 +580,7 @@ def get_samples(
         features, state_values = policy.features(tokens[:, t - 1 : t], mask[:, :t], cache)
         probs = (policy.logits(features[:, -1]) / temperature).softmax(dim=-1)
         drawn = sample_token(keep_likeliest(probs, top_k, top_p), generator)
-        tokens[:, t] = torch.where(alive, drawn, tokens[:, t])
+        tokens[:, t] = drawn.where(alive, tokens[:, t])
         mask[:, t] = alive
         logprobs[:, t - P] = probs.gather(1, drawn[:, None]).squeeze(1).log() * alive
         values[:, t - P] = state_values[:, -1] * alive
@@ -603,9 +602,9 @@ def sample_token(probs: Float[Tensor, "B V"], generator: torch.Generator | None)
     total = cumulative[:, -1:].contiguous()
     uniform = torch.rand(len(probs), 1, generator=generator, device=probs.device)
     # `right` passes over tokens of probability 0; where the product rounds up to the total, the minimum leads
-    # back to the last token that has any.
+    # back to the last token that has any. Of NaN both are V, which is no token: the learning phase will stop.
     token = torch.searchsorted(cumulative, uniform * total, right=True)
-    return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1)
+    return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1) % probs.shape[1]
 
 
 def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float) -> Float[Tensor, "B V"]:
@@ -988,13 +987,13 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
     KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
     what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
     a derivative (2007.03964, section 4). A KL below a hundredth of the target counts as that hundredth, also
-    the 0 before the first phase.
+    the last KL of the first phase, 0; of a KL of exactly 0 nothing was measured, and β stays.
 
     >>> args = RLHFArgs(kl_target=1.0)
     >>> [round(adapt_kl_coef(1.0, 2.0, last_kl, args), 2) for last_kl in (2.0, 2.2)]  # 2 ** 0.4; falling
     [1.32, 1.09]
     """
-    if args.kl_target is None:
+    if args.kl_target is None or not kl:
         return kl_coef
     kl, last_kl = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))
     step = 0.4 * math.log(kl * (kl / last_kl) ** 5)
@@ -1085,12 +1084,11 @@ class RLHFTrainer:
         # A seed for each phase and process: going on after a stop needs no stored random state.
         self.generator.manual_seed(seed_of(args.seed, self.phase, accelerator.process_index))
         # 1. Prompts, each K times in a row; of these the share of this process.
-        examples = [one for one in examples_of(self) for _ in range(args.samples_per_prompt)]
-        examples = own_share(examples, accelerator)
+        examples = own_share(examples_of(self), accelerator)
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
         samples, texts = complete(self.policy, examples, args, self.generator, args.top_k)
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities.
-        with adapters_off(self.reference):  # a frozen copy has none
+        with adapters_off():  # a frozen copy has none
             ref_features, _ = self.reference.completion_features(samples)
         ref_logprobs, _, _ = self.reference.score(ref_features, samples.completion, args.temperature)
         # 4. Rewards. A group may be spread over processes: so those of all are gathered, and what else
@@ -1105,7 +1103,7 @@ class RLHFTrainer:
             rewards = rewards - (~ended).float()
         # 5. Advantages, and of them our own, as wide as our own completions.
         scaled = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
-        kl_penalty = (self.kl_coef if args.kl_in == "reward" else 0.0) * k1
+        kl_penalty = self.kl_coef * (args.kl_in == "reward") * k1
         per_token = token_rewards(scaled, kl_penalty, mask)
         # NaN: a completion that no reward applies to teaches nothing
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
@@ -1142,13 +1140,13 @@ class RLHFTrainer:
             average_gradients(weights, self.accelerator)
             norms.append(nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
-            if learns:
+            if learns and norms[-1]:  # where all is masked the gradient is 0, and AdamW's moments are not
                 self.optimizer.step()
         means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
-        means["grad_norm"] = sum(norms) / len(norms)
+        means["grad_norm"] = np.mean(norms)
         self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], self.last_kl, args)
-        self.last_kl = means["kl"]
+        self.last_kl = means["kl"] or self.last_kl
         self.phase += 1
         return means
 
@@ -1215,7 +1213,7 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     """
     base, head = {"params": [], "peak_lr": args.base_lr}, {"params": [], "peak_lr": args.head_lr}
     for name, weight in trained.items():
-        (head if name.startswith("value_head") else base)["params"].append(weight)
+        (head if "value_head" in name else base)["params"].append(weight)
     return torch.optim.AdamW([base, head], weight_decay=0.0)
 
 
@@ -1227,9 +1225,7 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
     [0.5, 1.0, 0.7, 0.4, 0.1]
     """
     warmup, last = args.warmup_steps, args.total_phases - 1
-    if phase < warmup:
-        return (phase + 1) / (warmup + 1)
-    return 1 - (1 - args.final_scale) * min(1.0, (phase - warmup) / max(1, last - warmup))
+    return float(np.interp(phase, [-1, warmup, max(last, warmup + 1)], [0, 1, args.final_scale]))
 
 
 # ---- 11 Update to log --------------------------------------------------------------------------------------
@@ -1410,8 +1406,9 @@ class RunLog(contextlib.AbstractContextManager):
         speed = tokens / (metrics["rollout_seconds"] + metrics["learning_seconds"])
         metrics = metrics | {"tokens_per_second": speed, "peak_memory_mb": peak_memory_mb(trainer.device)}
         figures = [f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2")]
-        title = f"phase {phase:>3} of {trainer.args.total_phases}"
-        console.print(title, *figures, f"{speed:.0f} tokens/s", sep="  ")
+        console.print(
+            f"phase {phase:>3} of {trainer.args.total_phases}", *figures, f"{speed:.0f} tokens/s", sep="  "
+        )
         self.samples(phase, samples, shown=1)
         if self.is_main:
             self.metrics.append(metrics)
@@ -1463,7 +1460,9 @@ def rollout_metrics(
     args, mask = trainer.args, drawn != -100
     K = len(rewards) if args.has_critic else args.samples_per_prompt  # who is compared with whom
     groups = rearrange(rewards, "(prompt K) -> prompt K", K=K)
+    # Where the batch's mean is not taken off, a reward is compared with the critic's value, not with others.
     are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
+    are_equal &= not args.has_critic or args.scale_rewards == "batch"
     terms = scores.nanmean(dim=0).nan_to_num().tolist()
     metrics = {
         "phase": trainer.phase + 1,
@@ -1485,13 +1484,12 @@ def rollout_metrics(
 @torch.no_grad()
 def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> dict[str, float]:
     """Means over the minibatch's tokens."""
-    low, high = clip_range(args)
     ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
     per_token = {
         "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
         "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
         "entropy": new.entropy,
-        "clip_fraction": (ratio < low) | (ratio > high),
+        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),
     }
     if args.has_critic:
         per_token["value_loss"] = (new.values - old.returns).square()
@@ -1511,8 +1509,12 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     rows, size = trainer.held_out, trainer.args.batch_size
 
     def mean(top_k: int | None) -> float:
-        parts = [showcase(trainer, rows[i : i + size], top_k) for i in range(0, len(rows), size)]
-        return np.nanmean([one["reward"] for one in itertools.chain(*parts)])
+        rewards = [
+            one["reward"]
+            for i in range(0, len(rows), size)
+            for one in showcase(trainer, rows[i : i + size], top_k)
+        ]
+        return torch.tensor(rewards).nanmean().nan_to_num().item()
 
     return {"eval_reward": mean(trainer.args.top_k), "eval_reward_greedy": mean(1)} if rows else {}
 
@@ -1593,7 +1595,7 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
                 (line,) = axis.plot(x.mean(axis=1), y.mean(axis=1), marker="o", markevery=[-1])
                 if over == "phase":
                     axis.fill_between(
-                        x[:, 0], y.min(axis=1), y.max(axis=1), color=line.get_color(), alpha=0.2, linewidth=0
+                        x[:, 0], y.min(axis=1), y.max(axis=1), color=line.get_color(), alpha=0.2
                     )
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
@@ -1675,7 +1677,9 @@ def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, 
     for where, row in rows:
         prompt = turns_of(where, row, args.prompt_column)
         if args.system is not None:
-            prompt = messages(args.system, "system") + messages(prompt, "user")
+            prompt = messages(prompt, "user")
+            if prompt[0].get("role") != "system":
+                prompt = messages(args.system, "system") + prompt
         examples.append((where, columns | row | {"prompt": prompt}))
     return examples
 
@@ -1711,13 +1715,12 @@ def as_text(turns: Turns, tokenizer=None) -> str:
 
 
 def examples_of(trainer: RLHFTrainer) -> list[dict]:
-    """The B / K prompts of a phase: the file is gone through again and again, each time in another seeded
-    order."""
+    """The B prompts of a phase, K times each: the file is gone through again and again, each time in another
+    seeded order."""
     args, size = trainer.args, len(trainer.examples)
-    count = args.batch_size // args.samples_per_prompt
-    start = trainer.phase * count
+    numbers = (np.arange(args.batch_size) + trainer.phase * args.batch_size) // args.samples_per_prompt
     order = functools.cache(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(size))
-    return [trainer.examples[order(number // size)[number % size]] for number in range(start, start + count)]
+    return [trainer.examples[order(number // size)[number % size]] for number in numbers]
 
 
 def decode(samples: Samples, tokenizer) -> list[str]:
@@ -1874,9 +1877,10 @@ def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.
 def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
     """The terms of the reward, and with weight 0 what is only logged."""
     weighted = zip(args.reward or ("periods",), args.reward_weights or itertools.repeat(1.0), strict=False)
-    terms = [(spec, f"reward/{getattr(spec, '__name__', spec)}", weight) for spec, weight in weighted]
+    terms = [(spec, f"reward/{name_of(spec)}", weight) for spec, weight in weighted]
     if args.gold_reward is not None:
         terms.append((args.gold_reward, "gold_reward", 0.0))
+    terms.sort(key=lambda term: "preferences:" in str(term[0]))  # what is learned comes last
     return [Reward(name, load_reward(spec, args, run_dir, device), weight) for spec, name, weight in terms]
 
 
@@ -1894,7 +1898,7 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
         return preferences_reward(rest, args, run_dir, device)
     path, _, name = spec.rpartition(":" if ".py:" in spec else ".")
     require(
-        path,
+        path.strip("."),
         f"--reward {spec}: unknown; expected `periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, "
         "`preferences:FILE`, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`",
     )
@@ -2028,8 +2032,8 @@ def call_reward(reward: Reward, columns: dict[str, Any]) -> list[float]:
     )
     for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
         require(
-            math.isfinite(score or 0),
-            f"{where}: value {i} is {score}, not a finite number, for the completion {completion!r}",
+            abs(score or 0) < 3e38,
+            f"{where}: value {i} is {score}, not a finite float32, for the completion {completion!r}",
         )
     return [math.nan if score is None else score for score in scores]
 
@@ -2184,9 +2188,13 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
     return RLHFArgs(**{name: record[name] for name in names})
 
 
+def name_of(x) -> str:
+    """Of a function its name; of an object that is called like one its type's."""
+    return getattr(x, "__name__", type(x).__name__ if callable(x) else str(x))
+
+
 def as_json(value) -> str:
-    """Of a function its name."""
-    return json.dumps(value, indent=2, default=lambda x: getattr(x, "__name__", str(x)))
+    return json.dumps(value, indent=2, default=name_of)
 
 
 def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
@@ -2334,8 +2342,8 @@ def trained_layers(policy: TransformerWithValueHead) -> dict[tuple[str, nn.Modul
                     f"{part}: is a part of a fused matrix and cannot be trained; see --lora-targets",
                 )
                 if layer is not stored:
-                    all_rows = torch.arange(len(as_rows(stored)))
-                    table[names[stored.weight], stored].append((rows.get(part, all_rows), layer))
+                    its_rows = rows.get(part, torch.arange(len(as_rows(stored))))
+                    table[names[stored.weight], stored].append((its_rows, layer))
     return table
 
 

@@ -529,7 +529,7 @@ def test_lora_is_the_base_plus_a_low_rank_update_and_exactly_the_base_when_off(g
     tokens = torch.arange(10)[None]
     torch.testing.assert_close(model.bridge(tokens), base.bridge(tokens))  # B is zero
     randomize_adapters(model)
-    with rlhf.adapters_off(model):
+    with rlhf.adapters_off():
         assert torch.equal(model.bridge(tokens), base.bridge(tokens))
     assert not torch.allclose(model.bridge(tokens), base.bridge(tokens), atol=1e-3)
     for block, ours in zip(
@@ -554,7 +554,7 @@ def test_training_moves_the_policy_and_not_the_reference(gpt2, lora):
     for _ in range(3):
         memory, *_ = trainer.rollout_phase()
         trainer.learning_phase(memory)
-    with rlhf.adapters_off(trainer.reference), torch.no_grad():
+    with rlhf.adapters_off(), torch.no_grad():
         torch.testing.assert_close(trainer.reference(tokens, mask)[0], before, atol=1e-6, rtol=0)
     assert not torch.allclose(trainer.policy.bridge(tokens), before, atol=1e-3)
 
@@ -690,6 +690,7 @@ def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
         (None, "raised TypeError"),
         ([0.0, math.nan], "value 1 is nan.*'bad'"),
         ([math.inf, 0.0], "value 0 is inf.*'good'"),
+        ([1e39, 0.0], "value 0 is 1e[+]39, not a finite float32.*'good'"),
         ([0.0, [1.0]], "raised TypeError"),
     ],
 )
@@ -1288,7 +1289,11 @@ def test_prompts_are_all_seen_before_any_is_repeated(gpt2, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join("abcde"))
     trainer = RLHFTrainer(small_args(gpt2, prompts=path, group_size=4))  # two prompts a phase
-    drawn = [row["prompt"] for phase in range(10) for row in examples_of_phase(trainer, phase)]
+    drawn = []
+    for phase in range(10):
+        first, second = (examples_of_phase(trainer, phase)[rows] for rows in (slice(4), slice(4, 8)))
+        assert first == first[:1] * 4 and second == second[:1] * 4
+        drawn += [first[0]["prompt"], second[0]["prompt"]]
     assert all(sorted(drawn[i : i + 5]) == list("abcde") for i in (0, 5, 10, 15)) and drawn[:5] != drawn[5:10]
 
 
@@ -1363,6 +1368,33 @@ def test_where_nothing_is_rewarded_differently_nothing_moves(gpt2, tmp_path, cap
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(row["equal_groups"] == 1 for row in rows)
     assert algo == "grpo" or all(row["explained_variance"] == 0 for row in rows)
+
+
+def test_a_critic_learns_of_equal_rewards_that_are_not_scaled(gpt2):
+    """The value is what they are compared with: -1 each is less than the 0 that it says at first."""
+    args = small_args(gpt2, lora=True, scale_rewards="none", reward=("char:§",), truncated="penalty")
+    trainer = RLHFTrainer(args)
+    losses = []
+    for _ in range(3):
+        memory, metrics, _ = trainer.rollout_phase()
+        assert metrics["equal_groups"] == 0
+        losses.append(trainer.learning_phase(memory)["value_loss"])
+    assert losses[2] < 0.9 * losses[0]
+
+
+def test_where_all_is_masked_nothing_moves_and_no_kl_is_measured(gpt2, monkeypatch):
+    """Not by AdamW's moments of the phases before; and β stays, for a KL of 0 there would lower it."""
+    args = small_args(gpt2, algo="grpo", truncated="mask", reward=("char:e",), kl_target=0.1, warmup_steps=0)
+    trainer = RLHFTrainer(args)
+    memory, *_ = trainer.rollout_phase()
+    memory.attention_mask[:] = True
+    trainer.learning_phase(memory)
+    before, beta, kl = weights_of(trainer), trainer.kl_coef, trainer.last_kl
+    memory, *_ = trainer.rollout_phase()
+    memory.attention_mask[:, memory.prompt_width :] = False
+    trainer.learning_phase(memory)
+    assert kl > 0 and (trainer.kl_coef, trainer.last_kl) == (beta, kl)
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.trained.items())
 
 
 def test_a_gradient_is_shortened_to_its_largest_norm_and_0_shortens_none(gpt2):
@@ -1882,6 +1914,16 @@ def test_what_is_not_finite_stops_before_the_step_and_is_named(gpt2, tmp_path, a
     with pytest.raises(SettingError, match="minibatch 1: .*though all activations are;"):
         rlhf.stop_unless_finite(trainer, memory, [value])
     rlhf.stop_unless_finite(trainer, memory, [value, 1.0])
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_weights_that_overflow_in_a_finite_step_are_named_too(gpt2, algo):
+    """Then sampling comes first: it draws tokens, if without sense, and leaves the complaint to learning."""
+    trainer = RLHFTrainer(small_args(gpt2, algo=algo, lora=True, reward=("char:e",)))
+    trainer.policy.bridge.blocks[0].attn.o.original_component.lora_b.data.fill_(math.inf)
+    memory, _, _ = trainer.rollout_phase()
+    with pytest.raises(SettingError, match="minibatch 1: .*that is not: blocks.0.attn.o.hook_out$"):
+        trainer.learning_phase(memory)
 
 
 def weights_of(trainer: RLHFTrainer) -> dict[str, torch.Tensor]:
@@ -2499,6 +2541,25 @@ def test_a_conversation_is_tokenized_as_its_template_has_it(gpt2, tmp_path):
         rows = write_rows(tmp_path / "p.jsonl", [{"prompt": prompt}])
         ((_, example),) = rlhf.load_examples(RLHFArgs(system="Be brief."), rows)
         assert example["prompt"] == system + conversation
+    own = [{"role": "system", "content": "Be long."}, *conversation]
+    path = write_rows(tmp_path / "own.jsonl", [{"prompt": own}])
+    ((_, example),) = rlhf.load_examples(RLHFArgs(system="Be brief."), path)
+    assert example["prompt"] == own  # its own system message stays, and is the only one
+
+
+def test_a_conversation_that_ends_with_the_assistant_goes_on_there(gpt2, tmp_path):
+    tokenizer = TransformerWithValueHead(chat_model(tmp_path / "chat", gpt2)).tokenizer
+    prompt = [*ASKED, {"role": "assistant", "content": "This is"}]
+    wanted = "<user>Is this a test?<eos><assistant>This is"
+    assert tokenizer.decode(rlhf.token_ids(tokenizer, prompt)) == wanted
+
+
+def test_a_beginning_of_two_tokens_is_not_put_before_itself(gpt2):
+    tokenizer = rlhf.load_tokenizer(gpt2, "auto")
+    tokenizer.begin = [0, 5]
+    ids = rlhf.token_ids(tokenizer, "This")
+    assert ids[:2] == [0, 5] != ids[2:4]
+    assert rlhf.token_ids(tokenizer, tokenizer.decode(ids)) == ids
 
 
 def test_a_conversation_is_shown_learned_from_and_exported(gpt2, tmp_path, capsys):
@@ -2797,6 +2858,16 @@ def test_settings_from_python_are_what_a_person_writes(gpt2, tmp_path):
         RLHFArgs(resume=run, batch_size=16)
 
 
+def test_a_reward_that_is_an_object_goes_by_its_types_name(gpt2, tmp_path):
+    class Judge:
+        def __call__(self, prompts, completions, **columns):
+            return [float(len(text)) for text in completions]
+
+    RLHFTrainer(small_args(gpt2, reward=Judge(), run_dir=tmp_path / "run", total_phases=2)).train()
+    RLHFTrainer(RLHFArgs(resume=tmp_path / "run", reward=Judge(), total_phases=3)).train()
+    assert [row["reward"] == row["reward/Judge"] for row in metrics_of(tmp_path / "run")] == [True] * 3
+
+
 def test_repeated_targets_count_once_and_none_are_refused(gpt2, tmp_path):
     args = small_args(gpt2, lora=True, lora_targets=("q", "q", "o", "q"), run_dir=tmp_path / "run")
     trainer = RLHFTrainer(args)
@@ -2825,7 +2896,7 @@ def test_views_of_transformer_lens_show_the_trained_model(family, tmp_path):
         view = getattr(trainer.policy.bridge, name)
         assert (view - untrained).abs().max() > 0.01
         torch.testing.assert_close(view, getattr(merged, name), atol=1e-5, rtol=0)
-        with rlhf.adapters_off(trainer.policy):
+        with rlhf.adapters_off():
             torch.testing.assert_close(getattr(trainer.policy.bridge, name), untrained, atol=0, rtol=0)
 
 
@@ -2870,7 +2941,7 @@ def test_prompts_are_shuffled_once_an_epoch(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(numpy.random, "default_rng", lambda seed: shuffled.append(seed) or generator_of(seed))
     drawn = []
     for trainer.phase in range(5):  # four prompts each
-        drawn += [example["prompt"] for example in rlhf.examples_of(trainer)]
+        drawn += [example["prompt"] for example in rlhf.examples_of(trainer)[::2]]
     assert len(shuffled) <= 5 + 3  # each phase, and where it begins another epoch
     for epoch in range(4):
         assert len(set(drawn[5 * epoch : 5 * epoch + 5])) == 5
@@ -3126,6 +3197,16 @@ def test_a_data_set_on_the_hub_is_named_with_split_and_subset(monkeypatch):
         {"path": "org/set", "split": "test"},
         {"path": "openai/gsm8k", "split": "train", "name": "main"},
     ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_held_out_prompts_that_no_reward_applies_to_are_0_in_json(gpt2, tmp_path):
+    def reward(prompts, completions, **columns):
+        return [None] * len(prompts)
+
+    path = write_rows(tmp_path / "held_out.jsonl", [{"prompt": "No"}])
+    trainer = RLHFTrainer(small_args(gpt2, reward=reward, eval_prompts=path))
+    assert rlhf.held_out_rewards(trainer) == {"eval_reward": 0.0, "eval_reward_greedy": 0.0}
 
 
 def test_held_out_prompts_are_judged_a_batch_at_a_time(gpt2, tmp_path):
@@ -4948,7 +5029,7 @@ def test_settings_that_contradict_each_other(refusals):
 
 FREE_TEXTS = {
     "--base-model": ["", ".", "./nowhere", "no/such/model", "a/b/c", "new\nline", "--lora"],
-    "--reward": ["", ":", "char:", "wibble", "classifier:", "preferences:", ".x", "nowhere.f", "a..b",
+    "--reward": ["", ":", "char:", "wibble", "classifier:", "preferences:", ".x", "..x", "nowhere.f", "a..b",
                  "nowhere.py:f", "nowhere.py:", "math:sqrt", "math.pi", "math.nothing",
                  "classifier:./nowhere", "classifier:./nowhere:LABEL", "preferences:nowhere.jsonl", "a\nb"],
     "--gold-reward": ["", "wibble", "char:", "classifier:./nowhere", "nowhere.py:f"],
@@ -5102,6 +5183,8 @@ def test_preferences_that_are_none_and_a_reward_that_cannot_be_learned(gpt2, ref
     rows.append(([*learned, "--gen-len", "64"], "gen-len 64"))
     rows.append(([*learned, "--prefix", "This is " * 99], "--prefix"))
     rows.append(([*learned, "--gold-reward", f"preferences:{path}"], "one a run"))
+    rows.append(([*learned, "--gold-reward", "nowhere.py:f"], "no file nowhere.py"))
+    rows.append(([*learned, "--reward", "nowhere.py:f"], "no file nowhere.py"))
     refusals(rows)
 
 
@@ -6383,9 +6466,9 @@ def test_exercise_lr_scale():
 # For each exercise what is often written in place of one of its lines.
 WRONG_ANSWERS = {
     "tokenize": [
-        ("return tokens.to(device), mask.to(device)", "return tokens, tokens != tokenizer.eos_token_id"),
-        ('tokenizer.eos_token_id, padding_side="left"', 'tokenizer.eos_token_id, padding_side="right"'),
-        ("tokenizer.eos_token_id, padding_side", "tokenizer.pad_token_id, padding_side"),
+        ("tokenizer.eos_token_id), mask", "tokenizer.eos_token_id), tokens != tokenizer.eos_token_id"),
+        ('padding_side="left"', 'padding_side="right"'),
+        ("mask, tokenizer.eos_token_id", "mask, tokenizer.pad_token_id"),
         ("token_ids(tokenizer, prompt)", "tokenizer.encode(prompt)"),
     ],
     "positions": [
@@ -6438,7 +6521,7 @@ WRONG_ANSWERS = {
         ("alive = alive & ~torch", "alive = ~torch"),
         (".log() * alive", ".log()"),
         ("state_values[:, -1] * alive", "state_values[:, -1]"),
-        ("tokens[:, t] = torch.where(alive, drawn, tokens[:, t])", "tokens[:, t] = drawn"),
+        ("tokens[:, t] = drawn.where(alive, tokens[:, t])", "tokens[:, t] = drawn"),
         ("C = t + 1 - P", "C = gen_len"),
         ("mask[:, :t], cache", "mask[:, t - 1 : t], cache"),
     ],
@@ -6572,17 +6655,17 @@ WRONG_ANSWERS = {
         ("math.log(kl * (kl / last_kl) ** 5)", "math.log(kl)"),
         ("max(one / args.kl_target, 0.01)", "one / args.kl_target"),
         (
-            "if args.kl_target is None:\n        return kl_coef\n",
-            "if args.kl_target is None:\n        return args.kl_coef\n",
+            "if args.kl_target is None or not kl:\n        return kl_coef\n",
+            "if args.kl_target is None or not kl:\n        return args.kl_coef\n",
         ),
         ("math.exp(min", "math.exp(-min"),
     ],
     "lr_scale": [
-        ("(phase + 1) / (warmup + 1)", "phase / warmup"),
-        ("(phase + 1) / (warmup + 1)", "(phase + 1) / warmup"),
-        ("1 - (1 - args.final_scale) *", "1 -"),
+        ("[-1, warmup,", "[0, warmup,"),
+        ("[-1, warmup,", "[-1, warmup - 1,"),
+        ("[0, 1, args.final_scale]", "[0, 1, 0]"),
         ("args.total_phases - 1", "args.total_phases"),
-        ("max(1, last - warmup)", "last"),
+        ("max(last, warmup + 1)", "last"),
     ],
 }
 
