@@ -59,12 +59,12 @@ Left out   because it would hide the idea: a reward function for each token, a c
     python rlhf.py compare runs/a runs/b       draws the curves of several runs over each other
 """
 
-import contextlib
 import itertools
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -191,7 +191,7 @@ class RLHFArgs:
         >>> RLHFArgs(algo="grpo", batch_size=32).samples_per_prompt
         32
         """
-        if self.group_size is not None:
+        if self.group_size:
             return self.group_size
         if self.prompts is None:
             return self.batch_size
@@ -265,7 +265,7 @@ def distinct_prompts(
     (tensor([[5, 6],
             [5, 7]]), tensor([1, 0, 1]))
     """
-    return tokens.masked_fill(~mask, -1).unique(dim=0, return_inverse=True)
+    return tokens.where(mask, -1).unique(dim=0, return_inverse=True)
 
 
 def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[int]]:
@@ -298,7 +298,7 @@ class Samples:
     @property
     def completion(self) -> Int[Tensor, "B C"]:
         """The completion's tokens; -100 where masked."""
-        return self.tokens[:, self.prompt_width :].masked_fill(~self.mask, -100)
+        return self.tokens[:, self.prompt_width :].where(self.mask, -100)
 
 
 # ---- 3 Tokens to logits and values -------------------------------------------------------------------------
@@ -378,7 +378,7 @@ class TransformerWithValueHead(nn.Module):
     def read_values(self, normalized_residual: Float[Tensor, "B T D"], hook) -> None:
         """TransformerLens hook on the final normalised residual stream; values are 0 without a critic."""
         if self.value_head is None:
-            self.values = normalized_residual.new_zeros(normalized_residual.shape[:2])
+            self.values = torch.zeros_like(normalized_residual[..., 0])
         else:
             with torch.autocast(normalized_residual.device.type, enabled=False):  # float32 in any case
                 self.values = self.value_head(normalized_residual.float()).squeeze(-1)
@@ -388,7 +388,7 @@ class TransformerWithValueHead(nn.Module):
     ) -> tuple[Float[Tensor, "B T V"], Float[Tensor, "B T"]]:
         """Logits and values of every column: `logits, values = model(tokens)`."""
         if attention_mask is None:
-            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+            attention_mask = tokens >= 0  # all of them
         features, values = self.features(tokens, attention_mask)
         return self.logits(features), values
 
@@ -408,7 +408,6 @@ class TransformerWithValueHead(nn.Module):
                 attention_mask=attention_mask.long(),
                 position_ids=positions(attention_mask)[:, -tokens.shape[1] :],
                 past_key_values=cache,
-                use_cache=cache is not None,
             )
         finally:
             LoRALinear.in_pass = False
@@ -492,10 +491,11 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
         nn.Module.__init__(self)  # not nn.Linear's, for W is the base's
         self.base = base.requires_grad_(False)
+        self.bias = base.bias
         self.out_features, self.in_features = as_rows(base).shape
-        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, device=base.weight.device))
+        # Random as nn.Linear makes its own weight, and PEFT's.
+        self.lora_a = nn.Linear(self.in_features, rank, bias=False, device=base.weight.device).weight
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as nn.Linear's own weight, and PEFT's
         self.scale = alpha / rank
 
     @property
@@ -503,10 +503,6 @@ class LoRALinear(nn.Linear):
         """W and, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained."""
         W = as_rows(self.base)
         return W if LoRALinear.in_pass else (W + self.update * self.enabled).to(W)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base.bias
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         if not self.enabled:
@@ -539,7 +535,7 @@ def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
             block.attn.qkv.requires_grad_(False)
 
 
-@contextlib.contextmanager
+@contextmanager
 def adapters_off() -> Iterator[None]:
     """Within, every model is the one that LoRA started from."""
     LoRALinear.enabled = False
@@ -554,7 +550,7 @@ def adapters_off() -> Iterator[None]:
 # needs no second forward pass.
 
 
-@torch.no_grad()
+@torch.no_grad
 def get_samples(
     policy: TransformerWithValueHead,
     prompt_tokens: Int[Tensor, "B P"],
@@ -700,12 +696,12 @@ def deviation(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups 1"]:
     return largest * ((x / largest).square().nansum(dim=-1, keepdim=True) / others.clamp(min=1)).sqrt()
 
 
-def normalize_reward(rewards: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-    """Mean 0 and standard deviation 1 over the batch; all 0 where all rewards are equal.
+def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
+    """Mean 0 and standard deviation 1 over the batch (or each group); all 0 where all rewards are equal.
 
     For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever a reward's unit, and
-    values speak of better or worse than this phase's mean. GRPO divides by the group's deviation instead;
-    RLOO and Dr. GRPO by none, so there β depends on the unit.
+    values speak of better or worse than this phase's mean. GRPO does it to each group instead; RLOO and Dr.
+    GRPO divide by no deviation, so there β depends on the unit.
 
     >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0]))
     tensor([-1.0000,  0.0000,  1.0000])
@@ -779,10 +775,9 @@ def group_relative(
     >>> group_relative(rewards, rewards, mask, args).T  # mean 1, std √(2/3) = 0.8165; values are not used
     tensor([[-1.2247,  0.0000,  0.0000,  1.2247]])
     """
-    advantages = centered(rearrange(rewards.sum(dim=1), "(prompt K) -> prompt K", K=args.samples_per_prompt))
-    if args.scale_rewards == "group":
-        advantages = advantages / (deviation(advantages) + 1e-6)
-    return rearrange(advantages, "prompt K -> (prompt K) 1") * mask
+    relative = normalize_reward if args.scale_rewards == "group" else centered
+    groups = rearrange(rewards.sum(dim=1), "(prompt K) -> prompt K", K=args.samples_per_prompt)
+    return rearrange(relative(groups), "prompt K -> (prompt K) 1") * mask
 
 
 def leave_one_out(
@@ -951,8 +946,8 @@ def masked_mean(
 
 def whitened(x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"]) -> Float[Tensor, "b C"]:
     """Mean 0 and standard deviation 1 over all tokens that are not masked."""
-    x = centered(x.masked_fill(~mask, math.nan).flatten())
-    return (x / (deviation(x) + 1e-6)).nan_to_num().view_as(mask)
+    x = normalize_reward(x.where(mask, math.nan).flatten())
+    return x.nan_to_num().view_as(mask)
 
 
 def policy_objective(
@@ -961,11 +956,11 @@ def policy_objective(
     """J = E[ min(ρ Â, clip(ρ) Â) - β KL + c_ent H ] (DeepSeekMath 2402.03300, eq. 3; the entropy H is ours).
     E is masked_mean. With the KL in the reward, Â has it and β is 0 here."""
     advantages = whitened(old.advantages, old.mask) if args.whiten == "minibatch" else old.advantages
-    ratio, (low, high) = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio), clip_range(args)
+    ratio, bounds = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio), clip_range(args)
     if args.clip == "minimum":
-        surrogate = clipped_surrogate(ratio, advantages, low, high)
+        surrogate = clipped_surrogate(ratio, advantages, *bounds)
     else:  # CISPO 2506.13585, eq. 4: where the minimum stops a token's gradient, a weight bounds it
-        surrogate = ratio.clamp(low, high).detach() * advantages * new.logprobs
+        surrogate = ratio.clamp(*bounds).detach() * advantages * new.logprobs
     beta = kl_coef if args.kl_in == "loss" else 0.0
     per_token = surrogate - beta * new.kl + args.ent_coef * new.entropy
     return masked_mean(per_token, old.mask, args.loss_average, args.gen_len)
@@ -1077,7 +1072,7 @@ class RLHFTrainer:
             if self.phase == args.total_phases:
                 log.samples("after", showcase(self, examples, args.top_k))
 
-    @torch.no_grad()
+    @torch.no_grad
     def rollout_phase(self) -> tuple[ReplayMemory, dict, list[dict]]:
         """Fills a memory; also returns the phase's metrics, and the completions as records to be read."""
         args, accelerator = self.args, self.accelerator
@@ -1144,7 +1139,7 @@ class RLHFTrainer:
                 self.optimizer.step()
         means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
-        means["grad_norm"] = np.mean(norms)
+        means["grad_norm"] = float(np.mean(norms))
         self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], self.last_kl, args)
         self.last_kl = means["kl"] or self.last_kl
         self.phase += 1
@@ -1250,6 +1245,7 @@ def distinct_2(completions: list[list[int]]) -> float:
 
 import asyncio
 import codecs
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -1269,10 +1265,8 @@ import threading
 import traceback
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any
 
 import matplotlib.style
 import psutil
@@ -1310,7 +1304,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-@contextlib.contextmanager
+@contextmanager
 def explained(what: str) -> Iterator[None]:
     """Whatever a library raises within becomes a SettingError: `what`, and the first line of its own
     message."""
@@ -1328,7 +1322,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 def seed_of(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    return np.random.SeedSequence(numbers).generate_state(1).item()
 
 
 def own_share(rows, accelerator: Accelerator):
@@ -1431,7 +1425,7 @@ class RunLog(contextlib.AbstractContextManager):
             console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}")
 
 
-@torch.no_grad()
+@torch.no_grad
 def stop_unless_finite(trainer: RLHFTrainer, minibatch: ReplayMemory, norms: list[float]) -> None:
     """Raises SettingError where the last of the phase's gradients is not finite, and names the first part of
     the model that wrote NaN or infinity."""
@@ -1469,7 +1463,7 @@ def rollout_metrics(
         "reward": rewards.nanmean().nan_to_num().item(),
         "reward_std": deviation(centered(rewards)).item(),
         "equal_groups": are_equal.float().mean().item(),  # the share that teaches nothing
-        "completion_length": mask.sum(dim=1).float().mean().item(),
+        "completion_length": mask.sum().item() / len(mask),
         "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
         "distinct_2": distinct_2(unpad(drawn, mask)),
     }
@@ -1481,7 +1475,7 @@ def rollout_metrics(
     return trainer.logged | metrics
 
 
-@torch.no_grad()
+@torch.no_grad
 def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> dict[str, float]:
     """Means over the minibatch's tokens."""
     ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
@@ -1566,7 +1560,7 @@ STYLE = [
 ]
 
 
-@contextlib.contextmanager
+@contextmanager
 def picture(path: Path, **size) -> Iterator[Figure]:
     """A figure to draw on, then written whole to the path. Outside, matplotlib's settings stay as they
     were."""
@@ -1592,11 +1586,9 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
                     np.array([[metrics.get(metric, math.nan) for metrics in phase] for phase in phases])
                     for metric in (over, key)
                 )  # [phases, runs]
-                (line,) = axis.plot(x.mean(axis=1), y.mean(axis=1), marker="o", markevery=[-1])
+                (line,) = axis.plot(x.mean(1), y.mean(1), marker="o", markevery=[-1])
                 if over == "phase":
-                    axis.fill_between(
-                        x[:, 0], y.min(axis=1), y.max(axis=1), color=line.get_color(), alpha=0.2
-                    )
+                    axis.fill_between(x[:, 0], y.min(1), y.max(1), color=line.get_color(), alpha=0.2)
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
                 axis.set_ylim(bottom=0)
@@ -1640,32 +1632,34 @@ def check_settings(args: RLHFArgs) -> None:
     """Raises SettingError for the first combination of settings that cannot work, whatever the model."""
     batch, group, terms = args.batch_size, args.samples_per_prompt, len(args.reward) or 1
     divisible = f"--batch-size {batch}: must be divisible by"
-    must_hold = {
-        f"{divisible} --num-minibatches {args.num_minibatches}": batch % args.num_minibatches == 0,
-        f"{divisible} --group-size {group}": batch % group == 0,
-        f"--group-size 1: --algo {args.algo} compares completions of a group; give at least 2": (
-            group > 1 or args.has_critic
-        ),
-        "--kl-estimator k1: as a loss its gradient is 0 on average, it holds nothing; give --kl-in reward": (
-            args.kl_estimator != "k1" or args.kl_in == "reward"
-        ),
-        "--micro-batch-size: --whiten minibatch needs each minibatch as a whole": (
-            args.micro_batch_size is None or args.whiten == "none"
-        ),
-        f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}": (
-            args.warmup_steps < args.total_phases
-        ),
-        "--kl-target: adapts --kl-coef, which is 0": args.kl_target is None or args.kl_coef > 0,
-        f"--reward-weights: {len(args.reward_weights)} given for {terms} rewards; expected one for each": (
-            len(args.reward_weights) in (0, terms)
-        ),
-        "--lora-targets: give at least one": len(args.lora_targets) > 0,
-        f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32": (
-            args.lora or args.dtype == "float32"
-        ),
-    }
-    for message, holds in must_hold.items():
-        require(holds, message)
+    require(batch % args.num_minibatches == 0, f"{divisible} --num-minibatches {args.num_minibatches}")
+    require(batch % group == 0, f"{divisible} --group-size {group}")
+    require(
+        group > 1 or args.has_critic,
+        f"--group-size 1: --algo {args.algo} compares completions of a group; give at least 2",
+    )
+    require(
+        args.kl_estimator != "k1" or args.kl_in == "reward",
+        "--kl-estimator k1: as a loss its gradient is 0 on average, it holds nothing; give --kl-in reward",
+    )
+    require(
+        args.micro_batch_size is None or args.whiten == "none",
+        "--micro-batch-size: --whiten minibatch needs each minibatch as a whole",
+    )
+    require(
+        args.warmup_steps < args.total_phases,
+        f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}",
+    )
+    require(args.kl_target is None or args.kl_coef > 0, "--kl-target: adapts --kl-coef, which is 0")
+    require(
+        len(args.reward_weights) in (0, terms),
+        f"--reward-weights: {len(args.reward_weights)} given for {terms} rewards; expected one for each",
+    )
+    require(args.lora_targets, "--lora-targets: give at least one")
+    require(
+        args.lora or args.dtype == "float32",
+        f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32",
+    )
 
 
 def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, dict]]:
@@ -1762,7 +1756,7 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
 
 def load_bridge(
     base_model: str, device: str, dtype: str = "float32", prepend_bos: str = "auto"
-) -> tuple[nn.Module, Any, Int[Tensor, "stops"], dict, float]:
+) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase, Int[Tensor, "stops"], dict, float]:
     """The TransformerBridge of a built-in model, a name that TransformerLens knows, a hub id or a local
     directory; its tokenizer, and all tokens that this or the generation config declare to end a text; its
     weights under the names that they have in the model's files, for the bridge renames what it wraps; and the
@@ -1778,7 +1772,7 @@ def load_bridge(
         name = model_name(base_model)
         tokenizer = load_tokenizer(name, prepend_bos)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=getattr(torch, dtype), output_loading_info=True, attn_implementation="eager"
+            name, dtype=dtype, output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
         require(
             not info["missing_keys"],
@@ -1814,7 +1808,7 @@ def load_bridge(
     return bridge, tokenizer, stops, published, scale
 
 
-@torch.no_grad()
+@torch.no_grad
 def probe(model: nn.Module, columns: slice = slice(0, 6), cache: DynamicCache | None = None):
     """What a Hugging Face model makes of columns of two rows of six tokens, the first row padded."""
     tokens = torch.arange(12, device=model.device).view(2, 6)
@@ -1947,7 +1941,7 @@ def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
     }
 
 
-@contextlib.contextmanager
+@contextmanager
 def blamed(what: str) -> Iterator[None]:
     """For a user's code: what it raises within is shown with its traceback, and becomes a SettingError; its
     exit(), too, which would end the run as if all were well."""
@@ -1977,7 +1971,7 @@ def load_classifier(name: str, what: str, device: str, **options):
     context -= 2 * ("roberta" in model.config.model_type)  # which begins to count at 2
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
-    return model.float().to(device).eval(), tokenizer
+    return model.float().to(device), tokenizer
 
 
 def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B labels"]:
@@ -2002,7 +1996,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     require(class_name in labels, f"--reward classifier:{name}: no such label; it has {', '.join(labels)}")
     are_independent = classifier.config.problem_type == "multi_label_classification"
 
-    @torch.no_grad()
+    @torch.no_grad
     def score(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
         texts = [
             as_text(prompt + reply(prompt, completion), tokenizer)
@@ -2016,7 +2010,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     return score
 
 
-def call_reward(reward: Reward, columns: dict[str, Any]) -> list[float]:
+def call_reward(reward: Reward, columns: dict) -> list[float]:
     """Calls a reward function and checks what it returns.
 
     None says, as in TRL, that the reward does not apply to a completion, and becomes NaN. Raises SettingError
@@ -2143,8 +2137,9 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
         where = f"{path}, line {number}"
         if line.strip():
             with explained(f"{where}: is not {'JSON' if are_json else 'UTF-8 text'}"):
-                rows.append((where, json.loads(line) if are_json else {"prompt": line.decode()}))
-            require(isinstance(rows[-1][1], dict), f"{where}: is no JSON object")
+                row = json.loads(line) if are_json else {"prompt": line.decode()}
+            require(isinstance(row, dict), f"{where}: is no JSON object")
+            rows.append((where, row))
     require(rows, f"{path}: is empty")
     return rows
 
@@ -2177,7 +2172,7 @@ def read_settings(run_dir: Path) -> dict:
     path = run_dir / "args.json"
     require(path.is_file(), f"{run_dir}: is no run directory, it holds no args.json")
     with explained(f"{path}: is damaged"):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_bytes()))
 
 
 def saved_settings(run_dir: Path) -> RLHFArgs:
@@ -2194,6 +2189,7 @@ def name_of(x) -> str:
 
 
 def as_json(value) -> str:
+    """In ASCII, so that every locale writes and reads the same."""
     return json.dumps(value, indent=2, default=name_of)
 
 
@@ -2208,7 +2204,7 @@ def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
     done = ["before", *range(1, trainer.phase + 1)] if trainer.phase else []
     kept = [read_rows(run_dir / name) if done else [] for name in ("metrics.jsonl", "samples.jsonl")]
-    write_whole(run_dir / "args.json", lambda new: new.write_text(as_json(record) + "\n", encoding="utf-8"))
+    write_whole(run_dir / "args.json", lambda new: new.write_text(as_json(record) + "\n"))
     return tuple([row for _, row in rows if row.get("phase") in done] for rows in kept)
 
 
@@ -2231,16 +2227,16 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
         "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
     }
     torch.save(state, buffer := io.BytesIO())  # torch has names of its own for a full disk
-    directory = trainer.run_dir / "checkpoint"
-    write_whole(directory / f"phase-{trainer.phase:05}.pt", lambda new: new.write_bytes(buffer.getvalue()))
-    for path in sorted(directory.glob("phase-*.pt"))[:-2]:
+    path = trainer.run_dir / f"checkpoint/phase-{trainer.phase:05}.pt"
+    write_whole(path, lambda new: new.write_bytes(buffer.getvalue()))
+    for path in sorted(trainer.run_dir.glob("checkpoint/phase-*.pt"))[:-2]:
         path.unlink()
 
 
 def load_checkpoint(trainer: RLHFTrainer) -> None:
     """Goes back to the newest checkpoint that is whole; with none at all, the run begins anew. Of the files
     only tensors and plain values are read (`weights_only`), so none can run code."""
-    paths = sorted((trainer.run_dir / "checkpoint").glob("phase-*.pt"), reverse=True)
+    paths = sorted(trainer.run_dir.glob("checkpoint/phase-*.pt"), reverse=True)
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -2257,7 +2253,7 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
     require(not paths, f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew elsewhere")
 
 
-@contextlib.contextmanager
+@contextmanager
 def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
     """A reward function that fails must not take with it what was learned before."""
     try:
@@ -2267,7 +2263,7 @@ def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
+@contextmanager
 def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
     """Within, the first Ctrl-C, SIGTERM or SIGHUP (a terminal that closes) asks for a stop after the phase; a
     second stops at once."""
@@ -2313,7 +2309,7 @@ def export(trainer: RLHFTrainer) -> None:
         write_whole(trainer.run_dir / "adapter", lambda new: export_adapter(policy, args, new))
 
 
-@torch.no_grad()
+@torch.no_grad
 def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
     """Which output rows of a fused query-key-value matrix belong to q, k and v; GPT-2 stacks them, NeoX
     alternates by head. Found by having the bridge split a matrix whose every row holds its own number."""
@@ -2347,7 +2343,7 @@ def trained_layers(policy: TransformerWithValueHead) -> dict[tuple[str, nn.Modul
     return table
 
 
-@torch.no_grad()
+@torch.no_grad
 def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
     """The model's weights as its files name and store them, adapters merged in."""
     weights = {name: weight.detach() for name, weight in policy.published.items()}
@@ -2367,7 +2363,7 @@ def export_model(policy: TransformerWithValueHead, path: Path) -> None:
     policy.tokenizer.save_pretrained(path)
 
 
-@torch.no_grad()
+@torch.no_grad
 def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path) -> None:
     """A PEFT directory. On a fused matrix the adapters of q, k and v become one, block-diagonal."""
     tensors, ranks = {}, {}
@@ -2391,7 +2387,7 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
     }
     path.mkdir()
     safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
-    (path / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (path / "adapter_config.json").write_text(as_json(config) + "\n")
 
 
 # ---- 14 The built-in model ---------------------------------------------------------------------------------
@@ -2486,7 +2482,7 @@ def train_tiny(path: Path, steps: int = 900, width: int = 64) -> None:
 
 def fit(
     model: nn.Module,
-    batches: Sequence | Tensor,
+    batches: list | Tensor,
     loss_of: Callable[..., Float[Tensor, ""]],
     title: str,
     lr: float,
@@ -2673,12 +2669,10 @@ def train_reward_model(source: str | Path, base_model: str, directory: Path, dev
     pairs = load_preferences(source, tokenizer)
     nn.init.zeros_(model.score.weight)
 
-    def rewards(chosen: Sequence[str], rejected: Sequence[str]) -> Float[Tensor, "2 b"]:
-        logits = classify(model, tokenizer, [*chosen, *rejected])
-        return rearrange(logits, "(pair b) 1 -> pair b", pair=2)
+    def rewards(chosen: list | tuple, rejected: list | tuple) -> Float[Tensor, "2 b"]:
+        return classify(model, tokenizer, [*chosen, *rejected]).view(2, -1)
 
-    count = math.ceil(0.15 * len(pairs))
-    held_out, training = random_split(pairs, [count, len(pairs) - count])
+    held_out, training = random_split(pairs, [0.15, 0.85])
     epochs = max(1, min(12, 10_000 // len(training)))  # the more pairs, the fewer times each
     batches = [batch for _ in range(epochs) for batch in DataLoader(training, batch_size=4, shuffle=True)]
     with only_one(directory), dropout_and_lora(model):
@@ -2686,12 +2680,12 @@ def train_reward_model(source: str | Path, base_model: str, directory: Path, dev
     with torch.no_grad():
         chosen, rejected = rewards(*zip(*held_out, strict=True))
     right, loss = (chosen > rejected).float().mean(), bradley_terry_loss(chosen, rejected)
-    console.print(f"reward model: {len(training)} pairs learned; of {count} held out {right:.0%} right, "
-                  f"loss {loss:.2f} (0.69 is no opinion)")  # fmt: skip
+    console.print(f"reward model: {len(training)} pairs learned; of {len(held_out)} held out "
+                  f"{right:.0%} right, loss {loss:.2f} (0.69 is no opinion)")  # fmt: skip
     write_whole(directory, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
 
 
-@contextlib.contextmanager
+@contextmanager
 def dropout_and_lora(model: nn.Module) -> Iterator[None]:
     """Within, all but the head is frozen, and each matrix of the attention is replaced by dropout and a
     LoRALinear; afterwards what they have learned is part of the matrix.
@@ -2736,7 +2730,7 @@ class Reading(NamedTuple):
     name: str  # base or trained
     bridge: nn.Module
     logits: Float[Tensor, "B T V"]
-    cache: Any  # an ActivationCache of TransformerLens
+    cache: "ActivationCache"  # of TransformerLens
 
 
 def inspect(
@@ -2772,7 +2766,6 @@ def inspect(
         f"{run / 'model'} against {settings.base_model},",
         f"on its own {samples} completions of {example['prompt']!r};",
         f"the logit of {token!r} is read before {texts.where.sum()} of {(texts.predicted >= 0).sum()} tokens",
-        soft_wrap=True,
     )
     readings = read("base", base.bridge, texts), read("trained", trained.bridge, texts)
     with picture(run / "inspect.png", figsize=(9, 7.5)) as figure:
@@ -2794,7 +2787,7 @@ def draw_texts(model: TransformerWithValueHead, examples: list[dict], args: RLHF
     return Texts(drawn.tokens, predicted, where if where.any() else predicted >= 0, token, token_id)
 
 
-@torch.no_grad()
+@torch.no_grad
 def read(name: str, bridge: nn.Module, texts: Texts) -> Reading:
     """Logits, and the activations that the rest of this section looks at."""
     wanted = "resid_pre resid_post _z mlp_out hook_embed pos_embed final.hook_scale".split()
@@ -2882,7 +2875,7 @@ def token_logit(logits: Float[Tensor, "B T V"], texts: Texts) -> float:
     return above_mean(logits[texts.where], texts.token_id).mean().item()
 
 
-@torch.no_grad()
+@torch.no_grad
 def attribute(reading: Reading, texts: Texts) -> tuple[Float[Tensor, "L parts"], float]:
     """Shares of the token's logit above the mean logit by their writers: a row a layer, its heads and then
     its MLP; and embeddings and biases together. Means over the places (Elhage et al. 2021, A Mathematical
@@ -2913,7 +2906,7 @@ def attribute(reading: Reading, texts: Texts) -> tuple[Float[Tensor, "L parts"],
     return grid, rest
 
 
-@torch.no_grad()
+@torch.no_grad
 def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> float:
     """The token's logit where a head or, behind the last head, the MLP of the layer writes zeros."""
     is_head = part < bridge.cfg.n_heads
@@ -2980,13 +2973,13 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         output: the picture
     """
     require(runs, "compare: expected at least one run directory")
-    names, groups = {}, {}
+    names, groups = {}, defaultdict(list)
     for run in runs:
         settings = {
             key: x for key, x in read_settings(run).items() if key not in ("run_dir", "seed", "resume")
         }
         title = names.setdefault(as_json(settings), str(run))  # of the first run with these settings
-        groups.setdefault(title, []).append([metrics for _, metrics in read_rows(run / "metrics.jsonl")])
+        groups[title].append([metrics for _, metrics in read_rows(run / "metrics.jsonl")])
     with explained("compare: these metrics cannot be drawn"):
         for title, group in groups.items():
             console.print(

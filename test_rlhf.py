@@ -6555,12 +6555,12 @@ WRONG_ANSWERS = {
         ("return advantages", "return advantages + values"),
     ],
     "group_relative": [
-        ("deviation(advantages)", "advantages.std(dim=1, keepdim=True, correction=0)"),
-        ("deviation(advantages)", "advantages.std()"),
+        ("relative(groups)", "(centered(groups) / groups.std(dim=1, keepdim=True, correction=0))"),
+        ("relative(groups)", "relative(groups.flatten()).view_as(groups)"),
         ('if args.scale_rewards == "group"', "if True"),
         ("(prompt K) -> prompt K", "(K prompt) -> prompt K"),
         ('(prompt K) 1") * mask', '(prompt K) 1") * torch.ones_like(mask)'),
-        ("centered(", "("),
+        ("relative(groups)", "groups"),
         ("rewards.sum(dim=1)", "rewards[:, -1]"),
     ],
     "leave_one_out": [
@@ -6616,10 +6616,10 @@ WRONG_ANSWERS = {
         ('average == "sequence"', 'average != "constant"'),
     ],
     "whitened": [
-        ("x.masked_fill(~mask, math.nan)", "x"),
-        ("x.masked_fill(~mask, math.nan)", "(x * mask)"),
-        ("deviation(x)", "x.square().nanmean().sqrt()"),
-        ("x / (deviation(x) + 1e-6)", "x"),
+        ("x.where(mask, math.nan)", "x"),
+        ("x.where(mask, math.nan)", "(x * mask)"),
+        ("return x", "x /= x.square().nanmean().sqrt()\n    return x"),
+        ("normalize_reward(", "centered("),
     ],
     "policy_objective": [
         ("surrogate - beta * new.kl", "surrogate + beta * new.kl"),
