@@ -199,8 +199,9 @@ class RLHFArgs:
 
 
 # ---- 2 Prompt to tokens ------------------------------------------------------------------------------------
-# In: texts. Out: one rectangle of token ids. Prompts are padded on the left, so that every completion starts
-# in column P and is padded on the right. One row, with P = 4 and C = 4, on which the rest of the file leans:
+# In: texts or conversations. Out: one rectangle of token ids. Prompts are padded on the left, so that every
+# completion starts in column P and is padded on the right. This is one row, with P = 4 and C = 4; the rest of
+# the file leans on it:
 #
 #     column            0     1     2     3  |  4     5     6     7
 #     tokens           pad   BOS  This   is  |  a   test  EOS   pad
@@ -214,18 +215,19 @@ class RLHFArgs:
 #     reward                                 |  0     0     r     0    falls on the last token
 #
 # The transformer's output in column t speaks of column t + 1: what scores the completion comes from columns
-# P-1 to T-2. That shift is made once, in `TransformerWithValueHead.completion_features`; all [B, C] tensors
-# below are aligned with the completion: logprobs[b, c] is of completion token c, values[b, c] of the state in
-# which it was chosen. Columns 0 to P-2 are the same for all completions of a prompt, and computed once for
-# all. BOS, EOS and pad (beginning of text, end of text, filler) are one and the same token here, as in
-# GPT-2: only the masks tell them apart.
+# P-1 to T-2. Scoring makes that shift in `TransformerWithValueHead.completion_features` alone; all [B, C]
+# tensors below are aligned with the completion: logprobs[b, c] is of completion token c, values[b, c] of the
+# state in which it was chosen. Columns 0 to P-2 are the same for all completions of a prompt, and computed
+# once for all. BOS, EOS and pad (beginning of text, end of text, filler) are one and the same token here, as
+# in GPT-2: only the masks tell them apart.
 
 
 def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """A prompt's tokens: a text's behind `tokenizer.begin`, which is BOS or nothing; a conversation's as the
-    model's chat template has them; the last `tokenizer.room` of them. (begin and room: section 12.)"""
+    """The token ids of a prompt. Of a text: `tokenizer.begin`, which is BOS or nothing, and the text. Of a
+    conversation: as the model's chat template writes it, to where the assistant is to speak, or to go on, if
+    the last message is its own. The last `tokenizer.room` of them. (begin and room: section 12.)"""
     if isinstance(prompt, list):
-        is_open = prompt[-1]["role"] == "assistant"  # then the completion goes on with this message
+        is_open = prompt[-1]["role"] == "assistant"
         ids = tokenizer.apply_chat_template(
             prompt, add_generation_prompt=not is_open, continue_final_message=is_open, return_dict=False
         )
@@ -241,6 +243,7 @@ def tokenize(
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
+    # With -1, which is no token: EOS may stand in a prompt, too.
     tokens = pad_sequence(rows, True, -1, padding_side="left").to(device)
     mask = tokens >= 0
     return tokens.where(mask, tokenizer.eos_token_id), mask
@@ -483,24 +486,25 @@ class LoRALinear(nn.Linear):
     True
     """
 
-    # True while any model computes: then TransformerLens reads `weight` at every token, for its dtype alone,
-    # and W + update would be added up for nothing.
+    # True within `features`: there TransformerLens reads `weight` in every pass, for its dtype alone, and
+    # W + update would be added up for nothing.
     in_pass = False
     enabled = True  # of all adapters at once: see adapters_off
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
-        nn.Module.__init__(self)  # not nn.Linear's, for W is the base's
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a W of its own
         self.base = base.requires_grad_(False)
         self.bias = base.bias
         self.out_features, self.in_features = as_rows(base).shape
-        # Random as nn.Linear makes its own weight, and PEFT's.
+        # Starts as random as nn.Linear's weight does, and PEFT's; in float32 whatever W is.
         self.lora_a = nn.Linear(self.in_features, rank, bias=False, device=base.weight.device).weight
         self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
         self.scale = alpha / rank
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """W and, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained."""
+        """W plus, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained.
+        Within a pass W alone."""
         W = as_rows(self.base)
         return W if LoRALinear.in_pass else (W + self.update * self.enabled).to(W)
 
@@ -518,7 +522,7 @@ class LoRALinear(nn.Linear):
 
 def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
     """Freezes all but what is to be trained: adapters of all blocks or the last few, or the weights of the
-    last few. Without --lora and --train-layers it freezes nothing.
+    last few. Without --lora and --train-layers it freezes nothing that computes.
 
     A LoRALinear takes the place of each target matrix inside of its hooks, so that they see what LoRA adds.
     """
@@ -546,7 +550,7 @@ def adapters_off() -> Iterator[None]:
 
 
 # ---- 5 Tokens to completion --------------------------------------------------------------------------------
-# In: left-padded prompts. Out: completions, and what the policy thought of each token when it drew it: π_old
+# In: prompts. Out: completions, and what the policy thought of each token when it drew it: π_old
 # needs no second forward pass.
 
 
@@ -598,7 +602,8 @@ def sample_token(probs: Float[Tensor, "B V"], generator: torch.Generator | None)
     total = cumulative[:, -1:].contiguous()
     uniform = torch.rand(len(probs), 1, generator=generator, device=probs.device)
     # `right` passes over tokens of probability 0; where the product rounds up to the total, the minimum leads
-    # back to the last token that has any. Of NaN both are V, which is no token: the learning phase will stop.
+    # back to the last token that has any. With NaN both are V, which is no token: the remainder makes it one,
+    # and the learning phase stops at the NaN.
     token = torch.searchsorted(cumulative, uniform * total, right=True)
     return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1) % probs.shape[1]
 
@@ -625,8 +630,8 @@ def complete(
     generator: torch.Generator,
     top_k: int | None,
 ) -> tuple[Samples, list[str]]:
-    """The whole way: one completion of each example's "prompt", as tokens and as text. `decode` is in section
-    12."""
+    """From examples, dicts with a "prompt", to a completion of each, as tokens and as text (`decode`: section
+    12). top_k is the one of args, or 1 for greedy completions of held-out prompts."""
     prompts = [example["prompt"] for example in examples]
     tokens, mask = tokenize(policy.tokenizer, prompts, generator.device)
     samples = get_samples(policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator)
@@ -639,7 +644,7 @@ def complete(
 # function; in the lesson, a count of full stops stands in for that score. A reward function is called as in
 # TRL, Hugging Face's RLHF library:
 #     function(prompts=[...], completions=[...], **columns) -> [a number, or None if it does not apply, ...]
-# The columns are those of the prompts file, beside "prompt": the answer to a sum. Its rows are the examples.
+# The columns are those of the prompts file, beside "prompt": say "answer". Its rows are the examples.
 
 
 def reward_fn_char_count(char: str = ".") -> RewardFn:
@@ -697,11 +702,12 @@ def deviation(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups 1"]:
 
 
 def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
-    """Mean 0 and standard deviation 1 over the batch (or each group); all 0 where all rewards are equal.
+    """(x - mean(x)) / (std(x) + 1e-6) over the last axis: of a batch's rewards (PPO), a group's (GRPO), or
+    a minibatch's advantages (`whitened`). All 0 where all are equal; NaN does not count.
 
     For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever a reward's unit, and
-    values speak of better or worse than this phase's mean. GRPO does it to each group instead; RLOO and Dr.
-    GRPO divide by no deviation, so there β depends on the unit.
+    values speak of better or worse than this phase's mean. RLOO and Dr. GRPO divide by no deviation, so there
+    β depends on the unit.
 
     >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0]))
     tensor([-1.0000,  0.0000,  1.0000])
@@ -784,8 +790,8 @@ def leave_one_out(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_i = r_i - mean of the other rewards of the group = n/(n-1) (r_i - mean(r)) (RLOO 2402.14740, section
-    2.2), n of the K having a reward; of one alone it is NaN, which teaches nothing. Where its own reward is
-    not in the mean, the baseline leaves the gradient unbiased.
+    2.2), n of the K having a reward; of one alone it is NaN, which teaches nothing. The baseline does not
+    hold r_i, so it leaves the gradient unbiased.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
@@ -982,13 +988,13 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
     KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
     what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
     a derivative (2007.03964, section 4). A KL below a hundredth of the target counts as that hundredth, also
-    the last KL of the first phase, 0; of a KL of exactly 0 nothing was measured, and β stays.
+    the 0 before the first phase.
 
     >>> args = RLHFArgs(kl_target=1.0)
     >>> [round(adapt_kl_coef(1.0, 2.0, last_kl, args), 2) for last_kl in (2.0, 2.2)]  # 2 ** 0.4; falling
     [1.32, 1.09]
     """
-    if args.kl_target is None or not kl:
+    if args.kl_target is None:
         return kl_coef
     kl, last_kl = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))
     step = 0.4 * math.log(kl * (kl / last_kl) ** 5)
@@ -1028,11 +1034,11 @@ for switch, *cells in switches:
 
 
 # ---- 10 Objective to update --------------------------------------------------------------------------------
-# In: the settings. Out: a trained policy. All state lives in the trainer, and nothing here knows which
-# algorithm runs, only whether there is a critic. Several processes may share the work by rows, each with its
-# part of the batch. On one, read own_share, gather_rows and average_gradients as "the same", gradient_weight
-# as 1 (of a micro-batch its share), summarize as a mean. What was not defined so far is in the workshop:
-# several processes and logging at its start, prompts, models and rewards in section 12, files in 13.
+# In: the settings. Out: a trained policy. All state lives in the trainer, and nothing here asks for --algo,
+# only for its switches. Several processes may share the work by rows, each with its part of the batch. On
+# one, read own_share, gather_rows and average_gradients as "the same", gradient_weight as 1 (of a micro-batch
+# its share), summarize as a mean. What was not defined so far is in the workshop: several processes and
+# logging at its start, prompts, models and rewards in section 12, files in 13.
 
 
 class RLHFTrainer:
@@ -1043,7 +1049,7 @@ class RLHFTrainer:
 
     def train(self) -> None:
         """All phases that are still to come."""
-        args, examples = self.args, (self.examples * 8)[:8]  # shown before and after; few come again
+        args, examples = self.args, (self.examples * 8)[:8]  # to show before and after; few are repeated
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
@@ -1082,8 +1088,9 @@ class RLHFTrainer:
         examples = own_share(examples_of(self), accelerator)
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
         samples, texts = complete(self.policy, examples, args, self.generator, args.top_k)
-        # 3. What the reference makes of them: features, for the exact KL, and log-probabilities.
-        with adapters_off():  # a frozen copy has none
+        # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
+        # is the policy without its adapters (of which the output layer has none), else a copy without any.
+        with adapters_off():
             ref_features, _ = self.reference.completion_features(samples)
         ref_logprobs, _, _ = self.reference.score(ref_features, samples.completion, args.temperature)
         # 4. Rewards. A group may be spread over processes: so those of all are gathered, and what else
@@ -1100,13 +1107,14 @@ class RLHFTrainer:
         scaled = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
         kl_penalty = self.kl_coef * (args.kl_in == "reward") * k1
         per_token = token_rewards(scaled, kl_penalty, mask)
-        # NaN: a completion that no reward applies to teaches nothing
+        # NaN where no reward applies
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
         metrics = rollout_metrics(self, drawn, ended, scores, rewards, advantages, values)
         completions = records(examples, texts, own_share(rewards, accelerator), self.extra)
-        if args.truncated == "mask":  # from here on they are padding
-            samples.attention_mask[~own_share(ended, accelerator), samples.prompt_width :] = False
+        # What no reward applies to teaches nothing, nor do truncated ones, if so set: from here on, padding.
+        ignored = rewards.isnan() | ~ended & (args.truncated == "mask")
+        samples.attention_mask[own_share(ignored, accelerator), samples.prompt_width :] = False
         memory = ReplayMemory(
             **vars(samples), advantages=own_advantages, ref_features=ref_features, ref_logprobs=ref_logprobs
         )
@@ -1135,13 +1143,14 @@ class RLHFTrainer:
             average_gradients(weights, self.accelerator)
             norms.append(nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
-            if learns and norms[-1]:  # where all is masked the gradient is 0, and AdamW's moments are not
+            if learns and norms[-1]:  # 0: all is masked, and AdamW's moments alone would move the weights
                 self.optimizer.step()
         means = summarize(metrics, counts, self.accelerator)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
         means["grad_norm"] = float(np.mean(norms))
-        self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], self.last_kl, args)
-        self.last_kl = means["kl"] or self.last_kl
+        if learns and any(norms):  # a phase without a step says nothing of β
+            self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], self.last_kl, args)
+            self.last_kl = means["kl"]
         self.phase += 1
         return means
 
@@ -1181,7 +1190,7 @@ class RLHFTrainer:
             self.examples, self.held_out = (fitting(self.policy, one, args) for one in (rows, held_out))
             choose_trained(self.policy.bridge, args)
             trained_layers(self.policy)  # raises SettingError where one could not be exported
-            # Last, for it may learn a reward model and write it: then nothing else is wrong any more.
+            # Last of what can be refused, for it may take minutes to learn a reward model, and writes it.
             self.rewards = load_rewards(args, self.run_dir, self.device)
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
@@ -1220,6 +1229,7 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
     [0.5, 1.0, 0.7, 0.4, 0.1]
     """
     warmup, last = args.warmup_steps, args.total_phases - 1
+    # From 0 in the phase before the first, so that the first one learns, too.
     return float(np.interp(phase, [-1, warmup, max(last, warmup + 1)], [0, 1, args.final_scale]))
 
 
@@ -1420,8 +1430,7 @@ class RunLog(contextlib.AbstractContextManager):
         if self.is_main:
             write_jsonl(self.trainer.run_dir / "samples.jsonl", self.completions)
         for sample in samples[:shown]:
-            prompt = sample["prompt"]
-            text = one_line(as_text(prompt + reply(prompt, sample["completion"])))
+            text = one_line(as_text(joined(sample["prompt"], sample["completion"])))
             console.print(f"sample {when}  reward {sample['reward']:.3g}  {text}")
 
 
@@ -1446,7 +1455,7 @@ def rollout_metrics(
     drawn: Int[Tensor, "B C"],  # -100 where masked
     ended: Bool[Tensor, "B"],
     scores: Float[Tensor, "B R"],
-    rewards: Float[Tensor, "B"],  # before any scaling
+    rewards: Float[Tensor, "B"],  # not scaled
     advantages: Float[Tensor, "B C"],
     values: Float[Tensor, "B C"],
 ) -> dict:
@@ -1454,7 +1463,7 @@ def rollout_metrics(
     args, mask = trainer.args, drawn != -100
     K = len(rewards) if args.has_critic else args.samples_per_prompt  # who is compared with whom
     groups = rearrange(rewards, "(prompt K) -> prompt K", K=K)
-    # Where the batch's mean is not taken off, a reward is compared with the critic's value, not with others.
+    # A critic learns of equal rewards, too, unless the batch's mean is taken off: they are compared with V.
     are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
     are_equal &= not args.has_critic or args.scale_rewards == "batch"
     terms = scores.nanmean(dim=0).nan_to_num().tolist()
@@ -1636,7 +1645,7 @@ def check_settings(args: RLHFArgs) -> None:
     require(batch % group == 0, f"{divisible} --group-size {group}")
     require(
         group > 1 or args.has_critic,
-        f"--group-size 1: --algo {args.algo} compares completions of a group; give at least 2",
+        f"--group-size {group}: --advantage {args.advantage} compares a group's completions; give at least 2",
     )
     require(
         args.kl_estimator != "k1" or args.kl_in == "reward",
@@ -1698,6 +1707,14 @@ def reply(prompt: Turns, completion: Turns) -> Turns:
     return messages(completion, "assistant") if isinstance(prompt, list) else completion
 
 
+def joined(prompt: Turns, completion: Turns) -> Turns:
+    """The whole: a text goes on with an assistant's message that was left open, else it is a reply."""
+    if isinstance(prompt, list) and isinstance(completion, str) and prompt[-1]["role"] == "assistant":
+        *prompt, last = prompt
+        completion = last["content"] + completion
+    return prompt + reply(prompt, completion)
+
+
 def as_text(turns: Turns, tokenizer=None) -> str:
     """A conversation as the tokenizer's chat template writes it; without one, its messages a line each."""
     if isinstance(turns, str):
@@ -1709,8 +1726,8 @@ def as_text(turns: Turns, tokenizer=None) -> str:
 
 
 def examples_of(trainer: RLHFTrainer) -> list[dict]:
-    """The B prompts of a phase, K times each: the file is gone through again and again, each time in another
-    seeded order."""
+    """The B rows of a phase: B / K prompts, each K times in a row. The file is gone through again and again,
+    each time in another seeded order."""
     args, size = trainer.args, len(trainer.examples)
     numbers = (np.arange(args.batch_size) + trainer.phase * args.batch_size) // args.samples_per_prompt
     order = functools.cache(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(size))
@@ -1874,7 +1891,12 @@ def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
     terms = [(spec, f"reward/{name_of(spec)}", weight) for spec, weight in weighted]
     if args.gold_reward is not None:
         terms.append((args.gold_reward, "gold_reward", 0.0))
-    terms.sort(key=lambda term: "preferences:" in str(term[0]))  # what is learned comes last
+    require(
+        len({name for _, name, _ in terms}) == len(terms),
+        "--reward: two of one name, whose means would be one; give one a __name__ of its own",
+    )
+    # Last what takes minutes to learn, so that another that is misspelt is refused before.
+    terms.sort(key=lambda term: str(term[0]).startswith("preferences:"))
     return [Reward(name, load_reward(spec, args, run_dir, device), weight) for spec, name, weight in terms]
 
 
@@ -1999,7 +2021,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     @torch.no_grad
     def score(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
         texts = [
-            as_text(prompt + reply(prompt, completion), tokenizer)
+            as_text(joined(prompt, completion), tokenizer)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         scores = classify(classifier, tokenizer, texts)
@@ -2184,7 +2206,7 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
 
 
 def name_of(x) -> str:
-    """Of a function its name; of an object that is called like one its type's."""
+    """A function's name; of a callable object its type's; of anything else, a path say, its text."""
     return getattr(x, "__name__", type(x).__name__ if callable(x) else str(x))
 
 
@@ -2626,9 +2648,8 @@ def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
             prompt = turns_of(where, row, "prompt") if "prompt" in row else both[0][:0]
             if isinstance(both[0], list):
                 prompt = messages(prompt, "user")
-            both = [reply(prompt, one) for one in both]
             if not all(one[: len(prompt)] == prompt for one in both):
-                both = [prompt + one for one in both]
+                both = [joined(prompt, one) for one in both]
             texts = [as_text(one, tokenizer) for one in both]
             chosen, rejected = tokenizer(texts, truncation=True).input_ids
         if chosen != rejected and row.get("score_chosen", 1) != row.get("score_rejected", 0):

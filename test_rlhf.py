@@ -711,7 +711,7 @@ def test_none_says_that_a_reward_does_not_apply():
     assert rlhf.total_reward(scores, gold).isnan().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("algo", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("algo", ["ppo", "grpo", "rloo", "course"])
 def test_a_completion_without_any_reward_teaches_nothing(gpt2, algo):
     def every_other(completions, **columns):
         return [None if i % 2 else float(i) for i in range(len(completions))]
@@ -719,6 +719,7 @@ def test_a_completion_without_any_reward_teaches_nothing(gpt2, algo):
     trainer = RLHFTrainer(small_args(gpt2, algo=algo, reward=(every_other,)))
     memory, metrics, _ = trainer.rollout_phase()
     assert (memory.advantages[1::2] == 0).all() and (memory.advantages[::2] != 0).any()
+    assert not memory.mask[1::2].any() and memory.mask[::2].any(dim=1).all()  # by entropy and KL, neither
     assert metrics["reward"] == 3 and trainer.learning_phase(memory)["grad_norm"] > 0
 
 
@@ -1395,6 +1396,16 @@ def test_where_all_is_masked_nothing_moves_and_no_kl_is_measured(gpt2, monkeypat
     trainer.learning_phase(memory)
     assert kl > 0 and (trainer.kl_coef, trainer.last_kl) == (beta, kl)
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.trained.items())
+
+
+def test_without_a_step_beta_stays(gpt2):
+    """A KL that no step has moved says nothing of it, were it 0 or a rounding error."""
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, reward=("char:e",), kl_target=0.1))
+    memory, *_ = trainer.rollout_phase()
+    trainer.learning_phase(memory, learns=False)
+    assert (trainer.kl_coef, trainer.last_kl) == (trainer.args.kl_coef, 0)
+    trainer.learning_phase(memory)
+    assert trainer.kl_coef != trainer.args.kl_coef and trainer.last_kl > 0
 
 
 def test_a_gradient_is_shortened_to_its_largest_norm_and_0_shortens_none(gpt2):
@@ -2552,6 +2563,10 @@ def test_a_conversation_that_ends_with_the_assistant_goes_on_there(gpt2, tmp_pat
     prompt = [*ASKED, {"role": "assistant", "content": "This is"}]
     wanted = "<user>Is this a test?<eos><assistant>This is"
     assert tokenizer.decode(rlhf.token_ids(tokenizer, prompt)) == wanted
+    whole = rlhf.joined(prompt, " a test.")  # what is shown, judged by a classifier, and learned from pairs
+    assert whole == [*ASKED, {"role": "assistant", "content": "This is a test."}] and len(prompt) == 2
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": prompt, "chosen": " a", "rejected": " no"}] * 2)
+    assert rlhf.load_preferences(path, tokenizer) == [(wanted + " a<eos>", wanted + " no<eos>")] * 2
 
 
 def test_a_beginning_of_two_tokens_is_not_put_before_itself(gpt2):
@@ -2866,6 +2881,13 @@ def test_a_reward_that_is_an_object_goes_by_its_types_name(gpt2, tmp_path):
     RLHFTrainer(small_args(gpt2, reward=Judge(), run_dir=tmp_path / "run", total_phases=2)).train()
     RLHFTrainer(RLHFArgs(resume=tmp_path / "run", reward=Judge(), total_phases=3)).train()
     assert [row["reward"] == row["reward/Judge"] for row in metrics_of(tmp_path / "run")] == [True] * 3
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path):
+    """Their means would be one in metrics.jsonl, and --resume could not tell them apart."""
+    for rewards in ([lambda **columns: [0.0], lambda **columns: [1.0]], ["periods", "periods"]):
+        with pytest.raises(SettingError, match="two of one name"):
+            rlhf.load_rewards(RLHFArgs(reward=rewards), tmp_path, "cpu")
 
 
 def test_repeated_targets_count_once_and_none_are_refused(gpt2, tmp_path):
@@ -6655,8 +6677,8 @@ WRONG_ANSWERS = {
         ("math.log(kl * (kl / last_kl) ** 5)", "math.log(kl)"),
         ("max(one / args.kl_target, 0.01)", "one / args.kl_target"),
         (
-            "if args.kl_target is None or not kl:\n        return kl_coef\n",
-            "if args.kl_target is None or not kl:\n        return args.kl_coef\n",
+            "if args.kl_target is None:\n        return kl_coef\n",
+            "if args.kl_target is None:\n        return args.kl_coef\n",
         ),
         ("math.exp(min", "math.exp(-min"),
     ],
