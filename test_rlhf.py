@@ -1464,6 +1464,7 @@ def test_truncated_completions_are_kept_left_out_or_charged(gpt2, average):
         assert math.isfinite(trainer.learning_phase(none_left)["grad_norm"])
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_held_out_prompts_are_judged_sampled_and_greedy(gpt2, tmp_path):
     path = tmp_path / "held_out.txt"
     path.write_text("This is\nIt has\n")
@@ -2250,6 +2251,7 @@ def wandb_record(directory: Path, key: str) -> list:
     return found
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
 def test_trackers_get_typed_settings_and_go_on_with_a_run(gpt2, tmp_path, monkeypatch, tracker):
     module = pytest.importorskip(tracker, reason="an optional tracker")
@@ -2840,6 +2842,7 @@ def test_robertas_positions_are_two_less_than_it_says(gpt2, tmp_path):
     assert math.isfinite(one)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_settings_from_python_are_what_a_person_writes(gpt2, tmp_path):
     def likes_e(prompts, completions, **columns):
         return [float(text.count("e")) for text in completions]
@@ -2873,6 +2876,7 @@ def test_settings_from_python_are_what_a_person_writes(gpt2, tmp_path):
         RLHFArgs(resume=run, batch_size=16)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_reward_that_is_an_object_goes_by_its_types_name(gpt2, tmp_path):
     class Judge:
         def __call__(self, prompts, completions, **columns):
@@ -3180,6 +3184,7 @@ def test_a_file_with_the_name_of_a_module_of_python_is_refused(tmp_path):
     assert sys.modules["math"] is math
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_killed_checkpoint_is_none(gpt2, tmp_path, capsys):
     run = tmp_path / "run"
     flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 2 --warmup-steps 1 --lora".split()
@@ -3190,6 +3195,7 @@ def test_a_killed_checkpoint_is_none(gpt2, tmp_path, capsys):
     assert "is damaged" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_inspect_passes_over_a_prompt_that_was_dropped(gpt2, tmp_path, capsys):
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "This is a test. " * 40}, {"prompt": "Here is"}])
     flags = (
@@ -4695,6 +4701,7 @@ def test_weight_updates_know_their_size(gpt2, tmp_path, capsys):  # noqa: F811
     assert updates.max().item() == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, monkeypatch, capsys):  # noqa: F811
     run, moved = tmp_path / "run", []
     flags = "--algo grpo --lora --lora-rank 2 --dtype bfloat16 --batch-size 8 --gen-len 4 --total-phases 3"
@@ -5635,6 +5642,7 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_no_file_of_a_model_is_run(gpt2, tmp_path, monkeypatch, capsys, type_keys):
     """Not its own code, even if whoever reads the question says yes; not a pickle; not a chat template."""
     canary = tmp_path / "executed"
