@@ -1426,7 +1426,9 @@ class RunLog(contextlib.AbstractContextManager):
     def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
         """All of them into samples.jsonl, some on the terminal, each on its line. When: before or after
         training, or the phase."""
-        self.completions += [sample | {"phase": when} for sample in samples]
+        for sample in samples:
+            reward = None if math.isnan(sample["reward"]) else sample["reward"]  # JSON knows no NaN
+            self.completions.append(sample | {"phase": when, "reward": reward})
         if self.is_main:
             write_jsonl(self.trainer.run_dir / "samples.jsonl", self.completions)
         for sample in samples[:shown]:

@@ -3237,6 +3237,18 @@ def test_held_out_prompts_that_no_reward_applies_to_are_0_in_json(gpt2, tmp_path
     assert rlhf.held_out_rewards(trainer) == {"eval_reward": 0.0, "eval_reward_greedy": 0.0}
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_a_completion_without_any_reward_has_null_in_json(gpt2, tmp_path):
+    def reward(prompts, completions, **columns):
+        return [None if i % 2 else 1.0 for i in range(len(prompts))]
+
+    args = small_args(gpt2, reward=reward, run_dir=tmp_path / "run", total_phases=1, warmup_steps=0)
+    RLHFTrainer(args).train()
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row["reward"] for row in rows if row["phase"] == "after"] == [1.0, None] * 4
+
+
 def test_held_out_prompts_are_judged_a_batch_at_a_time(gpt2, tmp_path):
     sizes = []
 
