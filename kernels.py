@@ -836,10 +836,10 @@ def _error(results: list[Tensor], truth: list[Tensor]) -> float:
     return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(results, truth, strict=True))
 
 
-def report_speed(device: str, dtype: torch.dtype) -> None:
-    """Prints error against float64, time and rate of each operation, each beside those of its reference."""
+def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int, L: int) -> None:
+    """Prints error against float64, time and rate of each operation, each beside those of its reference; of
+    lora_linear with N = d_in = d_out = L."""
     draw = functools.partial(torch.randn, device=device, dtype=dtype)
-    N, V, D, L = (8192, 50257, 1024, 4096) if device == "cuda" else (256, 50257, 768, 1024)
     tokens, logits = torch.randint(V, (N,), device=device), draw(N, V)
     head = {"hidden": draw(N, D), "unembed": draw(V, D) / D**0.5, "tokens": tokens}
     layer = {"x": draw(L, L), "weight": draw(L, L) / L**0.5, "bias": None, "scale": 2.0}
@@ -868,16 +868,16 @@ def report_speed(device: str, dtype: torch.dtype) -> None:
         print(f"{name:22} {'and backward' if trained else 'forward':12} error {error} ms {ms} {unit} {rate}")
 
 
-def measure_memory(which: str) -> tuple[float, float]:
-    """MB above the inputs and seconds, forward and backward, 4,096 x 768, V = 50,257; in its own process."""
+def measure_memory(which: str, N: int = 4096, V: int = 50257) -> tuple[float, float]:
+    """MB above the inputs and seconds, forward and backward, N x 768; in its own process."""
     import resource  # POSIX alone has it
 
     cuda = torch.cuda.is_available()
     with torch.device("cuda" if cuda else "cpu"):
         hidden, unembed, tokens = (
-            torch.randn(4096, 768),
-            torch.randn(50257, 768),
-            torch.randint(50257, (4096,)),
+            torch.randn(N, 768),
+            torch.randn(V, 768),
+            torch.randint(V, (N,)),
         )
     unembed.div_(28)
     ref_hidden = hidden + 0.1 if "KL" in which else None
@@ -889,7 +889,7 @@ def measure_memory(which: str) -> tuple[float, float]:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return torch.cuda.max_memory_allocated() if cuda else resident
 
-    for rows in (2, 4096):  # the first, small, has kernels compiled
+    for rows in (2, N):  # the first, small, has kernels compiled
         before, start = peak(), time.perf_counter()
         inputs = hidden[:rows].requires_grad_(), unembed, tokens[:rows]
         outputs = function(*inputs, ref_hidden=None if ref_hidden is None else ref_hidden[:rows])
@@ -924,5 +924,7 @@ if __name__ == "__main__":
     else:
         if sys.platform != "win32":
             report_memory()  # first: a child process starts from its parent's peak
-        on_gpu = torch.cuda.is_available()
-        report_speed("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32)
+        if torch.cuda.is_available():
+            report_speed("cuda", torch.bfloat16, 8192, 50257, 1024, 4096)
+        else:
+            report_speed("cpu", torch.float32, 256, 50257, 768, 1024)

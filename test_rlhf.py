@@ -4076,6 +4076,33 @@ def test_kernels_compile_for_gpus_without_spills(capability, compilations):
     assert int(out) == 24
 
 
+def test_the_report_names_each_operation_beside_its_reference(monkeypatch, capsys):
+    """`python kernels.py`, on small sizes: errors against float64, and figures that are some."""
+    kernels.report_speed("cpu", torch.float32, 8, 60, 16, 16)
+    title, *lines = capsys.readouterr().out.strip().splitlines()
+    assert title == "cpu, torch.float32; in brackets plain torch"
+    operations = ("token_logprobs", "linear_token_logprobs", "lora_linear")
+    assert [line.split()[0] for line in lines] == [name for name in operations for _ in range(2)]
+    for line in lines:
+        figures = [float(one) for one in re.findall(r"[0-9.]+(?:e[-+]?[0-9]+)?(?=[ )]|$)", line)]
+        (error, reference), rest = figures[:2], figures[2:]
+        assert error < 1e-5 and reference < 1e-5 and len(rest) == 4 and min(rest) > 0, line
+    for which in ("plain torch", "ours, KL"):
+        megabytes, seconds = kernels.measure_memory(which, N=8, V=60)
+        assert 0 <= megabytes < 100 and seconds > 0
+    asked = []
+
+    def run(command, **named):
+        asked.append(command[-1])
+        return types.SimpleNamespace(stdout="391.2 10.4")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    kernels.report_memory()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert asked == ["plain torch", "ours", "plain torch, KL", "ours, KL"]
+    assert [line.split()[-4:] for line in lines] == [["391", "MB", "10.4", "s"]] * 4
+
+
 # ---- Labelling ---------------------------------------------------------------------------------------------
 
 
