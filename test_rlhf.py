@@ -496,6 +496,21 @@ def test_value_head_starts_at_zero_and_only_a_critic_has_one(gpt2):
     assert TransformerWithValueHead(gpt2).value_head is None
 
 
+@pytest.mark.parametrize("has_critic", [True, False])
+def test_a_model_is_called_as_in_the_course(gpt2, has_critic):
+    """`logits, values = model(tokens)`: all tokens are real, and the logits Hugging Face's own."""
+    model = TransformerWithValueHead(gpt2, has_critic)
+    tokens = torch.tensor([[0, 5, 6, 7], [0, 0, 8, 9]])  # 0 is BOS, EOS and pad: no mask can be guessed
+    if has_critic:
+        nn.init.normal_(model.value_head[-1].weight)
+    logits, values = model(tokens)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gpt2)(tokens, output_hidden_states=True)
+    torch.testing.assert_close(logits, theirs.logits, atol=1e-5, rtol=1e-5)
+    final = theirs.hidden_states[-1]  # normalised
+    wanted = model.value_head(final).squeeze(-1) if has_critic else torch.zeros(2, 4)
+    torch.testing.assert_close(values, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_hooks_work_before_during_and_after_training(gpt2):
     trainer = RLHFTrainer(small_args(gpt2, algo="ppo", lora=True, reward=("char:e",), temperature=1.5))
     bridge, tokens = trainer.policy.bridge, torch.arange(8)[None]
@@ -1396,6 +1411,29 @@ def test_where_all_is_masked_nothing_moves_and_no_kl_is_measured(gpt2, monkeypat
     trainer.learning_phase(memory)
     assert kl > 0 and (trainer.kl_coef, trainer.last_kl) == (beta, kl)
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.trained.items())
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "weighted_k3"])
+def test_the_kl_is_estimated_from_the_policy_of_now(gpt2, estimator):
+    """With q = π_ref / π: -log q, (log q)² / 2, q - 1 - log q, and the last times ρ = π / π_old; and it is a
+    part of the objective, so the policy learns of it."""
+    kl_in = "reward" if estimator == "k1" else "loss"
+    args = small_args(gpt2, algo="grpo", lora=True, kl_estimator=estimator, kl_in=kl_in, kl_coef=1.0)
+    trainer = RLHFTrainer(args)
+    memory, *_ = trainer.rollout_phase()
+    randomize_adapters(trainer.policy)  # so that π is neither π_old nor π_ref
+    new = trainer.evaluate(memory)
+    assert (new.logprobs - memory.logprobs).abs().max() > 0.1
+    log_q = memory.ref_logprobs - new.logprobs
+    k3 = log_q.exp() - 1 - log_q
+    rho = (new.logprobs - memory.logprobs).exp()
+    wanted = {"k1": -log_q, "k2": log_q**2 / 2, "k3": k3, "weighted_k3": rho * k3}[estimator]
+    torch.testing.assert_close(new.kl, wanted, atol=1e-5, rtol=1e-4)
+    (gradient,) = slopes(new.kl.sum(), new.logprobs)
+    (expected,) = slopes(wanted.sum(), new.logprobs)
+    torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-4)
+    metrics = trainer.learning_phase(memory)
+    assert metrics["kl"] > 0 and metrics["grad_norm"] > 0
 
 
 def test_without_a_step_beta_stays(gpt2):
