@@ -550,8 +550,8 @@ def adapters_off() -> Iterator[None]:
 
 
 # ---- 5 Tokens to completion --------------------------------------------------------------------------------
-# In: prompts. Out: completions, and what the policy thought of each token when it drew it: π_old
-# needs no second forward pass.
+# In: prompts. Out: completions, and what the policy thought of each token when it drew it: π_old needs no
+# second forward pass.
 
 
 @torch.no_grad
@@ -2122,12 +2122,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise SettingError(f"{path}: cannot be written ({reason}); what was there is whole") from error
 
 
-def only_one(path: Path) -> contextlib.AbstractContextManager:
-    """Within, other runs and sessions are kept from this path, as far as the file system has locks."""
+def only_one(path: Path, seconds: int = 0) -> contextlib.AbstractContextManager:
+    """Within, other runs and sessions are kept from this path, as far as the file system has locks. Waits so
+    long for one that has it; then raises SettingError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # not left to the lock, which would follow a dead link
         name = f".{path.name}.{PartialState().process_index}.lock"
-        return FileLock(path.parent / name, timeout=0).acquire()
+        return FileLock(path.parent / name, timeout=seconds).acquire()
     except Timeout as error:
         raise SettingError(f"{path}: another process is writing it") from error
     except OSError:  # no place to write: the first write will say so
@@ -2425,7 +2426,9 @@ def cached(name: str, make: Callable[[Path], object]) -> str:
     path = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf", f"{name}-1").expanduser()
     if not path.exists():
         console.print(f"making {name} once, into {path}")
-        write_whole(path, make)
+        with only_one(path, seconds=600):
+            if not path.exists():  # another run may have made it meanwhile
+                write_whole(path, make)
     return str(path)
 
 

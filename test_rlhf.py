@@ -1602,7 +1602,7 @@ def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "train_tiny", die)
     with pytest.raises(KeyboardInterrupt):
         rlhf.model_name("tiny")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".tiny-1.0.lock"]
     monkeypatch.undo()
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
     monkeypatch.setattr(rlhf, "train_tiny", functools.partial(rlhf.train_tiny, steps=5))
@@ -1613,6 +1613,40 @@ def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     assert model.logit_scale == 1 and (model.bridge.cfg.n_layers, model.bridge.cfg.d_model) == (4, 128)
     text = "This is a test, with ünïcode."
     assert model.tokenizer.decode(model.tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@forks
+def test_of_two_first_runs_one_makes_tiny_and_the_other_waits(tmp_path, monkeypatch):
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    acquire = rlhf.FileLock.acquire
+
+    def ask(lock, *arguments, **named):
+        (tmp_path / f"asked {os.getpid()}").touch()
+        return acquire(lock, *arguments, **named)
+
+    def make(path):
+        (tmp_path / f"makes {os.getpid()}").touch()
+        path.mkdir()
+        wait_for("asked *", 2)  # by now the other one is here, too
+        (path / "model").write_text("whole")
+
+    def wait_for(pattern: str, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob(pattern))) < count:
+            assert time.monotonic() < deadline
+
+    monkeypatch.setattr(rlhf.FileLock, "acquire", ask)
+    children = []
+    for _ in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            status = 1
+            try:
+                status = (Path(rlhf.cached("tiny", make)) / "model").read_text() != "whole"
+            finally:
+                os._exit(status)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert len(list(tmp_path.glob("makes *"))) == 1
 
 
 @pytest.mark.parametrize("module", [rlhf, kernels])
