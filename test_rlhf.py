@@ -3301,7 +3301,7 @@ def test_a_data_set_on_the_hub_is_named_with_split_and_subset(monkeypatch):
     ]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_held_out_prompts_that_no_reward_applies_to_are_0_in_json(gpt2, tmp_path):
     def reward(prompts, completions, **columns):
         return [None] * len(prompts)
@@ -5234,11 +5234,11 @@ PARTS = {  # what of it is wrong for a file of this kind
 
 
 @pytest.mark.usefixtures("quick_parse")
-def test_files_that_cannot_be_used(gpt2, refusals, tmp_path, monkeypatch):
+def test_files_that_cannot_be_used(gpt2, refusals, tmp_path, tmp_path_factory, monkeypatch):
     import datasets
     import pyarrow.parquet
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     rows = [{"prompt": "This is", "chosen": " it.", "rejected": " a"}] * 3
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "good.parquet")
     good = {
