@@ -1793,10 +1793,7 @@ def load_bridge(
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
-        require(
-            not info["missing_keys"],
-            f"{refused}: its files lack {', '.join(sorted(info['missing_keys'])[:3])}",
-        )
+        require_weights(info["missing_keys"], refused)
         model.to(device)
         published = model.state_dict(keep_vars=True)
         truth = probe(model).logits[:, 3:]
@@ -1804,13 +1801,7 @@ def load_bridge(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=copy.deepcopy(tokenizer)
         ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
-            # A row of padding attends to nothing, as in HookedTransformer; under autocast it would be NaN.
-            block.attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-            # transformers 5.24 gives it a `cache`, and TransformerLens 4.3 looks for `past_key_values`.
-            block.attn.register_forward_pre_hook(
-                lambda attn, inputs, named: (inputs, {"past_key_values": named.get("cache")} | named),
-                with_kwargs=True,
-            )
+            mend_attention(block.attn)
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = DynamicCache(config=model.config)
@@ -1825,6 +1816,22 @@ def load_bridge(
         f"{refused}: as TransformerLens and the output layer have them, its logits are off by {error:.0%}",
     )
     return bridge, tokenizer, stops, published, scale
+
+
+def require_weights(missing: set[str], what: str) -> None:
+    """Raises SettingError where a model's files lack weights: transformers would draw them at random."""
+    require(not missing, f"{what}: its files lack {', '.join(sorted(missing)[:3])}")
+
+
+def mend_attention(attn: nn.Module) -> None:
+    """What TransformerLens 4.3 needs for this file to call its attention."""
+    # A row of padding attends to nothing, as in HookedTransformer; under autocast it would be NaN.
+    attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    # transformers 5.24 gives it a `cache`, and it looks for `past_key_values`.
+    attn.register_forward_pre_hook(
+        lambda attn, inputs, named: (inputs, {"past_key_values": named.get("cache")} | named),
+        with_kwargs=True,
+    )
 
 
 @torch.no_grad
@@ -1986,10 +1993,8 @@ def load_classifier(name: str, what: str, device: str, **options):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, truncation_side="left", padding_side="right"
         )
-    require(
-        "num_labels" in options or not info["missing_keys"],
-        f"{what}: its files lack {', '.join(sorted(info['missing_keys'])[:3])}",
-    )
+    if "num_labels" not in options:  # of a given number the head is new
+        require_weights(info["missing_keys"], what)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
     context = getattr(model.config, "max_position_embeddings", 2**20)
     context -= 2 * ("roberta" in model.config.model_type)  # which begins to count at 2
