@@ -79,7 +79,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from kernels import float32_linear, linear_token_logprobs, lora_linear
@@ -399,11 +399,11 @@ class TransformerWithValueHead(nn.Module):
         self,
         tokens: Int[Tensor, "B new"],
         attention_mask: Bool[Tensor, "B all"],
-        cache: DynamicCache | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
         """What the output layer sees, the final residual stream, normalised; and the values. The KV cache
         keeps keys and values of attention, so that of all columns only the new ones need be computed; the
-        mask is of all."""
+        mask is of all, and may go on behind them, with False."""
         LoRALinear.in_pass = True  # see section 4
         try:
             output = self.bridge.original_model.base_model(
@@ -427,11 +427,11 @@ class TransformerWithValueHead(nn.Module):
         layer = self.bridge.unembed.original_component
         return layer.weight, layer.bias
 
-    def prompt_cache(self, tokens: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]) -> DynamicCache:
+    def prompt_cache(self, tokens: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]) -> Cache:
         """Keys and values of columns 0 to P-2. Prompts that are equal are computed once, and the gradients of
         all their completions flow back through that one computation."""
         prompts, of_row = distinct_prompts(tokens, mask)
-        cache = DynamicCache(config=self.bridge.original_model.config)
+        cache = DynamicCache()
         if prompts.shape[1] > 1:
             self.features(prompts[:, :-1].clamp(min=0), prompts[:, :-1] >= 0, cache)
             cache.batch_select_indices(of_row)  # a copy for each row that has this prompt
@@ -574,10 +574,10 @@ def get_samples(
     tokens = nn.functional.pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
     mask = nn.functional.pad(prompt_mask, (0, gen_len))
     logprobs, values = torch.zeros(2, B, gen_len, device=prompt_tokens.device)
-    cache = policy.prompt_cache(prompt_tokens, prompt_mask)
+    cache = in_buffers(policy.prompt_cache(prompt_tokens, prompt_mask), P + gen_len)
     alive = prompt_mask.new_ones(B)
     for t in range(P, P + gen_len):
-        features, state_values = policy.features(tokens[:, t - 1 : t], mask[:, :t], cache)
+        features, state_values = policy.features(tokens[:, t - 1 : t], mask, cache)
         probs = (policy.logits(features[:, -1]) / temperature).softmax(dim=-1)
         drawn = sample_token(keep_likeliest(probs, top_k, top_p), generator)
         tokens[:, t] = drawn.where(alive, tokens[:, t])
@@ -1290,6 +1290,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, random_split
+from transformers.cache_utils import StaticLayer
 
 # transformers 5.24 warns of the only name by which those before it take a KV cache.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
@@ -1832,6 +1833,20 @@ def mend_attention(attn: nn.Module) -> None:
         lambda attn, inputs, named: (inputs, {"past_key_values": named.get("cache")} | named),
         with_kwargs=True,
     )
+    # It keeps its pattern until the next pass, and by that the graph of the whole pass.
+    attn.register_forward_hook(lambda attn, *_: setattr(attn, "_pattern", None))
+
+
+def in_buffers(cache: Cache, width: int) -> Cache:
+    """The same keys and values in buffers of so many columns: to write a token's into them costs less than to
+    make all of them longer, as a DynamicCache does."""
+    # Autocast makes keys and values of two dtypes, and a buffer has one.
+    if not cache.layers or torch.is_autocast_enabled(cache.layers[0].keys.device.type):
+        return cache
+    buffers = Cache(layers=[StaticLayer(width) for _ in cache.layers])
+    for i, layer in enumerate(cache.layers):
+        buffers.update(layer.keys, layer.values, i)
+    return buffers
 
 
 @torch.no_grad

@@ -5904,6 +5904,41 @@ def test_what_a_reward_logs_and_cannot_be_written_is_one_line(gpt2, tmp_path, ca
     assert complaint.count("\n") == 1 and expected in complaint
 
 
+# ---- What a pass keeps, and what it can do without ---------------------------------------------------------
+
+
+def test_no_activation_outlives_its_step(gpt2):
+    """TransformerLens would keep the attention patterns, and with them the graph of the pass."""
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, reward=("char:e",)))
+    memory, *_ = trainer.rollout_phase()
+    trainer.learning_phase(memory)
+    for name, part in trainer.policy.bridge.named_modules():
+        kept = [key for key, one in vars(part).items() if torch.is_tensor(one) and one.grad_fn is not None]
+        assert not kept, name
+
+
+@pytest.mark.parametrize("prompts", [["No", "Here is a longer sentence", "No"], [""]])
+def test_buffers_hold_what_a_growing_cache_would(gpt2, prompts, monkeypatch):
+    """Columns of the buffers that are not written yet are masked; behind a prompt of one token they are none.
+    The log-probabilities are those of one pass over the whole rows."""
+    policy = TransformerWithValueHead(gpt2, has_critic=True)
+    nn.init.normal_(policy.value_head[-1].weight)
+    inputs = rlhf.tokenize(policy.tokenizer, prompts, "cpu")
+
+    def draw():
+        return rlhf.get_samples(policy, *inputs, 8, generator=torch.Generator().manual_seed(0))
+
+    samples = draw()
+    monkeypatch.setattr(rlhf, "in_buffers", lambda cache, width: cache)
+    assert torch.equal(draw().tokens, samples.tokens)
+    with torch.no_grad():
+        features, values = policy.features(samples.tokens, samples.attention_mask)
+    P, mask = samples.prompt_width, samples.mask
+    logprobs, _, _ = rlhf.get_logprobs(policy.logits(features[:, P - 1 : -1]), samples.completion)
+    torch.testing.assert_close(samples.logprobs, logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(samples.values, values[:, P - 1 : -1] * mask, atol=1e-5, rtol=0)
+
+
 # ---- Beside TRL --------------------------------------------------------------------------------------------
 # `pytest test_rlhf.py -m bench -s` prints what a phase costs here and, where `pip install trl==1.16.0 peft`
 # was done, there: fresh processes in turn, the same work on as many threads as the machine has cores. A phase
@@ -5915,7 +5950,9 @@ BENCH_JOBS = {
     "tiny": (128, 128, 36, 1, 7, 5, 4),
     "small": (32, 32, 36, 1, 7, 5, 1),
     "prompts": (64, 8, 64, 8, 199, 1, 1),
+    "medium": (128, 128, 30, 1, 7, 2, 4),  # on a GPU
 }
+SHAPES = {"small": {}, "prompts": {}, "medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16}}  # of GPT-2
 BENCH = """
 import json, random, resource, statistics, sys, time, types
 from pathlib import Path
@@ -5923,6 +5960,17 @@ import torch, transformers
 
 def reward(completions, **columns):
     return [len(set(text)) % 7 + 0.01 * i for i, text in enumerate(completions)]
+
+cuda = torch.cuda.is_available()
+
+def peak():
+    return (torch.cuda.max_memory_allocated() if cuda
+            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
+
+def now():
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 who, base, directory = sys.argv[1:4]
 B, K, C, count, width, rounds, phases = map(int, sys.argv[4:])
@@ -5936,25 +5984,25 @@ if who == "here":
     path.write_text("".join(one + "\\n" for one in prompts))
     trainer = rlhf.RLHFTrainer(rlhf.RLHFArgs(
         algo="grpo", lora=True, base_model=base, prompts=path, batch_size=B, group_size=K, gen_len=C,
-        top_k=10, kl_estimator="k3", kl_coef=0.04, ent_coef=0.0, reward=reward, device="cpu",
+        top_k=10, kl_estimator="k3", kl_coef=0.04, ent_coef=0.0, reward=reward,
         run_dir=Path(directory, "run")))
     rollouts, seconds = [], []
     for _ in range(1 + phases):
-        start = time.perf_counter()
+        start = now()
         memory, _, _ = trainer.rollout_phase()
-        rollouts.append(time.perf_counter() - start)
+        rollouts.append(now() - start)
         trainer.learning_phase(memory)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     parts["rollout"] = statistics.median(rollouts[1:])
-    parts["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    parts["peak_mb"] = peak()
     with FlopCounterMode(display=False) as counter:
         trainer.learning_phase(trainer.rollout_phase()[0])
-    x = torch.randn(2048, 2048)
+    x = torch.randn(2048, 2048, device=trainer.device)
     products = []
     for _ in range(10):
-        start = time.perf_counter()
+        start = now()
         x @ x
-        products.append((time.perf_counter() - start) / (2 * 2048**3))
+        products.append((now() - start) / (2 * 2048**3))
     parts["limit"] = counter.get_total_flops() * statistics.median(products)
     parts["tokens"] = B * C
 else:
@@ -5964,14 +6012,14 @@ else:
         output_dir=directory, per_device_train_batch_size=B // 4, steps_per_generation=4, num_iterations=2,
         num_generations=K, max_completion_length=C, top_k=10, temperature=1.0, beta=0.04, loss_type="grpo",
         use_bias_correction_kl=False, max_steps=8 * (1 + phases), learning_rate=5e-4, bf16=False,
-        use_cpu=True, gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True)
+        use_cpu=not cuda, gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True)
     stamps = []
     class Stamps(transformers.TrainerCallback):
         def on_train_begin(self, *arguments, **named):
-            stamps.append(time.perf_counter())
+            stamps.append(now())
         def on_step_end(self, args, state, control, **named):
             if state.global_step % 8 == 0:
-                stamps.append(time.perf_counter())
+                stamps.append(now())
     trl.GRPOTrainer(
         transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), reward, config,
         Dataset.from_list([{"prompt": one} for one in prompts] * B),
@@ -5980,7 +6028,7 @@ else:
             r=4, lora_alpha=32, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
     ).train()
     seconds = [after - before for before, after in zip(stamps, stamps[1:])]
-    parts["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    parts["peak_mb"] = peak()
 print("\\nBENCH " + json.dumps(parts | {"phase": statistics.median(seconds[1:])}))
 """
 
@@ -5988,18 +6036,20 @@ print("\\nBENCH " + json.dumps(parts | {"phase": statistics.median(seconds[1:])}
 @pytest.mark.bench
 @pytest.mark.parametrize("job", BENCH_JOBS)
 def test_a_phase_costs_less_than_in_trl(tmp_path, job):
+    if job == "medium" and not CUDA:
+        pytest.skip("needs a GPU")
     if job == "tiny":
         base = rlhf.model_name("tiny")
-    else:  # GPT-2 small as it is made, with random weights; the tokenizer knows the first of its tokens
+    else:  # random weights, and a tokenizer that knows the first of the tokens
         save_model(tmp_path / "base", transformers.GPT2Config(n_layer=1))
-        config = transformers.GPT2Config(bos_token_id=0, eos_token_id=0)
+        config = transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **SHAPES[job])
         transformers.GPT2LMHeadModel(config).save_pretrained(base := tmp_path / "base")
     both = ["here", "TRL"] if importlib.util.find_spec("trl") else ["here"]
     found = {who: [] for who in both}
     for i, who in itertools.product(range(BENCH_JOBS[job][-2]), both):
         (directory := tmp_path / f"{who}{i}").mkdir()
         command = [sys.executable, "-c", BENCH, who, base, directory, *map(str, BENCH_JOBS[job])]
-        environment = os.environ | {"PYTHONPATH": str(Path(rlhf.__file__).parent), "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
         environment.pop("TRITON_INTERPRET", None)
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr[-3000:]
@@ -6185,16 +6235,18 @@ def chain_policy(transitions: torch.Tensor):
             config = types.SimpleNamespace(config=transformers.GPT2Config())
             self.bridge = types.SimpleNamespace(original_model=config)
             self.tokenizer, self.stops = types.SimpleNamespace(eos_token_id=0), torch.tensor([0])
-            self.seen = torch.empty(0)
+            self.before = 0
 
         def features(self, tokens, attention_mask, cache=None):
-            before = 0 if cache is None else self.seen.shape[-1]
-            self.seen = attention_mask
-            new, all_columns = tokens.shape[1], attention_mask.shape[1]
-            message = f"{before} columns in the cache and {new} new ones: expected a mask of {before + new}"
-            assert before + new == all_columns, f"features: {message}, got {all_columns}"
+            before = 0 if cache is None else self.before
+            self.before = before + tokens.shape[1]
+            message = (
+                f"features: {before} columns in the cache and {tokens.shape[1]} new ones: expected a mask"
+            )
+            assert self.before <= attention_mask.shape[1], f"{message} of {self.before} at least"
+            assert not attention_mask[:, self.before :].any(), f"{message} that is False behind them"
             values = attention_mask.float().cumsum(dim=1)
-            return nn.functional.one_hot(tokens, len(transitions)).float(), values[:, -new:]
+            return nn.functional.one_hot(tokens, len(transitions)).float(), values[:, before : self.before]
 
         def logits(self, features):
             return features @ transitions
@@ -6667,7 +6719,8 @@ WRONG_ANSWERS = {
         ("state_values[:, -1] * alive", "state_values[:, -1]"),
         ("tokens[:, t] = drawn.where(alive, tokens[:, t])", "tokens[:, t] = drawn"),
         ("C = t + 1 - P", "C = gen_len"),
-        ("mask[:, :t], cache", "mask[:, t - 1 : t], cache"),
+        ("mask, cache)", "mask[:, t - 1 : t], cache)"),
+        ("mask, cache)", "torch.ones_like(mask), cache)"),
     ],
     "sample_token": [
         ("uniform * total", "uniform"),
