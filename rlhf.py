@@ -1271,7 +1271,6 @@ import sys
 import sysconfig
 import tempfile
 import textwrap
-import threading
 import traceback
 import warnings
 from collections import Counter, defaultdict
@@ -1289,7 +1288,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import BatchSampler, DataLoader, random_split
 from transformers.cache_utils import StaticLayer
 
 # transformers 5.24 warns of the only name by which those before it take a KV cache.
@@ -1375,7 +1374,7 @@ def summarize(
     metrics: list[dict[str, float]], counts: list[int], accelerator: Accelerator
 ) -> dict[str, float]:
     """Means over the minibatches of all processes, each weighted by its count of tokens."""
-    sums = np.array(counts) @ np.array([[*one.values(), 1.0] for one in metrics])
+    sums = counts @ np.array([[*one.values(), 1.0] for one in metrics])
     sums = torch.tensor(sums, dtype=torch.float32, device=accelerator.device)
     *totals, count = accelerator.reduce(sums, "sum").tolist()
     return {name: total / max(count, 1) for name, total in zip(metrics[0], totals, strict=True)}
@@ -1410,9 +1409,12 @@ class RunLog(contextlib.AbstractContextManager):
         tokens = metrics["completion_length"] * trainer.args.batch_size
         speed = tokens / (metrics["rollout_seconds"] + metrics["learning_seconds"])
         metrics = metrics | {"tokens_per_second": speed, "peak_memory_mb": peak_memory_mb(trainer.device)}
-        figures = [f"{name} {metrics[name]:.2f}" for name in ("reward", "kl", "entropy", "distinct_2")]
+        figures = "reward {reward:.2f}  kl {kl:.2f}  entropy {entropy:.2f}  distinct_2 {distinct_2:.2f}"
         console.print(
-            f"phase {phase:>3} of {trainer.args.total_phases}", *figures, f"{speed:.0f} tokens/s", sep="  "
+            f"phase {phase:>3} of {trainer.args.total_phases}",
+            figures.format_map(metrics),
+            f"{speed:.0f} tokens/s",
+            sep="  ",
         )
         self.samples(phase, samples, shown=1)
         if self.is_main:
@@ -1465,9 +1467,8 @@ def rollout_metrics(
     """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
     args, mask = trainer.args, drawn != -100
     K = len(rewards) if args.has_critic else args.samples_per_prompt  # who is compared with whom
-    groups = rearrange(rewards, "(prompt K) -> prompt K", K=K)
     # A critic learns of equal rewards, too, unless the batch's mean is taken off: they are compared with V.
-    are_equal = (centered(groups).nan_to_num() == 0).all(dim=1)
+    are_equal = (centered(rewards.view(-1, K)).nan_to_num() == 0).all(dim=1)
     are_equal &= not args.has_critic or args.scale_rewards == "batch"
     terms = scores.nanmean(dim=0).nan_to_num().tolist()
     metrics = {
@@ -1512,17 +1513,14 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> l
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
-    rows, size = trainer.held_out, trainer.args.batch_size
+    args, rows = trainer.args, trainer.held_out
 
     def mean(top_k: int | None) -> float:
-        rewards = [
-            one["reward"]
-            for i in range(0, len(rows), size)
-            for one in showcase(trainer, rows[i : i + size], top_k)
-        ]
+        batches = BatchSampler(rows, args.batch_size, drop_last=False)
+        rewards = [one["reward"] for batch in batches for one in showcase(trainer, batch, top_k)]
         return torch.tensor(rewards).nanmean().nan_to_num().item()
 
-    return {"eval_reward": mean(trainer.args.top_k), "eval_reward_greedy": mean(1)} if rows else {}
+    return {"eval_reward": mean(args.top_k), "eval_reward_greedy": mean(1)} if rows else {}
 
 
 def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
@@ -1744,7 +1742,7 @@ def decode(samples: Samples, tokenizer) -> list[str]:
     rows = unpad(samples.tokens[:, first:], samples.attention_mask[:, first:])
     starts = tokenizer.batch_decode([row[:1] for row in rows], skip_special_tokens=True)
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return [text.removeprefix(start) for text, start in zip(texts, starts, strict=True)]
+    return [*map(str.removeprefix, texts, starts)]
 
 
 def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs) -> list[dict]:
@@ -1911,7 +1909,7 @@ def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.
 
 def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
     """The terms of the reward, and with weight 0 what is only logged."""
-    weighted = zip(args.reward or ("periods",), args.reward_weights or itertools.repeat(1.0), strict=False)
+    weighted = itertools.zip_longest(args.reward or ("periods",), args.reward_weights, fillvalue=1.0)
     terms = [(spec, f"reward/{name_of(spec)}", weight) for spec, weight in weighted]
     if args.gold_reward is not None:
         terms.append((args.gold_reward, "gold_reward", 0.0))
@@ -1963,8 +1961,7 @@ def as_in_trl(function: RewardFn) -> RewardFn:
     """A user's function, `async` or not, called as TRL does: in a conversation, completions are messages."""
 
     def call(prompts: list[Turns], completions: list[str], **columns) -> list[float | None]:
-        replies = [*map(reply, prompts, completions)]
-        scores = function(prompts=prompts, completions=replies, **columns)
+        scores = function(prompts=prompts, completions=[*map(reply, prompts, completions)], **columns)
         if asyncio.iscoroutine(scores):
             # In a thread of its own, for a notebook has a loop here already.
             return ThreadPoolExecutor().submit(asyncio.run, scores).result()
@@ -2021,8 +2018,7 @@ def load_classifier(name: str, what: str, device: str, **options):
 def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B labels"]:
     """Logits of the labels; of a text longer than the context, the end is kept."""
     logits = []
-    for start in range(0, len(texts), 64):
-        batch = [text or tokenizer.pad_token for text in texts[start : start + 64]]
+    for batch in BatchSampler((text or tokenizer.pad_token for text in texts), 64, drop_last=False):
         batch = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
         logits.append(model(**batch.to(model.device)).logits.float())
     return torch.cat(logits)
@@ -2042,10 +2038,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
 
     @torch.no_grad
     def score(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
-        texts = [
-            as_text(joined(prompt, completion), tokenizer)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        texts = [as_text(whole, tokenizer) for whole in map(joined, prompts, completions)]
         scores = classify(classifier, tokenizer, texts)
         if len(labels) > 1:
             scores = scores.sigmoid() if are_independent else scores.softmax(-1)
@@ -2068,10 +2061,10 @@ def call_reward(reward: Reward, columns: dict) -> list[float]:
         len(scores) == len(completions),
         f"{where}: returned {len(scores)} values for {len(completions)} completions",
     )
-    for i, (score, completion) in enumerate(zip(scores, completions, strict=True)):
+    for i, score in enumerate(scores):
         require(
             abs(score or 0) < 3e38,
-            f"{where}: value {i} is {score}, not a finite float32, for the completion {completion!r}",
+            f"{where}: value {i} is {score}, not a finite float32, for the completion {completions[i]!r}",
         )
     return [math.nan if score is None else score for score in scores]
 
@@ -2201,7 +2194,7 @@ def choose_run_dir(args: RLHFArgs) -> Path:
     """The directory of --resume, of --run-dir, or a new one by date and time; overwrites nobody's files."""
     if args.resume:
         return args.resume
-    now = datetime.now().strftime("%Y%m%d-%H%M%S.%f")[:-3]  # milliseconds: several runs may start together
+    now = f"{datetime.now():%Y%m%d-%H%M%S.%f}"[:-3]  # milliseconds: several runs may start together
     run_dir = args.run_dir or Path("runs", f"{now}-{args.algo}{'-lora' if args.lora else ''}")
     is_taken = run_dir.exists() and {path.suffix for path in run_dir.iterdir()} - {".unfinished", ".lock"}
     require(
@@ -2238,7 +2231,7 @@ def as_json(value) -> str:
     return json.dumps(value, indent=2, default=name_of)
 
 
-def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
+def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
     """Writes args.json; returns the metrics and samples of a run that goes on, up to its checkpoint."""
     run_dir = trainer.run_dir
     for orphan in run_dir.rglob("*.unfinished"):  # of a run that was killed
@@ -2248,9 +2241,12 @@ def open_run_dir(trainer: RLHFTrainer) -> tuple[list[dict], ...]:
     }
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
     done = ["before", *range(1, trainer.phase + 1)] if trainer.phase else []
-    kept = [read_rows(run_dir / name) if done else [] for name in ("metrics.jsonl", "samples.jsonl")]
+    kept = [
+        [row for _, row in read_rows(run_dir / name) if row.get("phase") in done] if done else []
+        for name in ("metrics.jsonl", "samples.jsonl")
+    ]
     write_whole(run_dir / "args.json", lambda new: new.write_text(as_json(record) + "\n"))
-    return tuple([row for _, row in rows if row.get("phase") in done] for rows in kept)
+    return kept
 
 
 def fingerprint(trainer: RLHFTrainer) -> int:
@@ -2320,7 +2316,7 @@ def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
             restore.close()
             console.print("stopping after this phase; once more to stop at once")
 
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
+        with contextlib.suppress(ValueError):  # outside of the main thread Python sets no handlers
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                     restore.callback(signal.signal, number, signal.signal(number, note))
@@ -2501,7 +2497,7 @@ def train_tiny(path: Path, steps: int = 900, width: int = 64) -> None:
     prose = english_prose()
     prose = [prose[i] for i in torch.randperm(len(prose), generator=generator)]
     # Eight docstrings make a document, since most are one sentence: not every full stop should end the text.
-    documents = [" ".join(prose[i : i + 8]) for i in range(0, len(prose), 8)]
+    documents = [" ".join(eight) for eight in BatchSampler(prose, 8, drop_last=False)]
     tokenizer = transformers.GPT2Tokenizer().train_new_from_iterator(documents, 1200, show_progress=False)
     tokenizer.pad_token = end = tokenizer.eos_token  # <|endoftext|>, of id 0, begins a document too
     tokens = tokenizer(end + end.join(documents), return_tensors="pt").input_ids[0]
@@ -2535,15 +2531,15 @@ def fit(
     lr: float,
 ) -> None:
     """One step of AdamW for each batch; the learning rate rises for a tenth of them, then falls to zero."""
-    trained, steps = [weight for weight in model.parameters() if weight.requires_grad], len(batches)
-    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.1)
+    steps = len(batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.1)
     model.train()
     for step, batch in enumerate(track(batches, title, console=console, transient=True)):
         optimizer.param_groups[0]["lr"] = lr * min(
             1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)
         )
         loss_of(batch).backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
@@ -2740,15 +2736,15 @@ def dropout_and_lora(model: nn.Module) -> Iterator[None]:
     adapter alone, as in PEFT), overfit the least of what was tried.
     """
     model.base_model.requires_grad_(False)
-    replaced = {
-        path: part
+    replaced = [
+        (path, part)
         for path, part in model.named_modules()
         if "att" in path.lower() and isinstance(part, nn.Linear | Conv1D)
-    }
-    for path, part in replaced.items():
+    ]
+    for path, part in replaced:
         model.set_submodule(path, nn.Sequential(nn.Dropout(0.3), LoRALinear(part, rank=16, alpha=32.0)))
     yield
-    for path, part in replaced.items():
+    for path, part in replaced:
         as_rows(part).data.add_(model.get_submodule(path)[-1].update)
         model.set_submodule(path, part)
 
@@ -2815,11 +2811,11 @@ def inspect(
     )
     readings = read("base", base.bridge, texts), read("trained", trained.bridge, texts)
     with picture(run / "inspect.png", figsize=(9, 7.5)) as figure:
-        axes = figure.subplots(2, 2).flat
-        where_they_differ(axes[0], readings, texts)
-        when_it_is_decided(axes[1], readings, texts)
-        who_writes_it(axes[2], readings, texts)
-        what_moved(axes[3], readings)
+        where, when, who, what = figure.subplots(2, 2).flat
+        where_they_differ(where, readings, texts)
+        when_it_is_decided(when, readings, texts)
+        who_writes_it(who, readings, texts)
+        what_moved(what, readings)
     console.print(f"wrote {run / 'inspect.png'}")
 
 
@@ -2894,8 +2890,8 @@ def who_writes_it(axis, readings: tuple[Reading, Reading], texts: Texts) -> None
     for part in gain.flatten().argsort(descending=True)[:6].tolist():
         layer, column = at = divmod(part, len(columns))
         drop = token_logit(trained.logits, texts) - logit_without(layer, column, trained.bridge, texts)
-        figures = "".join(f"{one:9.3g}" for one in (before[at], after[at], gain[at], drop))
-        console.print(f"{f'L{layer}{columns[column]}':12}{figures}")
+        name = f"L{layer}{columns[column]}"
+        console.print(f"{name:12}{before[at]:9.3g}{after[at]:9.3g}{gain[at]:9.3g}{drop:9.3g}")
     limit = gain.abs().quantile(0.95) + 1e-6
     heatmap(
         axis,
@@ -2997,7 +2993,7 @@ def caption(axis, title: str, text: str) -> None:
 
 def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text: str, **looks) -> None:
     """Rows and columns have names; the more there are, the smaller they are written."""
-    axis.figure.colorbar(axis.imshow(values.numpy(), aspect="auto", **looks), ax=axis)
+    axis.figure.colorbar(axis.imshow(values, aspect="auto", **looks), ax=axis)
     axis.grid(False)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks(range(len(columns)), columns)
@@ -3021,9 +3017,7 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     require(runs, "compare: expected at least one run directory")
     names, groups = {}, defaultdict(list)
     for run in runs:
-        settings = {
-            key: x for key, x in read_settings(run).items() if key not in ("run_dir", "seed", "resume")
-        }
+        settings = read_settings(run) | dict.fromkeys(("run_dir", "seed", "resume"))  # may differ in a group
         title = names.setdefault(as_json(settings), str(run))  # of the first run with these settings
         groups[title].append([metrics for _, metrics in read_rows(run / "metrics.jsonl")])
     with explained("compare: these metrics cannot be drawn"):
