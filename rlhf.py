@@ -403,7 +403,7 @@ class TransformerWithValueHead(nn.Module):
     ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
         """What the output layer sees, the final residual stream, normalised; and the values. The KV cache
         keeps keys and values of attention, so that of all columns only the new ones need be computed; the
-        mask is of all, and may go on behind them, with False."""
+        mask is of all."""
         LoRALinear.in_pass = True  # see section 4
         try:
             output = self.bridge.original_model.base_model(
@@ -431,7 +431,7 @@ class TransformerWithValueHead(nn.Module):
         """Keys and values of columns 0 to P-2. Prompts that are equal are computed once, and the gradients of
         all their completions flow back through that one computation."""
         prompts, of_row = distinct_prompts(tokens, mask)
-        cache = DynamicCache()
+        cache = Cache(layer_class_to_replicate=GrowingLayer)
         if prompts.shape[1] > 1:
             self.features(prompts[:, :-1].clamp(min=0), prompts[:, :-1] >= 0, cache)
             cache.batch_select_indices(of_row)  # a copy for each row that has this prompt
@@ -574,10 +574,10 @@ def get_samples(
     tokens = nn.functional.pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
     mask = nn.functional.pad(prompt_mask, (0, gen_len))
     logprobs, values = torch.zeros(2, B, gen_len, device=prompt_tokens.device)
-    cache = in_buffers(policy.prompt_cache(prompt_tokens, prompt_mask), P + gen_len)
+    cache = policy.prompt_cache(prompt_tokens, prompt_mask)
     alive = prompt_mask.new_ones(B)
     for t in range(P, P + gen_len):
-        features, state_values = policy.features(tokens[:, t - 1 : t], mask, cache)
+        features, state_values = policy.features(tokens[:, t - 1 : t], mask[:, :t], cache)
         probs = (policy.logits(features[:, -1]) / temperature).softmax(dim=-1)
         drawn = sample_token(keep_likeliest(probs, top_k, top_p), generator)
         tokens[:, t] = drawn.where(alive, tokens[:, t])
@@ -1289,7 +1289,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils.data import BatchSampler, DataLoader, random_split
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 # transformers 5.24 warns of the only name by which those before it take a KV cache.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
@@ -1835,16 +1835,27 @@ def mend_attention(attn: nn.Module) -> None:
     attn.register_forward_hook(lambda attn, *_: setattr(attn, "_pattern", None))
 
 
-def in_buffers(cache: Cache, width: int) -> Cache:
-    """The same keys and values in buffers of so many columns: to write a token's into them costs less than to
-    make all of them longer, as a DynamicCache does."""
-    # Autocast makes keys and values of two dtypes, and a buffer has one.
-    if not cache.layers or torch.is_autocast_enabled(cache.layers[0].keys.device.type):
-        return cache
-    buffers = Cache(layers=[StaticLayer(width) for _ in cache.layers])
-    for i, layer in enumerate(cache.layers):
-        buffers.update(layer.keys, layer.values, i)
-    return buffers
+class GrowingLayer(DynamicLayer):
+    """A layer's keys and values, with room for more behind them: a DynamicLayer copies all of them for every
+    token. Where gradients flow, nothing may be written in place, and it is one."""
+
+    room = 0  # in columns
+
+    def update(
+        self, keys: Float[Tensor, "B H new d_k"], values: Float[Tensor, "B H new d_v"], *rest
+    ) -> tuple[Float[Tensor, "B H all d_k"], Float[Tensor, "B H all d_v"]]:
+        start = self.get_seq_length()
+        if torch.is_grad_enabled() or start == 0:
+            return super().update(keys, values, *rest)
+        end = start + keys.shape[2]
+        if self.room < end:
+            self.room = end + 64
+            more = (0, 0, 0, self.room - start)
+            self.buffers = [nn.functional.pad(x, more) for x in (self.keys, self.values)]
+        for buffer, new in zip(self.buffers, (keys, values), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        return self.keys, self.values
 
 
 @torch.no_grad
@@ -2993,7 +3004,7 @@ def caption(axis, title: str, text: str) -> None:
 
 def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text: str, **looks) -> None:
     """Rows and columns have names; the more there are, the smaller they are written."""
-    axis.figure.colorbar(axis.imshow(values, aspect="auto", **looks), ax=axis)
+    axis.figure.colorbar(axis.imshow(values.numpy(), aspect="auto", **looks), ax=axis)
     axis.grid(False)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks(range(len(columns)), columns)

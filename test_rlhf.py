@@ -5907,9 +5907,11 @@ def test_what_a_reward_logs_and_cannot_be_written_is_one_line(gpt2, tmp_path, ca
 # ---- What a pass keeps, and what it can do without ---------------------------------------------------------
 
 
-def test_no_activation_outlives_its_step(gpt2):
-    """TransformerLens would keep the attention patterns, and with them the graph of the pass."""
-    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, reward=("char:e",)))
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_no_activation_outlives_its_step(name, tmp_path):
+    """TransformerLens would keep GPT-2's attention patterns, and with them the graph of the pass."""
+    base = save_model(tmp_path, ARCHITECTURES[name]())
+    trainer = RLHFTrainer(small_args(base, algo="grpo", lora=True, reward=("char:e",)))
     memory, *_ = trainer.rollout_phase()
     trainer.learning_phase(memory)
     for name, part in trainer.policy.bridge.named_modules():
@@ -5918,25 +5920,39 @@ def test_no_activation_outlives_its_step(gpt2):
 
 
 @pytest.mark.parametrize("prompts", [["No", "Here is a longer sentence", "No"], [""]])
-def test_buffers_hold_what_a_growing_cache_would(gpt2, prompts, monkeypatch):
-    """Columns of the buffers that are not written yet are masked; behind a prompt of one token they are none.
-    The log-probabilities are those of one pass over the whole rows."""
-    policy = TransformerWithValueHead(gpt2, has_critic=True)
+def test_a_cache_with_room_holds_what_one_without_would(tmp_path, prompts, monkeypatch):
+    """Over 70 tokens, so that the room is used up once; behind a prompt of one token, too. The
+    log-probabilities are those of one pass over the whole rows."""
+    config = transformers.GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
+    policy = TransformerWithValueHead(save_model(tmp_path, config), has_critic=True)
     nn.init.normal_(policy.value_head[-1].weight)
+    policy.stops = torch.tensor([-5])
     inputs = rlhf.tokenize(policy.tokenizer, prompts, "cpu")
 
     def draw():
-        return rlhf.get_samples(policy, *inputs, 8, generator=torch.Generator().manual_seed(0))
+        return rlhf.get_samples(policy, *inputs, 70, generator=torch.Generator().manual_seed(0))
 
     samples = draw()
-    monkeypatch.setattr(rlhf, "in_buffers", lambda cache, width: cache)
+    monkeypatch.setattr(rlhf, "GrowingLayer", transformers.cache_utils.DynamicLayer)
     assert torch.equal(draw().tokens, samples.tokens)
     with torch.no_grad():
         features, values = policy.features(samples.tokens, samples.attention_mask)
-    P, mask = samples.prompt_width, samples.mask
+    P = samples.prompt_width
     logprobs, _, _ = rlhf.get_logprobs(policy.logits(features[:, P - 1 : -1]), samples.completion)
     torch.testing.assert_close(samples.logprobs, logprobs, atol=1e-5, rtol=0)
-    torch.testing.assert_close(samples.values, values[:, P - 1 : -1] * mask, atol=1e-5, rtol=0)
+    torch.testing.assert_close(samples.values, values[:, P - 1 : -1], atol=1e-5, rtol=0)
+
+
+def test_a_cache_with_room_copies_what_it_holds_once_in_64_tokens():
+    layer, places = rlhf.GrowingLayer(), set()
+    with torch.no_grad():
+        for i in range(130):
+            new = torch.full((2, 3, 1, 5), float(i))
+            keys, values = layer.update(new[..., :4], -new)
+            places.add(keys.data_ptr())
+    assert len(places) <= 1 + 3, "the first token's own, and one for each 65"
+    assert keys[1, 2, :, 3].tolist() == list(range(130)) and values.shape == (2, 3, 130, 5)
+    assert values[0, 0, :, 0].tolist() == [-i for i in range(130)]
 
 
 # ---- Beside TRL --------------------------------------------------------------------------------------------
@@ -6235,18 +6251,16 @@ def chain_policy(transitions: torch.Tensor):
             config = types.SimpleNamespace(config=transformers.GPT2Config())
             self.bridge = types.SimpleNamespace(original_model=config)
             self.tokenizer, self.stops = types.SimpleNamespace(eos_token_id=0), torch.tensor([0])
-            self.before = 0
+            self.seen = torch.empty(0)
 
         def features(self, tokens, attention_mask, cache=None):
-            before = 0 if cache is None else self.before
-            self.before = before + tokens.shape[1]
-            message = (
-                f"features: {before} columns in the cache and {tokens.shape[1]} new ones: expected a mask"
-            )
-            assert self.before <= attention_mask.shape[1], f"{message} of {self.before} at least"
-            assert not attention_mask[:, self.before :].any(), f"{message} that is False behind them"
+            before = 0 if cache is None else self.seen.shape[-1]
+            self.seen = attention_mask
+            new, all_columns = tokens.shape[1], attention_mask.shape[1]
+            message = f"{before} columns in the cache and {new} new ones: expected a mask of {before + new}"
+            assert before + new == all_columns, f"features: {message}, got {all_columns}"
             values = attention_mask.float().cumsum(dim=1)
-            return nn.functional.one_hot(tokens, len(transitions)).float(), values[:, before : self.before]
+            return nn.functional.one_hot(tokens, len(transitions)).float(), values[:, -new:]
 
         def logits(self, features):
             return features @ transitions
@@ -6719,8 +6733,7 @@ WRONG_ANSWERS = {
         ("state_values[:, -1] * alive", "state_values[:, -1]"),
         ("tokens[:, t] = drawn.where(alive, tokens[:, t])", "tokens[:, t] = drawn"),
         ("C = t + 1 - P", "C = gen_len"),
-        ("mask, cache)", "mask[:, t - 1 : t], cache)"),
-        ("mask, cache)", "torch.ones_like(mask), cache)"),
+        ("mask[:, :t], cache", "mask[:, t - 1 : t], cache"),
     ],
     "sample_token": [
         ("uniform * total", "uniform"),
