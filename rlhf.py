@@ -1842,11 +1842,11 @@ class GrowingLayer(DynamicLayer):
     room = 0  # in columns
 
     def update(
-        self, keys: Float[Tensor, "B H new d_k"], values: Float[Tensor, "B H new d_v"], *rest
+        self, keys: Float[Tensor, "B H new d_k"], values: Float[Tensor, "B H new d_v"], *rest, **named
     ) -> tuple[Float[Tensor, "B H all d_k"], Float[Tensor, "B H all d_v"]]:
         start = self.get_seq_length()
         if torch.is_grad_enabled() or start == 0:
-            return super().update(keys, values, *rest)
+            return super().update(keys, values, *rest, **named)
         end = start + keys.shape[2]
         if self.room < end:
             self.room = end + 64
