@@ -79,7 +79,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from kernels import float32_linear, linear_token_logprobs, lora_linear
@@ -431,7 +431,7 @@ class TransformerWithValueHead(nn.Module):
         """Keys and values of columns 0 to P-2. Prompts that are equal are computed once, and the gradients of
         all their completions flow back through that one computation."""
         prompts, of_row = distinct_prompts(tokens, mask)
-        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        cache = Cache(layer_class_to_replicate=GrowingLayer)  # a DynamicCache that has room: section 12
         if prompts.shape[1] > 1:
             self.features(prompts[:, :-1].clamp(min=0), prompts[:, :-1] >= 0, cache)
             cache.batch_select_indices(of_row)  # a copy for each row that has this prompt
@@ -1803,7 +1803,7 @@ def load_bridge(
             mend_attention(block.attn)
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
-        cache = DynamicCache(config=model.config)
+        cache = Cache(layer_class_to_replicate=GrowingLayer)
         probe(model.base_model, slice(0, 3), cache)
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
         declared = np.atleast_1d(model.generation_config.eos_token_id).tolist()
@@ -1836,18 +1836,20 @@ def mend_attention(attn: nn.Module) -> None:
 
 
 class GrowingLayer(DynamicLayer):
-    """A layer's keys and values, with room for more behind them: a DynamicLayer copies all of them for every
-    token. Where gradients flow, nothing may be written in place, and it is one."""
+    """A layer's keys and values, with room for the sampler's next tokens behind them: a DynamicLayer copies
+    all of them for every token. For many tokens at once it is one, and where gradients flow, since then
+    nothing may be written in place."""
 
     room = 0  # in columns
 
     def update(
         self, keys: Float[Tensor, "B H new d_k"], values: Float[Tensor, "B H new d_v"], *rest, **named
     ) -> tuple[Float[Tensor, "B H all d_k"], Float[Tensor, "B H all d_v"]]:
+        """Adds these; returns all."""
         start = self.get_seq_length()
-        if torch.is_grad_enabled() or start == 0:
+        if torch.is_grad_enabled() or start == 0 or keys.shape[2] > 1:
             return super().update(keys, values, *rest, **named)
-        end = start + keys.shape[2]
+        end = start + 1
         if self.room < end:
             self.room = end + 64
             more = (0, 0, 0, self.room - start)
@@ -1859,7 +1861,7 @@ class GrowingLayer(DynamicLayer):
 
 
 @torch.no_grad
-def probe(model: nn.Module, columns: slice = slice(0, 6), cache: DynamicCache | None = None):
+def probe(model: nn.Module, columns: slice = slice(0, 6), cache: Cache | None = None):
     """What a Hugging Face model makes of columns of two rows of six tokens, the first row padded."""
     tokens = torch.arange(12, device=model.device).view(2, 6)
     mask = tokens > 1

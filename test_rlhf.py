@@ -5914,9 +5914,9 @@ def test_no_activation_outlives_its_step(name, tmp_path):
     trainer = RLHFTrainer(small_args(base, algo="grpo", lora=True, reward=("char:e",)))
     memory, *_ = trainer.rollout_phase()
     trainer.learning_phase(memory)
-    for name, part in trainer.policy.bridge.named_modules():
+    for where, part in trainer.policy.bridge.named_modules():
         kept = [key for key, one in vars(part).items() if torch.is_tensor(one) and one.grad_fn is not None]
-        assert not kept, name
+        assert not kept, where
 
 
 @pytest.mark.parametrize("prompts", [["No", "Here is a longer sentence", "No"], [""]])
