@@ -183,18 +183,17 @@ def float32_linear(
     tensor([[-79.8750]])
     """
     x, weight, bias = _autocast(x, weight, bias)
+    V, wide = len(weight), _wide(x)
     with torch.autocast(x.device.type, enabled=False):
         if x.is_cuda and x.dim() == 2 and not torch.is_grad_enabled():  # mm into a dtype has no derivative
-            V = len(weight)
             stride = -(-V // 64) * 64  # so that each row is aligned
-            out = x.new_empty(len(x), stride, dtype=_wide(x))[:, :V]
+            out = x.new_empty(len(x), stride, dtype=wide)[:, :V]
             for part in _even_parts(V):
-                torch.mm(x, weight[part].T, out_dtype=out.dtype, out=out[:, part])
-        else:
-            x = x.to(_wide(x))
-            # In parts: a cast of all of W would cost half as much again as the product. W first: MKL takes a
-            # fifth longer for x Wᵀ than for W xᵀ.
-            parts = [torch.einsum("oi,...i->...o", rows.to(x.dtype), x) for rows in weight.split(8192)]
+                torch.mm(x, weight[part].T, out_dtype=wide, out=out[:, part])
+        elif weight.dtype == wide:
+            out = linear(x.to(wide), weight)
+        else:  # in parts: a cast of all of W would cost half as much again as the product
+            parts = [linear(x.to(wide), rows.to(wide)) for rows in weight.split(8192)]
             out = torch.cat(parts, dim=-1)
     if bias is not None:
         out += bias
@@ -386,17 +385,33 @@ def _launch(V: int) -> dict:
 
 
 def _slices(N: int, step: int) -> list[slice]:
-    """Rows 0 to N, at most `step` (and at least one) at a time."""
-    step = max(1, step)
-    return [slice(start, start + step) for start in range(0, N, step)]
+    """Rows 0 to N, at most `step` (and at least one) at a time, in parts as equal as can be.
+
+    >>> _slices(7, 3)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
+    """
+    count = -(-N // max(1, step))
+    return [slice(i * N // count, (i + 1) * N // count) for i in range(count)]
 
 
-def _log_softmax(logits: Float[Tensor, "n V"], temperature: float) -> Float[Tensor, "n V"]:
-    """A digit more exact than torch's, which at V = 262,144 adds up too many numbers one after another."""
+def _less(
+    logits: Float[Tensor, "n V"], temperature: float, *tops: Float[Tensor, "n"]
+) -> Float[Tensor, "n V"]:
+    """logits / τ less one number after the other, so that no rounding adds up; and at least -1e37, for the
+    weight of an impossible token, 0·∞, would be NaN."""
     x = _tempered(logits, temperature)
-    x -= x.amax(-1, keepdim=True)
-    x -= x.exp().sum(-1, keepdim=True).log()
-    return x
+    for top in tops:
+        x -= top[:, None]
+    return x.clamp_(min=-1e37)
+
+
+def _exponentials(logits: Float[Tensor, "n V"], temperature: float) -> tuple[Tensor, ...]:
+    """x̃ = x - max x and exp x̃ [n, V]; the sum of these [n]; max x and the sum's logarithm [2, n]."""
+    m = _tempered(logits.amax(-1), temperature)
+    x = _less(logits, temperature, m)
+    e = x.exp()
+    s = e.sum(-1)
+    return x, e, s, torch.stack([m, s.log()])
 
 
 def _statistics(
@@ -413,9 +428,15 @@ def _statistics(
         config = {"HAS_REF": ref_logits is not None, **_launch(V)}
         token_logprobs_forward_kernel[(N,)](*inputs, 1 / temperature, **config)
         return rows
-    for part in _slices(N, BLOCK_NUMBERS // V):
-        log_q = None if ref_logits is None else _log_softmax(ref_logits[part], temperature)
-        rows[:3, part] = _outputs(_log_softmax(logits[part], temperature), log_q, tokens[part])
+    for part in _slices(N, BLOCK_NUMBERS // V):  # as the kernel above computes them, and in its symbols
+        x, e, s, rows[3:5, part] = _exponentials(logits[part], temperature)
+        log_s = rows[4, part]
+        rows[0, part] = x.gather(1, tokens[part, None].clamp(min=0)).squeeze(1) - log_s
+        if ref_logits is not None:
+            y, _, _, rows[5:, part] = _exponentials(ref_logits[part], temperature)
+            rows[2, part] = (x - y).mul_(e).sum(-1) / s - log_s + rows[6, part]
+        rows[1, part] = log_s - e.mul_(x).sum(-1) / s
+    rows[:3].masked_fill_(tokens == IGNORE, 0)
     return rows
 
 
@@ -452,14 +473,15 @@ def _write_gradient(
         return
     for part in _slices(N, BLOCK_NUMBERS // V):
         g_l, a, g_H, g_KL = coefficients[:, part, None]
-        log_p = _log_softmax(logits[part], temperature)
+        log_p = _less(logits[part], temperature, *rows[3:5, part])
         p = log_p.exp()
-        slope = a - g_H * log_p
+        slope = a
         if ref_logits is not None:
-            slope += g_KL * (log_p - _log_softmax(ref_logits[part], temperature))
-        dx = slope.mul_(p).masked_fill_(p == 0, 0)  # p log p → 0
+            log_q = _less(ref_logits[part], temperature, *rows[5:, part])
+            slope = a + g_KL * (log_p - log_q)
+        dx = log_p.mul_(-g_H).add_(slope).mul_(p)
         dx.scatter_add_(1, tokens[part, None].clamp(min=0), g_l)
-        out[part] = dx.div_(temperature)
+        torch.div(dx, temperature, out=out[part])
 
 
 # Token log-probability from logits
@@ -874,11 +896,7 @@ def measure_memory(which: str, N: int = 4096, V: int = 50257) -> tuple[float, fl
 
     cuda = torch.cuda.is_available()
     with torch.device("cuda" if cuda else "cpu"):
-        hidden, unembed, tokens = (
-            torch.randn(N, 768),
-            torch.randn(V, 768),
-            torch.randint(V, (N,)),
-        )
+        hidden, unembed, tokens = torch.randn(N, 768), torch.randn(V, 768), torch.randint(V, (N,))
     unembed.div_(28)
     ref_hidden = hidden + 0.1 if "KL" in which else None
     function = linear_token_logprobs_reference if "plain" in which else linear_token_logprobs
