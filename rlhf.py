@@ -1298,6 +1298,8 @@ warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
 transformers.utils.logging.disable_progress_bar()
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never asks whether to run a model's own code
+# In one operation, where GPT-2's takes eight, and each keeps what it made for the backward pass.
+transformers.activations.ACT2FN["gelu_new"] = transformers.activations.GELUTanh
 
 
 class SettingError(Exception):
@@ -1801,6 +1803,9 @@ def load_bridge(
         ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
             mend_attention(block.attn)
+        for part in bridge.modules():
+            if hasattr(part, "hook_normalized"):  # not by setattr, which the bridge hands on to what it wraps
+                vars(part)["forward"] = functools.partial(norm_forward, part)
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = Cache(layer_class_to_replicate=GrowingLayer)
@@ -1833,6 +1838,14 @@ def mend_attention(attn: nn.Module) -> None:
     )
     # It keeps its pattern until the next pass, and by that the graph of the whole pass.
     attn.register_forward_hook(lambda attn, *_: setattr(attn, "_pattern", None))
+
+
+def norm_forward(norm: nn.Module, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+    """A norm's forward pass. TransformerLens 4.3 computes it step by step, for the hooks in between; where
+    there are none, the model's own norm does it in one operation, and keeps less for the backward pass."""
+    if norm.hook_scale.has_hooks() or norm.hook_normalized.has_hooks():
+        return type(norm).forward(norm, x)
+    return norm.hook_out(norm.original_component(norm.hook_in(x)))
 
 
 class GrowingLayer(DynamicLayer):
