@@ -1864,7 +1864,7 @@ class GrowingLayer(DynamicLayer):
             return super().update(keys, values, *rest, **named)
         end = start + 1
         if self.room < end:
-            self.room = end + 64
+            self.room = end + 16
             more = (0, 0, 0, self.room - start)
             self.buffers = [nn.functional.pad(x, more) for x in (self.keys, self.values)]
         for buffer, new in zip(self.buffers, (keys, values), strict=True):
