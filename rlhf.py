@@ -2277,7 +2277,8 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
 
 def fingerprint(trainer: RLHFTrainer) -> int:
     """Of the model that training starts from, which a checkpoint must fit: the sum of its bits."""
-    return sum(weight.view(torch.int16).sum().item() for weight in trainer.reference.published.values())
+    weights = trainer.reference.published.values()
+    return sum(int(weight.view(torch.int16).cpu().numpy().sum()) for weight in weights)
 
 
 def save_checkpoint(trainer: RLHFTrainer) -> None:
