@@ -453,7 +453,7 @@ class TransformerWithValueHead(nn.Module):
         """get_logprobs(self.logits(features), tokens, temperature, the reference's logits): the same numbers,
         from a chunk of the logits at a time."""
         weight, bias = self.output_layer
-        temperature = temperature / self.logit_scale  # scale · x / τ = x / (τ / scale)
+        temperature /= self.logit_scale  # scale · x / τ = x / (τ / scale)
         return linear_token_logprobs(features, weight, tokens, bias, temperature, *reference)
 
 
@@ -761,7 +761,7 @@ def gae(
     """
     values = values * mask  # so that V and Â are 0 past the end, and the recursion below needs no cases
     advantages = torch.zeros_like(values)
-    next_value, next_advantage = 0.0, 0.0
+    next_value = next_advantage = 0.0
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + args.gamma * next_value - values[:, t]
         advantages[:, t] = delta + args.gamma * args.gae_lambda * next_advantage
@@ -1081,11 +1081,11 @@ class RLHFTrainer:
     @torch.no_grad
     def rollout_phase(self) -> tuple[ReplayMemory, dict, list[dict]]:
         """Fills a memory; also returns the phase's metrics, and the completions as records to be read."""
-        args, accelerator = self.args, self.accelerator
+        args = self.args
         # A seed for each phase and process: going on after a stop needs no stored random state.
-        self.generator.manual_seed(seed_of(args.seed, self.phase, accelerator.process_index))
+        self.generator.manual_seed(seed_of(args.seed, self.phase, self.accelerator.process_index))
         # 1. Prompts, each K times in a row; of these the share of this process.
-        examples = own_share(examples_of(self), accelerator)
+        examples = own_share(examples_of(self))
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
         samples, texts = complete(self.policy, examples, args, self.generator, args.top_k)
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
@@ -1097,8 +1097,7 @@ class RLHFTrainer:
         # advantages need.
         scores = get_rewards(self.rewards, examples, texts, **trl_extras(self, samples)).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
-        own = scores, samples.completion, samples.values, k1
-        scores, drawn, values, k1 = gather_rows(own, accelerator)
+        scores, drawn, values, k1 = gather_rows(scores, samples.completion, samples.values, k1)
         rewards, mask = total_reward(scores, self.rewards), drawn != -100
         ended = torch.isin(drawn, self.policy.stops).any(dim=1)
         if args.truncated == "penalty":
@@ -1109,12 +1108,12 @@ class RLHFTrainer:
         per_token = token_rewards(scaled, kl_penalty, mask)
         # NaN where no reward applies
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
-        own_advantages = own_share(advantages, accelerator)[:, : samples.values.shape[1]]
+        own_advantages = own_share(advantages)[:, : samples.values.shape[1]]
         metrics = rollout_metrics(self, drawn, ended, scores, rewards, advantages, values)
-        completions = records(examples, texts, own_share(rewards, accelerator), self.extra)
+        completions = records(examples, texts, own_share(rewards), self.extra)
         # What no reward applies to teaches nothing, nor do truncated ones, if so set: from here on, padding.
         ignored = rewards.isnan() | ~ended & (args.truncated == "mask")
-        samples.attention_mask[own_share(ignored, accelerator), samples.prompt_width :] = False
+        samples.attention_mask[own_share(ignored), samples.prompt_width :] = False
         memory = ReplayMemory(
             **vars(samples), advantages=own_advantages, ref_features=ref_features, ref_logprobs=ref_logprobs
         )
@@ -1136,16 +1135,16 @@ class RLHFTrainer:
                 part = minibatch[start : start + size]
                 new = self.evaluate(part)
                 objective = objective_of(new, part, self.kl_coef, args)
-                loss = -objective * gradient_weight(part, minibatch, args, self.accelerator)
+                loss = -objective * gradient_weight(part, minibatch, args)
                 loss.backward()  # of minus the objective, for AdamW goes downhill
                 metrics.append(minibatch_metrics(new, part, args))
                 counts.append(part.mask.sum().item())
-            average_gradients(weights, self.accelerator)
+            average_gradients(weights)
             norms.append(nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
             if learns and norms[-1]:  # 0: all is masked, and AdamW's moments alone would move the weights
                 self.optimizer.step()
-        means = summarize(metrics, counts, self.accelerator)
+        means = summarize(metrics, counts)
         means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
         means["grad_norm"] = float(np.mean(norms))
         if learns and any(norms):  # a phase without a step says nothing of β
@@ -1283,6 +1282,7 @@ import pydantic
 import safetensors.torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather, pad_across_processes, reduce
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -1337,21 +1337,20 @@ def seed_of(*numbers: int) -> int:
     return np.random.SeedSequence(numbers).generate_state(1).item()
 
 
-def own_share(rows, accelerator: Accelerator):
+def own_share(rows):
     """Of the rows of all processes, a list or a tensor, those of this one."""
-    size = len(rows) // accelerator.num_processes
-    return rows[accelerator.process_index * size :][:size]
+    state = PartialState()
+    size = len(rows) // state.num_processes
+    return rows[state.process_index * size :][:size]
 
 
-def gather_rows(tensors: tuple[Tensor, ...], accelerator: Accelerator) -> tuple[Tensor, ...]:
+def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The rows of all processes, one process after the other; the narrower ones are padded on the right with
     -100, so tokens are masked there."""
-    return accelerator.gather(accelerator.pad_across_processes(tensors, dim=1, pad_index=-100))
+    return gather(pad_across_processes(tensors, dim=1, pad_index=-100))
 
 
-def gradient_weight(
-    part: ReplayMemory, minibatch: ReplayMemory, args: RLHFArgs, accelerator: Accelerator
-) -> Float[Tensor, ""]:
+def gradient_weight(part: ReplayMemory, minibatch: ReplayMemory, args: RLHFArgs) -> Float[Tensor, ""]:
     """The weight of a part's gradient in the sum over its minibatch and the mean over all processes: the
     share of what losses are averaged over, be it tokens, completions that have any, or rows. (--whiten is of
     each process's own advantages.)"""
@@ -1360,25 +1359,23 @@ def gradient_weight(
         has_any = memory.mask.any(dim=1) | (args.loss_average == "constant")
         return (memory.mask if args.loss_average == "token" else has_any).sum().float()
 
-    return amount(part) / accelerator.reduce(amount(minibatch), "mean").clamp(min=1e-6)
+    return amount(part) / reduce(amount(minibatch), "mean").clamp(min=1e-6)
 
 
-def average_gradients(weights: list[nn.Parameter], accelerator: Accelerator) -> None:
+def average_gradients(weights: list[nn.Parameter]) -> None:
     """The mean over all processes, in one message; without the usual wrapper around the model, which would
     hide the bridge's hooks."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
-    if accelerator.num_processes > 1:
-        mean = accelerator.reduce(nn.utils.parameters_to_vector(gradients), "mean")
+    if PartialState().num_processes > 1:
+        mean = reduce(nn.utils.parameters_to_vector(gradients), "mean")
         nn.utils.vector_to_parameters(mean, gradients)
 
 
-def summarize(
-    metrics: list[dict[str, float]], counts: list[int], accelerator: Accelerator
-) -> dict[str, float]:
+def summarize(metrics: list[dict[str, float]], counts: list[int]) -> dict[str, float]:
     """Means over the minibatches of all processes, each weighted by its count of tokens."""
     sums = counts @ np.array([[*one.values(), 1.0] for one in metrics])
-    sums = torch.tensor(sums, dtype=torch.float32, device=accelerator.device)
-    *totals, count = accelerator.reduce(sums, "sum").tolist()
+    sums = torch.tensor(sums, dtype=torch.float32, device=PartialState().device)
+    *totals, count = reduce(sums, "sum").tolist()
     return {name: total / max(count, 1) for name, total in zip(metrics[0], totals, strict=True)}
 
 
@@ -1413,10 +1410,8 @@ class RunLog(contextlib.AbstractContextManager):
         metrics = metrics | {"tokens_per_second": speed, "peak_memory_mb": peak_memory_mb(trainer.device)}
         figures = "reward {reward:.2f}  kl {kl:.2f}  entropy {entropy:.2f}  distinct_2 {distinct_2:.2f}"
         console.print(
-            f"phase {phase:>3} of {trainer.args.total_phases}",
-            figures.format_map(metrics),
-            f"{speed:.0f} tokens/s",
-            sep="  ",
+            f"phase {phase:>3} of {trainer.args.total_phases}  {figures.format_map(metrics)}  "
+            f"{speed:.0f} tokens/s"
         )
         self.samples(phase, samples, shown=1)
         if self.is_main:
@@ -1515,20 +1510,23 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> l
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
-    args, rows = trainer.args, trainer.held_out
+    rows = trainer.held_out
 
     def mean(top_k: int | None) -> float:
-        batches = BatchSampler(rows, args.batch_size, drop_last=False)
+        batches = BatchSampler(rows, trainer.args.batch_size, drop_last=False)
         rewards = [one["reward"] for batch in batches for one in showcase(trainer, batch, top_k)]
         return torch.tensor(rewards).nanmean().nan_to_num().item()
 
-    return {"eval_reward": mean(args.top_k), "eval_reward_greedy": mean(1)} if rows else {}
+    return {"eval_reward": mean(trainer.args.top_k), "eval_reward_greedy": mean(1)} if rows else {}
 
 
 def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
     """One dict a completion; extra are the columns that reward functions log."""
-    prompts = [example["prompt"] for example in examples]
-    columns = extra | {"prompt": prompts, "completion": texts, "reward": rewards.tolist()}
+    columns = extra | {
+        "prompt": [example["prompt"] for example in examples],
+        "completion": texts,
+        "reward": rewards.tolist(),
+    }
     with explained("log_extra: expected a value for each completion"):
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -1546,8 +1544,8 @@ def peak_memory_mb(device: str) -> float:
         return psutil.Process().memory_info().peak_wset / 2**20
     import resource  # which Windows has not
 
-    unit = 1 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, kibibytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    mebibyte = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / mebibyte
 
 
 PANELS = [  # what is drawn, over what, under which title
@@ -1573,11 +1571,11 @@ STYLE = [
 
 
 @contextmanager
-def picture(path: Path, **size) -> Iterator[Figure]:
+def picture(path: Path, height: float) -> Iterator[Figure]:
     """A figure to draw on, then written whole to the path. Outside, matplotlib's settings stay as they
     were."""
     with matplotlib.style.context(STYLE):
-        figure = Figure(**size, layout="constrained")
+        figure = Figure(figsize=(9, height), layout="constrained")
         yield figure
         write_whole(path, lambda beside: figure.savefig(beside, format="png", bbox_inches="tight"))
 
@@ -1589,7 +1587,7 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
     Where gold reward and reward part, the policy has found what the learned reward gets wrong (Gao et al.
     2210.10760).
     """
-    with picture(path, figsize=(9, 8.25)) as figure:
+    with picture(path, height=8.25) as figure:
         for axis, (key, over, title) in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
             axis.set_visible(any(key in group[0][0] for group in runs.values()))
             for group in runs.values():
@@ -1633,8 +1631,7 @@ def check_types(args: RLHFArgs) -> None:
         if ours == field.default:
             ours = theirs
         require(
-            name in ("resume", "device", "save_every", "track", "total_phases")
-            or as_json(ours) == as_json(theirs),
+            name in "resume device save_every track total_phases".split() or as_json(ours) == as_json(theirs),
             f"--resume {args.resume}: was begun with {flag} {theirs}, not {ours}; leave {flag} out",
         )
         object.__setattr__(args, name, ours)
@@ -1903,10 +1900,10 @@ def load_tokenizer(name: str, prepend_bos: str) -> transformers.PreTrainedTokeni
     tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # where files are missing, it is empty
     plain = tokenizer.encode("text", add_special_tokens=False)
     require(tokenizer.eos_token and plain, f"{name}: has no tokenizer with an end-of-text token")
-    whole, bos = tokenizer.encode("text"), tokenizer.bos_token_id
+    whole = tokenizer.encode("text")
     begin = whole[: whole.index(plain[0])]
-    if prepend_bos == "yes" or bos == tokenizer.eos_token_id:
-        begin = begin or [bos]
+    if prepend_bos == "yes" or tokenizer.bos_token_id == tokenizer.eos_token_id:
+        begin = begin or [tokenizer.bos_token_id]
     require(begin != [None], f"--prepend-bos yes: the tokenizer of {name} has no such token")
     tokenizer.begin, tokenizer.room = [] if prepend_bos == "no" else begin, 2**30
     return tokenizer
@@ -1924,7 +1921,7 @@ def block_matrices(block: nn.Module) -> dict[str, nn.Module]:
 
 def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.Module]:
     """The components that `--lora-targets` names, of every block."""
-    matrices = [block_matrices(block) for block in blocks]
+    matrices = [*map(block_matrices, blocks)]
     for target in targets:
         require(
             target in matrices[0],
@@ -1935,7 +1932,7 @@ def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.
 
 def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
     """The terms of the reward, and with weight 0 what is only logged."""
-    weighted = itertools.zip_longest(args.reward or ("periods",), args.reward_weights, fillvalue=1.0)
+    weighted = itertools.zip_longest(args.reward or ["periods"], args.reward_weights, fillvalue=1.0)
     terms = [(spec, f"reward/{name_of(spec)}", weight) for spec, weight in weighted]
     if args.gold_reward is not None:
         terms.append((args.gold_reward, "gold_reward", 0.0))
@@ -2054,12 +2051,14 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     """Score of a sequence classifier, MODEL[:LABEL], for prompt and completion: the label's probability, or,
     of a reward model with one output, that output."""
     has_label = ":" in name and not Path(name).is_dir()
-    model, class_name = name.rsplit(":", 1) if has_label else (name, None)
+    model, *given = name.rsplit(":", 1) if has_label else [name]
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = [*classifier.config.id2label.values()]
-    if class_name is None and len(labels) == 1:
-        class_name = labels[0]
-    require(class_name in labels, f"--reward classifier:{name}: no such label; it has {', '.join(labels)}")
+    class_name, *others = given or labels  # of one label it need not be said
+    require(
+        class_name in labels and not others,
+        f"--reward classifier:{name}: no such label; it has {', '.join(labels)}",
+    )
     are_independent = classifier.config.problem_type == "multi_label_classification"
 
     @torch.no_grad
@@ -2098,12 +2097,12 @@ def call_reward(reward: Reward, columns: dict) -> list[float]:
 def pick_device(device: str) -> tuple[Accelerator, str]:
     """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
     processes do not find each other."""
-    for engine in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for engine in "DEEPSPEED FSDP MEGATRON_LM PARALLELISM_CONFIG".split():
         require(
             os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false",
             f"accelerate's {engine}: not supported; each process holds the whole model",
         )
-    is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    is_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
     with explained("accelerate: was launched wrongly"):
         accelerator = Accelerator(cpu=is_cpu)
     if device == "auto":
@@ -2157,8 +2156,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
                     old.rename(path)
                 raise
     except OSError as error:
-        reason = error.strerror or error
-        raise SettingError(f"{path}: cannot be written ({reason}); what was there is whole") from error
+        raise SettingError(
+            f"{path}: cannot be written ({error.strerror or error}); what was there is whole"
+        ) from error
 
 
 def only_one(path: Path, seconds: int = 0) -> contextlib.AbstractContextManager:
@@ -2178,10 +2178,12 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
     """The rows of a file or, as hub:NAME:SPLIT:SUBSET, of a data set on the hub, each behind the words that
     say where it stands; of a text file each line, as "prompt". Raises SettingError where there are none."""
     source, kind = str(source), Path(source).suffix.lower()[1:]
-    table = {"path": kind, "data_files": source, "split": "train"}
+    table = {"split": "train"}
     if source.startswith("hub:"):
-        table = {"split": "train"} | dict(zip(("path", "split", "name"), source.split(":")[1:], strict=False))
-    elif kind not in ("csv", "json", "parquet"):
+        table |= zip(("path", "split", "name"), source.split(":")[1:], strict=False)
+    elif kind in ("csv", "json", "parquet"):
+        table |= {"path": kind, "data_files": source}
+    else:
         return read_lines(Path(source), kind in ("jsonl", "ndjson"))
     # Here, since it takes a second, and within, since it reports on what it does.
     with explained(f"{source}: cannot be loaded"), contextlib.redirect_stderr(io.StringIO()):
@@ -2253,8 +2255,8 @@ def name_of(x) -> str:
 
 
 def as_json(value) -> str:
-    """In ASCII, so that every locale writes and reads the same."""
-    return json.dumps(value, indent=2, default=name_of)
+    """With a line feed at its end; in ASCII, so that every locale writes and reads the same."""
+    return json.dumps(value, indent=2, default=name_of) + "\n"
 
 
 def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
@@ -2266,12 +2268,12 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")
     }
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
-    done = ["before", *range(1, trainer.phase + 1)] if trainer.phase else []
+    done = ["before", *range(1, trainer.phase + 1)]
     kept = [
-        [row for _, row in read_rows(run_dir / name) if row.get("phase") in done] if done else []
+        [row for _, row in read_rows(run_dir / name) if row.get("phase") in done] if trainer.phase else []
         for name in ("metrics.jsonl", "samples.jsonl")
     ]
-    write_whole(run_dir / "args.json", lambda new: new.write_text(as_json(record) + "\n"))
+    write_whole(run_dir / "args.json", lambda new: new.write_text(as_json(record)))
     return kept
 
 
@@ -2369,12 +2371,12 @@ def start_tracker(trainer: RLHFTrainer) -> None:
 
 def export(trainer: RLHFTrainer) -> None:
     """Writes model/ and, with LoRA, adapter/."""
-    if not trainer.accelerator.is_main_process:
-        return
-    policy, args = trainer.policy, trainer.args
-    write_whole(trainer.run_dir / "model", lambda new: export_model(policy, new))
-    if args.lora:
-        write_whole(trainer.run_dir / "adapter", lambda new: export_adapter(policy, args, new))
+    if trainer.accelerator.is_main_process:
+        write_whole(trainer.run_dir / "model", lambda new: export_model(trainer.policy, new))
+        if trainer.args.lora:
+            write_whole(
+                trainer.run_dir / "adapter", lambda new: export_adapter(trainer.policy, trainer.args, new)
+            )
 
 
 @torch.no_grad
@@ -2455,7 +2457,7 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
     }
     path.mkdir()
     safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
-    (path / "adapter_config.json").write_text(as_json(config) + "\n")
+    (path / "adapter_config.json").write_text(as_json(config))
 
 
 # ---- 14 The built-in model ---------------------------------------------------------------------------------
@@ -2606,13 +2608,14 @@ def draw_pair(
     While they are equal, both are drawn anew: so which is on the left is a fair coin.
     """
     example = examples[number % len(examples)]
-    prompt = example["prompt"]
     generator = torch.Generator(policy.bridge.cfg.device).manual_seed(seed_of(args.seed, number))
     for _ in range(20):
         _, (left, right) = complete(policy, [example, example], args, generator, args.top_k)
         if left != right:
-            return prompt, left, right
-    raise SettingError(f"label: 20 times twice the same for {prompt!r}; raise --temperature or --gen-len")
+            return example["prompt"], left, right
+    raise SettingError(
+        f"label: 20 times twice the same for {example['prompt']!r}; raise --temperature or --gen-len"
+    )
 
 
 def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -> None:
@@ -2837,7 +2840,7 @@ def inspect(
         f"the logit of {token!r} is read before {texts.where.sum()} of {(texts.predicted >= 0).sum()} tokens",
     )
     readings = read("base", base.bridge, texts), read("trained", trained.bridge, texts)
-    with picture(run / "inspect.png", figsize=(9, 7.5)) as figure:
+    with picture(run / "inspect.png", height=7.5) as figure:
         where, when, who, what = figure.subplots(2, 2).flat
         where_they_differ(where, readings, texts)
         when_it_is_decided(when, readings, texts)
@@ -2871,8 +2874,10 @@ def where_they_differ(axis, readings: tuple[Reading, Reading], texts: Texts) -> 
     _, _, kl = get_logprobs(trained.logits, texts.predicted, ref_logits=base.logits)
     rows = (texts.predicted >= 0).sum(dim=0)
     kl = (kl.sum(dim=0) / rows)[rows > 0]
-    peak = f"most at token {kl.argmax() + 1}: {kl.max():.3g}"
-    console.print(f"KL(trained ‖ base): mean {kl.mean():.3g} nats a token, {peak}")
+    console.print(
+        f"KL(trained ‖ base): mean {kl.mean():.3g} nats a token, "
+        f"most at token {kl.argmax() + 1}: {kl.max():.3g}"
+    )
     axis.plot(range(1, len(kl) + 1), kl, marker=".")
     axis.set_ylim(bottom=0)
     caption(
@@ -2911,7 +2916,7 @@ def who_writes_it(axis, readings: tuple[Reading, Reading], texts: Texts) -> None
     the vocabulary: what is added to all logits alike changes no probability, so nobody gets credit for it."""
     (before, _), (after, _) = (attribute(one, texts) for one in readings)
     gain, trained = after - before, readings[1]
-    columns = [*(f"H{head}" for head in range(gain.shape[1] - 1)), "MLP"]
+    columns = [f"H{head}" for head in range(gain.shape[1] - 1)] + ["MLP"]
     console.print(f"\nwho writes the logit of {texts.token!r}, above the mean logit; L1H0: layer 1, head 0")
     console.print(f"{'':12}{'base':>9}{'trained':>9}{'gain':>9}  drop when ablated")
     for part in gain.flatten().argsort(descending=True)[:6].tolist():
@@ -2970,8 +2975,10 @@ def attribute(reading: Reading, texts: Texts) -> tuple[Float[Tensor, "L parts"],
     grid = torch.cat([heads.view(L, H), mlps], dim=1)
     of_zero = above_mean(bridge.unembed(norm(torch.zeros(1, 1, len(direction)))), texts.token_id)
     rest = (rest.sum() + of_zero).item()
-    is_sum = math.isclose(grid.sum() + rest, token_logit(logits, texts), rel_tol=1e-3, abs_tol=1e-3)
-    require(is_sum, "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs")
+    require(
+        math.isclose(grid.sum() + rest, token_logit(logits, texts), rel_tol=1e-3, abs_tol=1e-3),
+        "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs",
+    )
     return grid, rest
 
 

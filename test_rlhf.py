@@ -3020,7 +3020,7 @@ def test_one_process_copies_no_gradient(gpt2, monkeypatch):
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     before = [weight.grad for weight in weights]
-    rlhf.average_gradients(weights, trainer.accelerator)
+    rlhf.average_gradients(weights)
     assert all(weight.grad is grad for weight, grad in zip(weights, before, strict=True))
 
 
