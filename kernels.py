@@ -58,7 +58,9 @@ except ImportError:  # whoever imports transformers in this directory gets this 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
 FUSED_OUTPUTS = 2**21  # up to so many numbers one fused launch beats the vendor's three
-CHUNK_ROWS = 256  # tokens whose logits are made at a time: enough of them to be worth reading U
+# Tokens whose logits are made at a time: enough of them to be worth reading U; on a CPU GPT-2's are 32 MB
+# then, which malloc keeps for the next chunk: more it takes from the system anew, page by page.
+CHUNK_ROWS = 256 if torch.cuda.is_available() else 160
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
 BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
 
@@ -475,11 +477,9 @@ def _write_gradient(
         g_l, a, g_H, g_KL = coefficients[:, part, None]
         log_p = _less(logits[part], temperature, *rows[3:5, part])
         p = log_p.exp()
-        slope = a
         if ref_logits is not None:
-            log_q = _less(ref_logits[part], temperature, *rows[5:, part])
-            slope = a + g_KL * (log_p - log_q)
-        dx = log_p.mul_(-g_H).add_(slope).mul_(p)
+            a = a + g_KL * (log_p - _less(ref_logits[part], temperature, *rows[5:, part]))
+        dx = log_p.mul_(-g_H).add_(a).mul_(p)
         dx.scatter_add_(1, tokens[part, None].clamp(min=0), g_l)
         torch.div(dx, temperature, out=out[part])
 
