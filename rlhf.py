@@ -419,13 +419,13 @@ class TransformerWithValueHead(nn.Module):
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """The output layer: one matrix, in some models times a scale. In float32 even where the weights are
         not, as in `score`: else the two would disagree on π_old by their rounding."""
-        return self.logit_scale * float32_linear(features, *self.output_layer)
+        return float32_linear(features, *self.output_layer).mul_(self.logit_scale)
 
     @property
     def output_layer(self) -> tuple[Float[Tensor, "V D"], Float[Tensor, "V"] | None]:
-        """The output layer's weight and bias."""
+        """The output layer's weight and, if the model has one, its bias: TransformerLens puts zeros there."""
         layer = self.bridge.unembed.original_component
-        return layer.weight, layer.bias
+        return layer.weight, layer._parameters.get("bias")
 
     def prompt_cache(self, tokens: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]) -> Cache:
         """Keys and values of columns 0 to P-2. Prompts that are equal are computed once, and the gradients of
