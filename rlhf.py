@@ -439,9 +439,12 @@ class TransformerWithValueHead(nn.Module):
 
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
-        P, mask = samples.prompt_width, samples.attention_mask
+        P, C, mask = samples.prompt_width, samples.logprobs.shape[1], samples.attention_mask
+        if 4 * P <= C:  # a prompt so short is read with each completion: one pass, where a cache takes two
+            P = 1
         cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
-        return self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
+        features, values = self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
+        return features[:, -C:], values[:, -C:]
 
     def score(
         self,
