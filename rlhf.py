@@ -587,7 +587,7 @@ def get_samples(
         mask[:, t] = alive
         logprobs[:, t - P] = probs.gather(1, drawn[:, None]).squeeze(1).log() * alive
         values[:, t - P] = state_values[:, -1] * alive
-        alive = alive & ~torch.isin(drawn, policy.stops)
+        alive &= ~torch.isin(drawn, policy.stops)
         if not alive.any():
             break
     C = t + 1 - P  # columns that no completion has reached are cut off
@@ -635,8 +635,7 @@ def complete(
 ) -> tuple[Samples, list[str]]:
     """From examples, dicts with a "prompt", to a completion of each, as tokens and as text (`decode`: section
     12). top_k is the one of args, or 1 for greedy completions of held-out prompts."""
-    prompts = [example["prompt"] for example in examples]
-    tokens, mask = tokenize(policy.tokenizer, prompts, generator.device)
+    tokens, mask = tokenize(policy.tokenizer, [one["prompt"] for one in examples], generator.device)
     samples = get_samples(policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator)
     return samples, decode(samples, policy.tokenizer)
 
@@ -978,8 +977,7 @@ def policy_objective(
 def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs) -> Float[Tensor, ""]:
     """J_PPO = J - c_vf E[ (V - V_target)² ] (PPO 1707.06347, eq. 9, with a KL penalty), J as above and
     V_target = Â + V_old: `old.returns`. Some write ½ (V - V_target)²: here the ½ is part of vf_coef."""
-    squared_error = (new.values - old.returns).square()
-    value_loss = masked_mean(squared_error, old.mask, args.loss_average, args.gen_len)
+    value_loss = masked_mean((new.values - old.returns).square(), old.mask, args.loss_average, args.gen_len)
     return policy_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
 
 
@@ -1105,22 +1103,22 @@ class RLHFTrainer:
         ended = torch.isin(drawn, self.policy.stops).any(dim=1)
         if args.truncated == "penalty":
             rewards = rewards - (~ended).float()
-        # 5. Advantages, and of them our own, as wide as our own completions.
+        # 5. Advantages, NaN where no reward applies.
         scaled = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
-        kl_penalty = self.kl_coef * (args.kl_in == "reward") * k1
-        per_token = token_rewards(scaled, kl_penalty, mask)
-        # NaN where no reward applies
+        per_token = token_rewards(scaled, self.kl_coef * (args.kl_in == "reward") * k1, mask)
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
-        own_advantages = own_share(advantages)[:, : samples.values.shape[1]]
         metrics = rollout_metrics(self, drawn, ended, scores, rewards, advantages, values)
-        completions = records(examples, texts, own_share(rewards), self.extra)
-        # What no reward applies to teaches nothing, nor do truncated ones, if so set: from here on, padding.
+        # 6. Of all this our own rows, as wide as our own completions. What no reward applies to teaches
+        # nothing, nor do truncated ones, if so set: from here on, padding.
         ignored = rewards.isnan() | ~ended & (args.truncated == "mask")
         samples.attention_mask[own_share(ignored), samples.prompt_width :] = False
         memory = ReplayMemory(
-            **vars(samples), advantages=own_advantages, ref_features=ref_features, ref_logprobs=ref_logprobs
+            **vars(samples),
+            advantages=own_share(advantages)[:, : samples.values.shape[1]],
+            ref_features=ref_features,
+            ref_logprobs=ref_logprobs,
         )
-        return memory, metrics, completions
+        return memory, metrics, records(examples, texts, own_share(rewards), self.extra)
 
     def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
@@ -1148,8 +1146,11 @@ class RLHFTrainer:
             if learns and norms[-1]:  # 0: all is masked, and AdamW's moments alone would move the weights
                 self.optimizer.step()
         means = summarize(metrics, counts)
-        means |= {"lr": self.optimizer.param_groups[0]["lr"], "kl_coef": self.kl_coef}
-        means["grad_norm"] = float(np.mean(norms))
+        means |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "kl_coef": self.kl_coef,
+            "grad_norm": float(np.mean(norms)),
+        }
         if learns and any(norms):  # a phase without a step says nothing of β
             self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], self.last_kl, args)
             self.last_kl = means["kl"]
@@ -1230,9 +1231,10 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
     >>> [round(lr_scale(phase, RLHFArgs(total_phases=5, warmup_steps=1)), 2) for phase in range(5)]
     [0.5, 1.0, 0.7, 0.4, 0.1]
     """
-    warmup, last = args.warmup_steps, args.total_phases - 1
+    warmup = args.warmup_steps
+    last = max(args.total_phases - 1, warmup + 1)
     # From 0 in the phase before the first, so that the first one learns, too.
-    return float(np.interp(phase, [-1, warmup, max(last, warmup + 1)], [0, 1, args.final_scale]))
+    return float(np.interp(phase, [-1, warmup, last], [0, 1, args.final_scale]))
 
 
 # ---- 11 Update to log --------------------------------------------------------------------------------------
@@ -1256,7 +1258,6 @@ def distinct_2(completions: list[list[int]]) -> float:
 # can use.
 
 import asyncio
-import codecs
 import contextlib
 import copy
 import dataclasses
@@ -1285,7 +1286,7 @@ import pydantic
 import safetensors.torch
 import transformers
 from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes, reduce
+from accelerate.utils import gather, gather_object, pad_across_processes, reduce
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -1377,8 +1378,7 @@ def average_gradients(weights: list[nn.Parameter]) -> None:
 def summarize(metrics: list[dict[str, float]], counts: list[int]) -> dict[str, float]:
     """Means over the minibatches of all processes, each weighted by its count of tokens."""
     sums = counts @ np.array([[*one.values(), 1.0] for one in metrics])
-    sums = torch.tensor(sums, dtype=torch.float32, device=PartialState().device)
-    *totals, count = reduce(sums, "sum").tolist()
+    *totals, count = sum(gather_object([sums])).tolist()
     return {name: total / max(count, 1) for name, total in zip(metrics[0], totals, strict=True)}
 
 
@@ -1470,7 +1470,6 @@ def rollout_metrics(
     # A critic learns of equal rewards, too, unless the batch's mean is taken off: they are compared with V.
     are_equal = (centered(rewards.view(-1, K)).nan_to_num() == 0).all(dim=1)
     are_equal &= not args.has_critic or args.scale_rewards == "batch"
-    terms = scores.nanmean(dim=0).nan_to_num().tolist()
     metrics = {
         "phase": trainer.phase + 1,
         "reward": rewards.nanmean().nan_to_num().item(),
@@ -1484,7 +1483,10 @@ def rollout_metrics(
     if args.has_critic:
         unforeseen, all_of_it = (x[mask].var(correction=0).item() for x in (advantages, advantages + values))
         metrics["explained_variance"] = 1 - unforeseen / all_of_it if all_of_it > 1e-10 else 0.0
-    metrics |= {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
+    metrics |= {
+        term.name: mean
+        for term, mean in zip(trainer.rewards, scores.nanmean(dim=0).nan_to_num().tolist(), strict=True)
+    }
     return trainer.logged | metrics
 
 
@@ -1865,8 +1867,9 @@ class GrowingLayer(DynamicLayer):
         end = start + 1
         if self.room < end:
             self.room = end + 16
-            more = (0, 0, 0, self.room - start)
-            self.buffers = [nn.functional.pad(x, more) for x in (self.keys, self.values)]
+            self.buffers = [
+                nn.functional.pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)
+            ]
         for buffer, new in zip(self.buffers, (keys, values), strict=True):
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
@@ -2201,7 +2204,7 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
     """The lines that are not blank, JSON objects or prompts."""
     rows = []
     with explained(f"{path}: cannot be read"):
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # a byte order mark
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():
@@ -3089,8 +3092,8 @@ def parse(target: Callable, argv: list[str]):
     except SystemExit as stop:
         if not stop.code:
             raise
-        sentence = re.split("[─-]{4,}", complaint.getvalue())[1]  # between title and advice, behind rules
-        words = re.findall(r"[^\s│╮]+", sentence)
+        # The sentence is between title and advice, behind rules.
+        words = re.findall(r"[^\s│╮]+", re.split("[─-]{4,}", complaint.getvalue())[1])
         raise SettingError(f"{' '.join(words)} (python rlhf.py --help lists all settings)") from None
 
 
