@@ -58,8 +58,8 @@ except ImportError:  # whoever imports transformers in this directory gets this 
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
 FUSED_OUTPUTS = 2**21  # up to so many numbers one fused launch beats the vendor's three
-# Tokens whose logits are made at a time: enough of them to be worth reading U; on a CPU GPT-2's are 32 MB
-# then, which malloc keeps for the next chunk: more it takes from the system anew, page by page.
+# Tokens whose logits are made at a time: enough of them to be worth reading U. On a CPU GPT-2's are 32 MB:
+# glibc keeps a block of that size for the next chunk, a larger one comes from the system anew, page by page.
 CHUNK_ROWS = 256 if torch.cuda.is_available() else 160
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
 BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
@@ -399,12 +399,12 @@ def _slices(N: int, step: int) -> list[slice]:
 def _less(
     logits: Float[Tensor, "n V"], temperature: float, *tops: Float[Tensor, "n"]
 ) -> Float[Tensor, "n V"]:
-    """logits / τ less one number after the other, so that no rounding adds up; and at least -1e37, for the
-    weight of an impossible token, 0·∞, would be NaN."""
+    """logits / τ minus each of tops, one at a time: their sum would be rounded, and shift the whole row. At
+    least -1e30, for an impossible token's p log p would be 0·∞; so a KL of ∞ is a number near that, too."""
     x = _tempered(logits, temperature)
     for top in tops:
         x -= top[:, None]
-    return x.clamp_(min=-1e37)
+    return x.clamp_(min=-1e30)
 
 
 def _exponentials(logits: Float[Tensor, "n V"], temperature: float) -> tuple[Tensor, ...]:

@@ -120,8 +120,8 @@ class RLHFArgs:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
-    advantage: Literal["critic", "group", "others"] | None = None  # less value, or group's or others' mean
-    scale_rewards: Literal["group", "batch", "none"] | None = None  # by its deviation; critic: group is none
+    advantage: Literal["critic", "group", "others"] | None = None  # minus value, group's or others' mean
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation; critic: group = none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
     clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
@@ -217,9 +217,9 @@ class RLHFArgs:
 # The transformer's output in column t speaks of column t + 1: what scores the completion comes from columns
 # P-1 to T-2. Scoring makes that shift in `TransformerWithValueHead.completion_features` alone; all [B, C]
 # tensors below are aligned with the completion: logprobs[b, c] is of completion token c, values[b, c] of the
-# state in which it was chosen. Columns 0 to P-2 are the same for all completions of a prompt, and computed
-# once for all. BOS, EOS and pad (beginning of text, end of text, filler) are one and the same token here, as
-# in GPT-2: only the masks tell them apart.
+# state in which it was chosen. Columns 0 to P-2 are the same for all completions of a prompt, and, unless
+# they are few, computed once for all. BOS, EOS and pad (beginning of text, end of text, filler) are one and
+# the same token here, as in GPT-2: only the masks tell them apart.
 
 
 def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
@@ -243,7 +243,7 @@ def tokenize(
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
-    # With -1, which is no token: EOS may stand in a prompt, too.
+    # Padded with -1, which is no token; EOS may stand in a prompt, too.
     tokens = pad_sequence(rows, True, -1, padding_side="left").to(device)
     mask = tokens >= 0
     return tokens.where(mask, tokenizer.eos_token_id), mask
@@ -423,7 +423,8 @@ class TransformerWithValueHead(nn.Module):
 
     @property
     def output_layer(self) -> tuple[Float[Tensor, "V D"], Float[Tensor, "V"] | None]:
-        """The output layer's weight and, if the model has one, its bias: TransformerLens puts zeros there."""
+        """The output layer's weight and bias; None where the model has none, and TransformerLens a buffer of
+        zeros."""
         layer = self.bridge.unembed.original_component
         return layer.weight, layer._parameters.get("bias")
 
@@ -440,8 +441,8 @@ class TransformerWithValueHead(nn.Module):
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
         P, C, mask = samples.prompt_width, samples.logprobs.shape[1], samples.attention_mask
-        if 4 * P <= C:  # a prompt so short is read with each completion: one pass, where a cache takes two
-            P = 1
+        if len(mask) * P < 256:  # so few tokens are read again with each completion: one pass, and not two
+            P = 1  # nothing is cached
         cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
         features, values = self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
         return features[:, -C:], values[:, -C:]
@@ -836,7 +837,7 @@ class ReplayMemory(Samples):
         self, passes: int, count: int, generator: torch.Generator
     ) -> Iterator["ReplayMemory"]:
         """Goes through all rows `passes` times, each time in a new order and in `count` parts. Completions of
-        a prompt stay together, behind the first of them, for they share its computation.
+        a prompt stay together, behind the first of them, for they may share its computation.
 
         >>> zeros, tokens = torch.zeros(4, 1), torch.zeros(4, 2).long()
         >>> samples = tokens, tokens == 0, zeros, zeros
@@ -1054,7 +1055,7 @@ class RLHFTrainer:
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
-            while self.phase < args.total_phases and not self.accelerator.check_trigger():  # of a Ctrl-C
+            while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
                 start = time.perf_counter()
                 # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
                 with saved_on_error(self), self.accelerator.autocast():
@@ -1103,7 +1104,7 @@ class RLHFTrainer:
         ended = torch.isin(drawn, self.policy.stops).any(dim=1)
         if args.truncated == "penalty":
             rewards = rewards - (~ended).float()
-        # 5. Advantages, NaN where no reward applies.
+        # 5. Advantages; where no reward applies they are NaN, and become 0.
         scaled = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
         per_token = token_rewards(scaled, self.kl_coef * (args.kl_in == "reward") * k1, mask)
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
@@ -1122,7 +1123,8 @@ class RLHFTrainer:
 
     def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
-        metrics: means over all tokens of all minibatches, learning rate and β. Unless it learns, no step."""
+        metrics: means over all tokens of all minibatches, learning rate and β. With learns=False it takes no
+        step."""
         args, metrics, counts, norms = self.args, [], [], []
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
@@ -1302,7 +1304,7 @@ warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
 transformers.utils.logging.disable_progress_bar()
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never asks whether to run a model's own code
-# In one operation, where GPT-2's takes eight, and each keeps what it made for the backward pass.
+# GELU in one operation: GPT-2's own takes eight, and keeps what they make for the backward pass.
 transformers.activations.ACT2FN["gelu_new"] = transformers.activations.GELUTanh
 
 
@@ -1805,9 +1807,6 @@ def load_bridge(
         ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
             mend_attention(block.attn)
-        for part in bridge.modules():
-            if hasattr(part, "hook_normalized"):  # not by setattr, which the bridge hands on to what it wraps
-                vars(part)["forward"] = functools.partial(norm_forward, part)
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = Cache(layer_class_to_replicate=GrowingLayer)
@@ -1821,6 +1820,9 @@ def load_bridge(
         error < torch.finfo(model.dtype).eps ** 0.5,
         f"{refused}: as TransformerLens and the output layer have them, its logits are off by {error:.0%}",
     )
+    for part in bridge.modules():
+        if hasattr(part, "hook_normalized"):  # not by setattr, which the bridge hands on to what it wraps
+            vars(part)["forward"] = functools.partial(norm_forward, part)
     return bridge, tokenizer, stops, published, scale
 
 
@@ -2284,9 +2286,13 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
 
 
 def fingerprint(trainer: RLHFTrainer) -> int:
-    """Of the model that training starts from, which a checkpoint must fit: the sum of its bits."""
-    weights = trainer.reference.published.values()
-    return sum(int(weight.view(torch.int16).cpu().numpy().sum()) for weight in weights)
+    """Of the model that training starts from, which a checkpoint must fit: the sum of its bits; some rows at
+    a time, for torch makes int64 of all that it adds up."""
+    return sum(
+        part.sum().item()
+        for weight in trainer.reference.published.values()
+        for part in weight.view(torch.int16).split(256)
+    )
 
 
 def save_checkpoint(trainer: RLHFTrainer) -> None:
@@ -2832,9 +2838,10 @@ def inspect(
     settings = saved_settings(run)
     require(samples >= 1, f"--samples {samples}: must be at least 1")
     # Training began with the base rounded to --dtype. Both compute in float32, so that only weights differ.
-    bos = settings.prepend_bos
-    base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype, prepend_bos=bos).float()
-    trained = TransformerWithValueHead(str(run / "model"), prepend_bos=bos)
+    base = TransformerWithValueHead(
+        settings.base_model, dtype=settings.dtype, prepend_bos=settings.prepend_bos
+    ).float()
+    trained = TransformerWithValueHead(str(run / "model"), prepend_bos=settings.prepend_bos)
     settings = dataclasses.replace(settings, gen_len=gen_len, seed=seed)
     if prompt is not None:
         settings = dataclasses.replace(settings, prompts=None, prefix=prompt)
