@@ -1868,7 +1868,7 @@ class GrowingLayer(DynamicLayer):
             return super().update(keys, values, *rest, **named)
         end = start + 1
         if self.room < end:
-            self.room = end + 16
+            self.room = end * 3 // 2
             self.buffers = [
                 nn.functional.pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)
             ]
@@ -2174,8 +2174,9 @@ def only_one(path: Path, seconds: int = 0) -> contextlib.AbstractContextManager:
     long for one that has it; then raises SettingError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # not left to the lock, which would follow a dead link
-        name = f".{path.name}.{PartialState().process_index}.lock"
-        return FileLock(path.parent / name, timeout=seconds).acquire()
+        return FileLock(
+            path.parent / f".{path.name}.{PartialState().process_index}.lock", timeout=seconds
+        ).acquire()
     except Timeout as error:
         raise SettingError(f"{path}: another process is writing it") from error
     except OSError:  # no place to write: the first write will say so
