@@ -442,7 +442,7 @@ class TransformerWithValueHead(nn.Module):
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
         P, C, mask = samples.prompt_width, samples.logprobs.shape[1], samples.attention_mask
         if len(mask) * P < 256:  # so few tokens are read again with each completion: one pass, and not two
-            P = 1  # nothing is cached
+            P = 1  # all but column 0 counts as completion, and nothing is cached
         cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
         features, values = self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
         return features[:, -C:], values[:, -C:]
