@@ -1868,7 +1868,7 @@ class GrowingLayer(DynamicLayer):
             return super().update(keys, values, *rest, **named)
         end = start + 1
         if self.room < end:
-            self.room = end * 3 // 2
+            self.room = end * 3 // 2  # so a long cache is seldom copied, and a short one has little room
             self.buffers = [
                 nn.functional.pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)
             ]
