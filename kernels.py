@@ -383,6 +383,15 @@ def _launch(V: int) -> dict:
     return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
 
 
+def _run_rows(
+    kernel, x: Float[Tensor, "N V"], y: Float[Tensor, "N V"] | None, temperature: float, *tensors: Tensor
+) -> None:
+    """Launches one of the two kernels above; tensors: what it takes between y and N."""
+    N, V = x.shape
+    inputs = x, x if y is None else y, *tensors, N, V, x.stride(0), 1 / temperature
+    kernel[(N,)](*inputs, HAS_REF=y is not None, **_launch(V))
+
+
 # Token log-probability: either path, forward and backward
 
 
@@ -426,9 +435,7 @@ def _statistics(
     N, V = logits.shape
     rows = logits.new_zeros(7, N, dtype=_wide(logits))
     if path_taken(logits) == "triton":
-        inputs = logits, logits if ref_logits is None else ref_logits, tokens, rows, N, V, logits.stride(0)
-        config = {"HAS_REF": ref_logits is not None, **_launch(V)}
-        token_logprobs_forward_kernel[(N,)](*inputs, 1 / temperature, **config)
+        _run_rows(token_logprobs_forward_kernel, logits, ref_logits, temperature, tokens, rows)
         return rows
     for part in _slices(N, BLOCK_NUMBERS // V):  # as the kernel above computes them, and in its symbols
         x, e, s, rows[3:5, part] = _exponentials(logits[part], temperature)
@@ -464,15 +471,11 @@ def _write_gradient(
 ) -> None:
     """Writes the gradient to the logits, dx / τ with the dx of `_coefficients`; `out` may be the logits, and
     has their strides."""
-    N, V = logits.shape
     if path_taken(logits) == "triton":
-        inputs = logits, logits if ref_logits is None else ref_logits, tokens, rows.contiguous()
-        config = {"HAS_REF": ref_logits is not None, **_launch(V)}
-        sizes = N, V, logits.stride(0)
-        token_logprobs_backward_kernel[(N,)](
-            *inputs, coefficients.contiguous(), out, *sizes, 1 / temperature, **config
-        )
+        tensors = tokens, rows.contiguous(), coefficients.contiguous(), out
+        _run_rows(token_logprobs_backward_kernel, logits, ref_logits, temperature, *tensors)
         return
+    N, V = logits.shape
     for part in _slices(N, BLOCK_NUMBERS // V):
         g_l, a, g_H, g_KL = coefficients[:, part, None]
         log_p = _less(logits[part], temperature, *rows[3:5, part])
@@ -839,7 +842,7 @@ def lora_linear(
 def _timed(function, inputs: dict, trained: list[str]) -> tuple[list[Tensor], float]:
     """Outputs or, where inputs are trained, the gradients of their sum; and the median seconds of three runs
     after a first, which warms up."""
-    inputs = {**inputs, **{name: inputs[name].detach().requires_grad_() for name in trained}}
+    inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in trained}
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
@@ -872,8 +875,8 @@ def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int, L: int
         ("token_logprobs", {"logits": logits, "tokens": tokens}, ["logits"], 3 * gigabytes, "GB/s"),
         ("linear_token_logprobs", head, [], head_work, "TFLOP/s"),
         ("linear_token_logprobs", head, ["hidden"], 2 * head_work, "TFLOP/s"),
-        ("lora_linear", {**layer, **adapter}, [], layer_work, "TFLOP/s"),
-        ("lora_linear", {**layer, **adapter}, ["x", *adapter], 2 * layer_work, "TFLOP/s"),
+        ("lora_linear", layer | adapter, [], layer_work, "TFLOP/s"),
+        ("lora_linear", layer | adapter, ["x", *adapter], 2 * layer_work, "TFLOP/s"),
     ]
     print(f"\n{device}, {dtype}; in brackets plain torch")
     for name, inputs, trained, work, unit in cases:
@@ -920,8 +923,7 @@ def report_memory() -> None:
     """Prints peak memory and time of plain torch and of ours, each measured in a process of its own."""
     print("linear_token_logprobs, 4,096 x 768, V = 50,257, float32, forward and backward")
     for which in ("plain torch", "ours", "plain torch, KL", "ours, KL"):
-        command = [sys.executable, __file__, which]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        run = subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True)
         megabytes, seconds = map(float, run.stdout.split())
         print(f"{which:22} {megabytes:6.0f} MB {seconds:6.1f} s")
 

@@ -78,6 +78,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
@@ -502,7 +503,7 @@ class LoRALinear(nn.Linear):
         self.out_features, self.in_features = as_rows(base).shape
         # Starts as random as nn.Linear's weight does, and PEFT's; in float32 whatever W is.
         self.lora_a = nn.Linear(self.in_features, rank, bias=False, device=base.weight.device).weight
-        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, device=base.weight.device))
+        self.lora_b = nn.Parameter(self.lora_a.new_zeros(self.out_features, rank))
         self.scale = alpha / rank
 
     @property
@@ -575,8 +576,8 @@ def get_samples(
     """
     B, P = prompt_tokens.shape
     # The sampler's own buffers, filled in place column by column.
-    tokens = nn.functional.pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
-    mask = nn.functional.pad(prompt_mask, (0, gen_len))
+    tokens = pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
+    mask = pad(prompt_mask, (0, gen_len))
     logprobs, values = torch.zeros(2, B, gen_len, device=prompt_tokens.device)
     cache = policy.prompt_cache(prompt_tokens, prompt_mask)
     alive = prompt_mask.new_ones(B)
@@ -1000,7 +1001,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
         return kl_coef
     kl, last_kl = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))
     step = 0.4 * math.log(kl * (kl / last_kl) ** 5)
-    return kl_coef * math.exp(min(max(step, -0.6), 0.6))
+    return kl_coef * math.exp(np.clip(step, -0.6, 0.6))
 
 
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
@@ -1563,15 +1564,14 @@ PANELS = [  # what is drawn, over what, under which title
     ("reward", "kl", "frontier: mean reward against KL; the dot is the last phase"),
     ("gold_reward", "phase", "gold reward, never learned from"),
 ]
-# Colours that the colour-blind tell apart; text is never read as mathematics, since tokens may hold a "$".
-LOOKS = "cycler('linestyle', ['-', '--', ':']) * cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7'])"
 STYLE = [
     "seaborn-v0_8-whitegrid",
     {
         "font.size": 8,
         "lines.markersize": 4,
-        "text.parse_math": False,
-        "axes.prop_cycle": LOOKS,
+        "text.parse_math": False,  # since tokens may hold a "$"
+        "axes.prop_cycle": "cycler('linestyle', ['-', '--', ':']) * "
+        "cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7'])",  # which the colour-blind tell apart
         "image.cmap": "viridis",
     },
 ]
@@ -1746,9 +1746,8 @@ def decode(samples: Samples, tokenizer) -> list[str]:
     leading space."""
     first = samples.prompt_width - 1
     rows = unpad(samples.tokens[:, first:], samples.attention_mask[:, first:])
-    starts = tokenizer.batch_decode([row[:1] for row in rows], skip_special_tokens=True)
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return [*map(str.removeprefix, texts, starts)]
+    texts = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
+    return [*map(str.removeprefix, texts(rows), texts([row[:1] for row in rows]))]
 
 
 def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs) -> list[dict]:
@@ -1807,6 +1806,8 @@ def load_bridge(
         ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
             mend_attention(block.attn)
+            # TransformerLens would look at its signature in each pass, for what it does not take.
+            vars(block)["_filter_kwargs_for_forward"] = lambda named, *_: named
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = Cache(layer_class_to_replicate=GrowingLayer)
@@ -1821,8 +1822,9 @@ def load_bridge(
         f"{refused}: as TransformerLens and the output layer have them, its logits are off by {error:.0%}",
     )
     for part in bridge.modules():
-        if hasattr(part, "hook_normalized"):  # not by setattr, which the bridge hands on to what it wraps
-            vars(part)["forward"] = functools.partial(norm_forward, part)
+        if hasattr(part, "original_component") and not [*part.original_component.children()]:
+            # not by setattr, which the bridge hands on to what it wraps
+            vars(part)["forward"] = functools.partial(layer_forward, part, part.get_hooks())
     return bridge, tokenizer, stops, published, scale
 
 
@@ -1844,12 +1846,14 @@ def mend_attention(attn: nn.Module) -> None:
     attn.register_forward_hook(lambda attn, *_: setattr(attn, "_pattern", None))
 
 
-def norm_forward(norm: nn.Module, x: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
-    """A norm's forward pass. TransformerLens 4.3 computes it step by step, for the hooks in between; where
-    there are none, the model's own norm does it in one operation, and keeps less for the backward pass."""
-    if norm.hook_scale.has_hooks() or norm.hook_normalized.has_hooks():
-        return type(norm).forward(norm, x)
-    return norm.hook_out(norm.original_component(norm.hook_in(x)))
+def layer_forward(part: nn.Module, hooks: dict[str, nn.Module], *inputs, **named):
+    """The forward pass of a bridge's part that wraps a single layer. TransformerLens 4.3 computes a norm step
+    by step, for the hooks in between, and with a small matrix it is busy for longer than the product takes.
+    Where no hook is set, the layer is called and nothing else; a norm keeps less for the backward pass, too.
+    """
+    if any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks.values()):
+        return type(part).forward(part, *inputs, **named)
+    return part.original_component(*inputs, **named)
 
 
 class GrowingLayer(DynamicLayer):
@@ -1869,12 +1873,9 @@ class GrowingLayer(DynamicLayer):
         end = start + 1
         if self.room < end:
             self.room = end * 3 // 2  # so a long cache is seldom copied, and a short one has little room
-            self.buffers = [
-                nn.functional.pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)
-            ]
-        for buffer, new in zip(self.buffers, (keys, values), strict=True):
-            buffer[:, :, start:end] = new
+            self.buffers = [pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)]
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+        self.keys[:, :, start:], self.values[:, :, start:] = keys, values
         return self.keys, self.values
 
 
@@ -2006,7 +2007,7 @@ def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
     each, and `trainer.extra`, a column each."""
     trainer.logged, trainer.extra = {}, {}
     return {
-        "completion_ids": unpad(samples.tokens[:, samples.prompt_width :], samples.mask),
+        "completion_ids": unpad(samples.completion, samples.mask),
         "trainer_state": transformers.TrainerState(
             global_step=trainer.phase, max_steps=trainer.args.total_phases
         ),
@@ -2277,7 +2278,7 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")
     }
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
-    done = ["before", *range(1, trainer.phase + 1)]
+    done = ["before", *range(trainer.phase + 1)]
     kept = [
         [row for _, row in read_rows(run_dir / name) if row.get("phase") in done] if trainer.phase else []
         for name in ("metrics.jsonl", "samples.jsonl")
@@ -2868,7 +2869,7 @@ def draw_texts(model: TransformerWithValueHead, examples: list[dict], args: RLHF
     with explained(f"--token {token!r}: must be a single token; a leading space may matter"):
         token_id = model.bridge.to_single_token(token)
     drawn, _ = complete(model, examples, args, torch.Generator().manual_seed(args.seed), args.top_k)
-    predicted = nn.functional.pad(drawn.completion, (drawn.prompt_width - 1, 1), value=-100)
+    predicted = pad(drawn.completion, (drawn.prompt_width - 1, 1), value=-100)
     where = predicted == token_id
     return Texts(drawn.tokens, predicted, where if where.any() else predicted >= 0, token, token_id)
 

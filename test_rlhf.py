@@ -6018,6 +6018,34 @@ def test_a_norm_is_its_formula_with_hooks_and_without(name, tmp_path):
     assert kept == 1 or norm.uses_rms_norm  # which transformers computes step by step
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_hook_alone_sees_in_a_pass_what_run_with_cache_has(name, tmp_path):
+    """A layer in which no hook is set is called past TransformerLens; one that has any must not be. What a
+    hook returns is what the pass goes on with."""
+    policy = TransformerWithValueHead(save_model(tmp_path, ARCHITECTURES[name]()))
+    rlhf.choose_trained(policy.bridge, small_args("tiny", lora=True, lora_targets=("q", "o", "out")))
+    tokens = torch.arange(1, 13).view(2, 6)
+
+    def changed(x: torch.Tensor, hook) -> torch.Tensor:
+        return 1.5 * x + torch.linspace(0, 1, x.shape[-1])
+
+    with torch.no_grad():
+        _, cache = policy.bridge.run_with_cache(tokens)
+        plain, _ = policy.features(tokens, tokens > 0)
+        for hook_name, wanted in cache.items():
+            if "unembed" not in hook_name:  # the pass ends before it
+                seen = []
+                with policy.bridge.hooks(fwd_hooks=[(hook_name, lambda x, hook: seen.append(x))]):
+                    features, _ = policy.features(tokens, tokens > 0)
+                assert len(seen) == 1, hook_name
+                torch.testing.assert_close(seen[0], wanted.expand_as(seen[0]), msg=hook_name)  # positions: [1, T]
+                torch.testing.assert_close(features, plain)
+                if wanted.is_floating_point() and hook_name != "rotary_emb.hook_in":  # read for its dtype
+                    with policy.bridge.hooks(fwd_hooks=[(hook_name, changed)]):
+                        features, _ = policy.features(tokens, tokens > 0)
+                    assert not torch.allclose(features, plain), hook_name
+
+
 def test_a_fingerprint_needs_no_copy_of_a_weight():
     """Of 256 MB; a sum in torch would make them int64 first, four times as many bytes."""
     program = """
@@ -6976,8 +7004,8 @@ WRONG_ANSWERS = {
         ("policy_objective(new, old, kl_coef, args)", "policy_objective(new, old, args.kl_coef, args)"),
     ],
     "adapt_kl_coef": [
-        ("min(max(step, -0.6), 0.6)", "min(step, 0.6)"),
-        ("min(max(step, -0.6), 0.6)", "max(step, -0.6)"),
+        ("np.clip(step, -0.6, 0.6)", "min(step, 0.6)"),
+        ("np.clip(step, -0.6, 0.6)", "max(step, -0.6)"),
         ("(kl / last_kl) ** 5", "(last_kl / kl) ** 5"),
         ("math.log(kl * (kl / last_kl) ** 5)", "math.log(kl)"),
         ("max(one / args.kl_target, 0.01)", "one / args.kl_target"),
@@ -6985,7 +7013,7 @@ WRONG_ANSWERS = {
             "if args.kl_target is None:\n        return kl_coef\n",
             "if args.kl_target is None:\n        return args.kl_coef\n",
         ),
-        ("math.exp(min", "math.exp(-min"),
+        ("math.exp(np", "math.exp(-np"),
     ],
     "lr_scale": [
         ("[-1, warmup,", "[0, warmup,"),
