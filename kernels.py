@@ -408,12 +408,11 @@ def _slices(N: int, step: int) -> list[slice]:
 def _less(
     logits: Float[Tensor, "n V"], temperature: float, *tops: Float[Tensor, "n"]
 ) -> Float[Tensor, "n V"]:
-    """logits / τ minus each of tops, one at a time: their sum would be rounded, and shift the whole row. At
-    least -1e30, for an impossible token's p log p would be 0·∞; so a KL of ∞ is a number near that, too."""
+    """logits / τ minus each of tops, one at a time: their sum would be rounded, and shift the whole row."""
     x = _tempered(logits, temperature)
     for top in tops:
         x -= top[:, None]
-    return x.clamp_(min=-1e30)
+    return x
 
 
 def _exponentials(logits: Float[Tensor, "n V"], temperature: float) -> tuple[Tensor, ...]:
@@ -443,8 +442,8 @@ def _statistics(
         rows[0, part] = x.gather(1, tokens[part, None].clamp(min=0)).squeeze(1) - log_s
         if ref_logits is not None:
             y, _, _, rows[5:, part] = _exponentials(ref_logits[part], temperature)
-            rows[2, part] = (x - y).mul_(e).sum(-1) / s - log_s + rows[6, part]
-        rows[1, part] = log_s - e.mul_(x).sum(-1) / s
+            rows[2, part] = (x - y).mul_(e).nansum(-1) / s - log_s + rows[6, part]
+        rows[1, part] = log_s - e.mul_(x).nansum(-1) / s  # of an impossible token 0·∞, NaN, and counts as 0
     rows[:3].masked_fill_(tokens == IGNORE, 0)
     return rows
 
@@ -478,10 +477,11 @@ def _write_gradient(
     N, V = logits.shape
     for part in _slices(N, BLOCK_NUMBERS // V):
         g_l, a, g_H, g_KL = coefficients[:, part, None]
-        log_p = _less(logits[part], temperature, *rows[3:5, part])
+        log_p = _less(logits[part], temperature, *rows[3:5, part]).clamp_(min=-1e30)  # no 0·∞ below
         p = log_p.exp()
         if ref_logits is not None:
-            a = a + g_KL * (log_p - _less(ref_logits[part], temperature, *rows[5:, part]))
+            log_q = _less(ref_logits[part], temperature, *rows[5:, part]).clamp_(min=-1e30)
+            a = a + g_KL * (log_p - log_q)
         dx = log_p.mul_(-g_H).add_(a).mul_(p)
         dx.scatter_add_(1, tokens[part, None].clamp(min=0), g_l)
         torch.div(dx, temperature, out=out[part])

@@ -1806,7 +1806,8 @@ def load_bridge(
         ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
             mend_attention(block.attn)
-            # TransformerLens would look at its signature in each pass, for what it does not take.
+            # In each pass it would inspect the block's signature, to leave out what that does not take.
+            # (vars, because the bridge hands what is set by setattr on to the module that it wraps.)
             vars(block)["_filter_kwargs_for_forward"] = lambda named, *_: named
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
@@ -1823,7 +1824,6 @@ def load_bridge(
     )
     for part in bridge.modules():
         if hasattr(part, "original_component") and not [*part.original_component.children()]:
-            # not by setattr, which the bridge hands on to what it wraps
             vars(part)["forward"] = functools.partial(layer_forward, part, part.get_hooks())
     return bridge, tokenizer, stops, published, scale
 

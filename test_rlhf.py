@@ -3888,6 +3888,20 @@ def test_an_impossible_token_gets_no_gradient_however_large_the_weight(path):
 
 
 @pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_what_is_infinite_is_so_on_either_path(path):
+    """Of a fair coin: log p of its edge, impossible; and the KL to a reference that knows one face only."""
+    edge, face = torch.tensor([0.0, 0.0, -math.inf]), torch.tensor([0.0, -math.inf, -math.inf])
+    one, zeros = torch.ones(1, 1, device=device_of(path)), torch.zeros(3, 1, device=device_of(path))
+    for token, ref, log_p, kl in ((2, edge, -math.inf, 0.0), (0, face, -math.log(2), math.inf)):
+        head = {"unembed": zeros, "bias": edge.to(one.device)}
+        reference = {"ref_hidden": one, "ref_unembed": zeros, "ref_bias": ref.to(one.device)}
+        with on_path(path):
+            outputs = linear_token_logprobs(one, tokens=one[0].long() * token, **head, **reference)
+        expected = torch.tensor([[log_p], [math.log(2)], [kl]])
+        torch.testing.assert_close(torch.stack(outputs).cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_first_and_last_token_of_the_vocabulary(path):
     for V in (2, 16, 17, 2048, 2049):
         logits = draw(2, V, device=device_of(path))
@@ -6026,7 +6040,12 @@ def test_each_hook_alone_sees_in_a_pass_what_run_with_cache_has(name, tmp_path):
     rlhf.choose_trained(policy.bridge, small_args("tiny", lora=True, lora_targets=("q", "o", "out")))
     tokens = torch.arange(1, 13).view(2, 6)
 
-    def changed(x: torch.Tensor, hook) -> torch.Tensor:
+    seen = []
+
+    def look(x: torch.Tensor, hook) -> None:
+        seen.append(x)
+
+    def change(x: torch.Tensor, hook) -> torch.Tensor:
         return 1.5 * x + torch.linspace(0, 1, x.shape[-1])
 
     with torch.no_grad():
@@ -6034,14 +6053,14 @@ def test_each_hook_alone_sees_in_a_pass_what_run_with_cache_has(name, tmp_path):
         plain, _ = policy.features(tokens, tokens > 0)
         for hook_name, wanted in cache.items():
             if "unembed" not in hook_name:  # the pass ends before it
-                seen = []
-                with policy.bridge.hooks(fwd_hooks=[(hook_name, lambda x, hook: seen.append(x))]):
+                with policy.bridge.hooks(fwd_hooks=[(hook_name, look)]):
                     features, _ = policy.features(tokens, tokens > 0)
-                assert len(seen) == 1, hook_name
-                torch.testing.assert_close(seen[0], wanted.expand_as(seen[0]), msg=hook_name)  # positions: [1, T]
+                found = seen.pop()
+                assert not seen, hook_name
+                torch.testing.assert_close(found, wanted.expand_as(found), msg=hook_name)  # positions: [1, T]
                 torch.testing.assert_close(features, plain)
                 if wanted.is_floating_point() and hook_name != "rotary_emb.hook_in":  # read for its dtype
-                    with policy.bridge.hooks(fwd_hooks=[(hook_name, changed)]):
+                    with policy.bridge.hooks(fwd_hooks=[(hook_name, change)]):
                         features, _ = policy.features(tokens, tokens > 0)
                     assert not torch.allclose(features, plain), hook_name
 
