@@ -1,6 +1,6 @@
 """Two operations where reinforcement learning of a language model spends its memory: from hidden state to
-token log-probability, and the LoRA matmul. Each stands below a reference in plain torch, which is its meaning
-and its test.
+token log-probability, and the LoRA matmul. Each, but for float32_linear, stands below a reference in plain
+torch, which is its meaning and its test.
 
     token_logprobs         log p(token) and H(p), from logits that are read once
     linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, logits h Uᵀ + b in bounded memory
@@ -126,14 +126,17 @@ def _check(**arguments: tuple) -> None:
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected [{axes}] where {known}")
 
 
-def _check_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> None:
-    """An id outside of the vocabulary is an error on CPU; on CUDA, where looking stalls, log p is NaN."""
+def _flat_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> Integer[Tensor, "N"]:
+    """The ids as the kernels read them. One outside of the vocabulary is an error on CPU; on CUDA, where
+    looking stalls, Triton makes log p NaN."""
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature}, expected a positive number")
+    tokens = tokens.ravel().long()  # contiguous
     if tokens.device.type == "cpu":
         wrong = tokens[(tokens != IGNORE) & ((tokens < 0) | (tokens >= V))]
         if wrong.numel():
             raise ValueError(f"tokens: id {wrong[0].item()}, expected 0 to {V - 1}, or {IGNORE} where masked")
+    return tokens
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -518,10 +521,9 @@ def token_logprobs(
     tensor([1.3863, 0.0000])
     """
     _check(logits=(logits, "... V", FLOATS), tokens=(tokens, "...", INTEGERS))
-    V, flat_tokens = logits.shape[-1], tokens.reshape(-1).long()
-    _check_tokens(flat_tokens, V, temperature)
-    flat = logits.reshape(-1, V).contiguous()
-    logprobs, entropy, _ = _TokenLogprobs.apply(flat, flat_tokens, temperature)
+    V = logits.shape[-1]
+    inputs = logits.reshape(-1, V).contiguous(), _flat_tokens(tokens, V, temperature)
+    logprobs, entropy, _ = _TokenLogprobs.apply(*inputs, temperature)
     return logprobs.view(tokens.shape), entropy.view(tokens.shape)
 
 
@@ -632,8 +634,7 @@ def linear_token_logprobs(
         ref_unembed=(ref_unembed, "V D_ref", same),
         ref_bias=(ref_bias, "V", same),
     )
-    flat_tokens = tokens.reshape(-1).long()
-    _check_tokens(flat_tokens, len(unembed), temperature)
+    flat_tokens = _flat_tokens(tokens, len(unembed), temperature)
     ref_flat = None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1])
     flat, reference = hidden.reshape(-1, hidden.shape[-1]), (ref_flat, ref_unembed, ref_bias)
     outputs = _LinearTokenLogprobs.apply(flat, unembed, bias, flat_tokens, temperature, reference)
@@ -759,7 +760,7 @@ def _lora_triton(
     lora_linear_kernel[grid](
         x.contiguous(),
         weight,
-        x if bias is None else bias,
+        x if bias is None else bias.contiguous(),
         lora_a.contiguous(),
         lora_b.contiguous(),
         out,
@@ -893,30 +894,37 @@ def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int, L: int
         print(f"{name:22} {'and backward' if trained else 'forward':12} error {error} ms {ms} {unit} {rate}")
 
 
+def peak_memory(device: str) -> int:
+    """The most bytes that were ever in use: of the GPU where there is one, else of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows has not
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def measure_memory(which: str, N: int = 4096, V: int = 50257) -> tuple[float, float]:
     """MB above the inputs and seconds, forward and backward, N x 768; in its own process."""
-    import resource  # POSIX alone has it
-
-    cuda = torch.cuda.is_available()
-    with torch.device("cuda" if cuda else "cpu"):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
         hidden, unembed, tokens = torch.randn(N, 768), torch.randn(V, 768), torch.randint(V, (N,))
     unembed.div_(28)
     ref_hidden = hidden + 0.1 if "KL" in which else None
     function = linear_token_logprobs_reference if "plain" in which else linear_token_logprobs
     (unembed[:64] @ unembed[:64].T).sum().item()  # the library's own buffers
 
-    def peak() -> int:
-        unit = 1 if sys.platform == "darwin" else 1024
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return torch.cuda.max_memory_allocated() if cuda else resident
-
     for rows in (2, N):  # the first, small, has kernels compiled
-        before, start = peak(), time.perf_counter()
+        before, start = peak_memory(device), time.perf_counter()
         inputs = hidden[:rows].requires_grad_(), unembed, tokens[:rows]
         outputs = function(*inputs, ref_hidden=None if ref_hidden is None else ref_hidden[:rows])
         (gradient,) = torch.autograd.grad(sum(one.sum() for one in outputs if one is not None), inputs[0])
         gradient[0, 0].item()  # waits for the device
-    return (peak() - before) / 1e6, time.perf_counter() - start
+    return (peak_memory(device) - before) / 1e6, time.perf_counter() - start
 
 
 def report_memory() -> None:
@@ -942,8 +950,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(*measure_memory(sys.argv[1]))
     else:
-        if sys.platform != "win32":
-            report_memory()  # first: a child process starts from its parent's peak
+        report_memory()  # first: a child process starts from its parent's peak
         if torch.cuda.is_available():
             report_speed("cuda", torch.bfloat16, 8192, 50257, 1024, 4096)
         else:

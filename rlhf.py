@@ -83,7 +83,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
-from kernels import float32_linear, linear_token_logprobs, lora_linear
+from kernels import float32_linear, linear_token_logprobs, lora_linear, peak_memory
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
@@ -115,13 +115,13 @@ class RLHFArgs:
     prompts: str | Path | None = None  # in place of prefix: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
     eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
-    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # that leave no room; cut keeps their end
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # that leave no room; cut keeps the end, no BOS
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
     prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer; GPT-2, Pythia: yes
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
-    advantage: Literal["critic", "group", "others"] | None = None  # minus value, group's or others' mean
+    advantage: Literal["critic", "group", "others"] | None = None  # reward - value, or group's, others' mean
     scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation; critic: group = none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
@@ -129,14 +129,14 @@ class RLHFArgs:
     clip_coef: Amount | None = None  # ε: nothing is gained by moving the ratio beyond 1 ± ε
     clip_high: Amount | None = None  # another upper end, 1 + this in place of 1 + ε
     loss_average: Literal["sequence", "token", "constant"] | None = None  # over what losses are averaged
-    kl_in: Literal["loss", "reward"] | None = None  # where the penalty is; the reward's is estimated by k1
+    kl_in: Literal["loss", "reward"] | None = None  # where the penalty is; in reward: log π_old - log π_ref
     kl_coef: Amount | None = None  # β: the price of leaving the reference, the model as it was; 0: no price
     gae_lambda: Share | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
 
     # Rollout phase: completions are drawn and judged
     total_phases: Count = 50  # rollout phase and learning phase, this many times
     batch_size: Count = 64  # completions in a rollout phase, of all processes together
-    group_size: Count | None = None  # completions of a prompt; default: all, of many prompts 8 (critic: 1)
+    group_size: Count | None = None  # completions of a prompt; default: all; with --prompts 8 (critic: 1)
     gen_len: Count = 32  # tokens in a completion, at most
     temperature: Positive = 1.0  # divides the logits; for greedy completions --top-k 1
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
@@ -147,7 +147,7 @@ class RLHFArgs:
     batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs; the name is the course's)
     num_minibatches: Count = 4  # optimizer steps in each pass
     micro_batch_size: Count | None = None  # completions that learn at a time: less memory, the same result
-    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or kl_estimate's
+    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or as in section 9
     kl_target: Positive | None = None  # adapt β from phase to phase until the KL is this, in nats a token
     ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: Amount = 0.15  # weight of the value loss (critic)
@@ -424,7 +424,7 @@ class TransformerWithValueHead(nn.Module):
 
     @property
     def output_layer(self) -> tuple[Float[Tensor, "V D"], Float[Tensor, "V"] | None]:
-        """The output layer's weight and bias; None where the model has none, and TransformerLens a buffer of
+        """The output layer's weight and bias; None where the model has no bias, for which TransformerLens has
         zeros."""
         layer = self.bridge.unembed.original_component
         return layer.weight, layer._parameters.get("bias")
@@ -442,8 +442,9 @@ class TransformerWithValueHead(nn.Module):
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
         P, C, mask = samples.prompt_width, samples.logprobs.shape[1], samples.attention_mask
-        if len(mask) * P < 256:  # so few tokens are read again with each completion: one pass, and not two
-            P = 1  # all but column 0 counts as completion, and nothing is cached
+        # So few tokens are read again with each completion: that costs less than a pass of their own would.
+        if len(mask) * P <= 256:
+            P = 1  # as if column 0 alone were the prompt: nothing is cached
         cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
         features, values = self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
         return features[:, -C:], values[:, -C:]
@@ -546,7 +547,7 @@ def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
 
 @contextmanager
 def adapters_off() -> Iterator[None]:
-    """Within, every model is the one that LoRA started from."""
+    """Within, every model is the one that LoRA started from. Not to be nested."""
     LoRALinear.enabled = False
     try:
         yield
@@ -607,15 +608,15 @@ def sample_token(probs: Float[Tensor, "B V"], generator: torch.Generator | None)
     total = cumulative[:, -1:].contiguous()
     uniform = torch.rand(len(probs), 1, generator=generator, device=probs.device)
     # `right` passes over tokens of probability 0; where the product rounds up to the total, the minimum leads
-    # back to the last token that has any. With NaN both are V, which is no token: the remainder makes it one,
-    # and the learning phase stops at the NaN.
+    # back to the last token that has any probability. With NaN both are V, which is no token: the remainder
+    # makes it one, and the learning phase stops at the NaN.
     token = torch.searchsorted(cumulative, uniform * total, right=True)
     return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1) % probs.shape[1]
 
 
 def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float) -> Float[Tensor, "B V"]:
     """Sets to 0 all but the top_k likeliest tokens, and all behind those that have probability top_p together
-    (nucleus sampling, 1904.09751).
+    (nucleus sampling, 1904.09751); of all V, also where top_k keeps fewer.
 
     >>> keep_likeliest(torch.tensor([[0.2, 0.5, 0.3]]), top_k=None, top_p=0.6)
     tensor([[0.0000, 0.5000, 0.3000]])
@@ -777,7 +778,9 @@ def group_relative(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2), r_i the
-    sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide: `scale_rewards none`.
+    sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide: `scale_rewards none`. With `--kl-in
+    reward` the penalty is divided, too: where it alone differs within a group, its noise counts in full; take
+    another `--scale-rewards` there.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
@@ -838,7 +841,7 @@ class ReplayMemory(Samples):
         self, passes: int, count: int, generator: torch.Generator
     ) -> Iterator["ReplayMemory"]:
         """Goes through all rows `passes` times, each time in a new order and in `count` parts. Completions of
-        a prompt stay together, behind the first of them, for they may share its computation.
+        a prompt stay together, where the first of them is drawn, for they may share its computation.
 
         >>> zeros, tokens = torch.zeros(4, 1), torch.zeros(4, 2).long()
         >>> samples = tokens, tokens == 0, zeros, zeros
@@ -923,10 +926,10 @@ def kl_estimate(
         k3                    yes      no: that of KL(π_ref ‖ π_θ)
         full, weighted_k3     yes      yes
 
-    `full` is get_logprobs' exact sum over the vocabulary; weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556), its
-    ρ comes in `RLHFTrainer.evaluate`. "Yes" is of each state visited: that early tokens lead to other states
-    later is left out of all these gradients. A penalty in the reward has that too, and is noisier. Beyond
-    log q = 10 all are cut off: q may be infinite.
+    `full` is get_logprobs' exact sum over the vocabulary; weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556);
+    `RLHFTrainer.evaluate` multiplies by ρ. "Yes" is of each state visited: that early tokens lead to other
+    states later is left out of all these gradients. A penalty in the reward has that too, and is noisier.
+    Beyond log q = 10 all are cut off: q may be infinite.
 
     >>> [round(kl_estimate(torch.zeros(1, 1), torch.ones(1, 1), k).item(), 3) for k in ("k1", "k2", "k3")]
     [-1.0, 0.5, 0.718]
@@ -1078,7 +1081,7 @@ class RLHFTrainer:
             if self.phase % args.save_every:  # the loop has not saved this one
                 save_checkpoint(self)
             export(self)
-            if self.phase == args.total_phases:
+            if self.phase >= args.total_phases:
                 log.samples("after", showcase(self, examples, args.top_k))
 
     @torch.no_grad
@@ -1284,7 +1287,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import matplotlib.style
-import psutil
 import pydantic
 import safetensors.torch
 import transformers
@@ -1413,7 +1415,10 @@ class RunLog(contextlib.AbstractContextManager):
         trainer, phase = self.trainer, metrics["phase"]
         tokens = metrics["completion_length"] * trainer.args.batch_size
         speed = tokens / (metrics["rollout_seconds"] + metrics["learning_seconds"])
-        metrics = metrics | {"tokens_per_second": speed, "peak_memory_mb": peak_memory_mb(trainer.device)}
+        metrics = metrics | {
+            "tokens_per_second": speed,
+            "peak_memory_mb": peak_memory(trainer.device) / 2**20,
+        }
         figures = "reward {reward:.2f}  kl {kl:.2f}  entropy {entropy:.2f}  distinct_2 {distinct_2:.2f}"
         console.print(
             f"phase {phase:>3} of {trainer.args.total_phases}  {figures.format_map(metrics)}  "
@@ -1477,7 +1482,7 @@ def rollout_metrics(
         "phase": trainer.phase + 1,
         "reward": rewards.nanmean().nan_to_num().item(),
         "reward_std": deviation(centered(rewards)).item(),
-        "equal_groups": are_equal.float().mean().item(),  # the share that teaches nothing
+        "equal_groups": are_equal.float().mean().item(),  # whose rewards teach nothing
         "completion_length": mask.sum().item() / len(mask),
         "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
         "distinct_2": distinct_2(unpad(drawn, mask)),
@@ -1509,7 +1514,8 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
 
 
 def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> list[dict]:
-    """A completion of each, drawn with the same random numbers before, during and after training."""
+    """A completion of each, drawn with the same random numbers before, during and after training; its reward
+    is without the penalty of --truncated."""
     generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
     samples, texts = complete(trainer.policy, examples, trainer.args, generator, top_k)
     scores = get_rewards(trainer.rewards, examples, texts, **trl_extras(trainer, samples))
@@ -1542,18 +1548,6 @@ def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"],
 def one_line(text: str) -> str:
     """With its line feeds as ⏎, and harmless to the terminal."""
     return printable(text.replace("\n", "⏎"))
-
-
-def peak_memory_mb(device: str) -> float:
-    """The most memory that was ever in use, in MiB: of the GPU where there is one, else of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**20
-    import resource  # which Windows has not
-
-    mebibyte = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is bytes there, kibibytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / mebibyte
 
 
 PANELS = [  # what is drawn, over what, under which title
@@ -1785,11 +1779,14 @@ def load_bridge(
     weights under the names that they have in the model's files, for the bridge renames what it wraps; and the
     scale of its output layer (Cohere, Granite). Never runs a model's own code.
 
-    Raises SettingError for what cannot be loaded, or where the bridge computes something else.
+    Raises SettingError for what cannot be loaded, or where the bridge computes something else, by more than
+    may be rounding: 0.03 % in float32, 9 % in bfloat16.
     """
     # TransformerLens takes seconds to import, so only where it is needed: `--help` or a formula does without.
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+    GeneralizedComponent.__call__ = nn.Module.__call__  # its own looks for weights that are offloaded
     refused = f"--base-model {base_model}: cannot be loaded"
     with explained(refused):
         name = model_name(base_model)
@@ -1807,8 +1804,7 @@ def load_bridge(
         for block in bridge.blocks:
             mend_attention(block.attn)
             # In each pass it would inspect the block's signature, to leave out what that does not take.
-            # (vars, because the bridge hands what is set by setattr on to the module that it wraps.)
-            vars(block)["_filter_kwargs_for_forward"] = lambda named, *_: named
+            block._filter_kwargs_for_forward = lambda named, *_: named
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = Cache(layer_class_to_replicate=GrowingLayer)
@@ -1824,6 +1820,7 @@ def load_bridge(
     )
     for part in bridge.modules():
         if hasattr(part, "original_component") and not [*part.original_component.children()]:
+            # Not by setattr, which the bridge hands on to what it wraps.
             vars(part)["forward"] = functools.partial(layer_forward, part, part.get_hooks())
     return bridge, tokenizer, stops, published, scale
 
@@ -1835,7 +1832,7 @@ def require_weights(missing: set[str], what: str) -> None:
 
 def mend_attention(attn: nn.Module) -> None:
     """What TransformerLens 4.3 needs for this file to call its attention."""
-    # A row of padding attends to nothing, as in HookedTransformer; under autocast it would be NaN.
+    # Under autocast a row of padding would be NaN; in this mode it attends to nothing.
     attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     # transformers 5.24 gives it a `cache`, and it looks for `past_key_values`.
     attn.register_forward_pre_hook(
@@ -1848,9 +1845,9 @@ def mend_attention(attn: nn.Module) -> None:
 
 def layer_forward(part: nn.Module, hooks: dict[str, nn.Module], *inputs, **named):
     """The forward pass of a bridge's part that wraps a single layer. TransformerLens 4.3 computes a norm step
-    by step, for the hooks in between, and with a small matrix it is busy for longer than the product takes.
-    Where no hook is set, the layer is called and nothing else; a norm keeps less for the backward pass, too.
-    """
+    by step, for the hooks in between, and its way to a small matrix takes longer than the product. Where no
+    hook is set (the final norm always has one), the layer is called and nothing else; so a norm keeps less
+    for the backward pass, too."""
     if any(hook.fwd_hooks or hook.bwd_hooks for hook in hooks.values()):
         return type(part).forward(part, *inputs, **named)
     return part.original_component(*inputs, **named)
@@ -1858,8 +1855,8 @@ def layer_forward(part: nn.Module, hooks: dict[str, nn.Module], *inputs, **named
 
 class GrowingLayer(DynamicLayer):
     """A layer's keys and values, with room for the sampler's next tokens behind them: a DynamicLayer copies
-    all of them for every token. For many tokens at once it is one, and where gradients flow, since then
-    nothing may be written in place."""
+    all of them for every token. Where several come at once, or gradients flow, which forbid to write in
+    place, it does so, too. Its rows must stay the same."""
 
     room = 0  # in columns
 
@@ -1869,6 +1866,7 @@ class GrowingLayer(DynamicLayer):
         """Adds these; returns all."""
         start = self.get_seq_length()
         if torch.is_grad_enabled() or start == 0 or keys.shape[2] > 1:
+            self.room = 0
             return super().update(keys, values, *rest, **named)
         end = start + 1
         if self.room < end:
@@ -1933,7 +1931,7 @@ def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.
     matrices = [*map(block_matrices, blocks)]
     for target in targets:
         require(
-            target in matrices[0],
+            all(target in found for found in matrices),
             f"--lora-targets {target}: no such matrix; expected of {', '.join(matrices[0])}",
         )
     return [found[target] for found in matrices for target in dict.fromkeys(targets)]
@@ -2060,14 +2058,12 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     """Score of a sequence classifier, MODEL[:LABEL], for prompt and completion: the label's probability, or,
     of a reward model with one output, that output."""
     has_label = ":" in name and not Path(name).is_dir()
-    model, *given = name.rsplit(":", 1) if has_label else [name]
+    model, class_name = name.rsplit(":", 1) if has_label else (name, None)
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = [*classifier.config.id2label.values()]
-    class_name, *others = given or labels  # of one label it need not be said
-    require(
-        class_name in labels and not others,
-        f"--reward classifier:{name}: no such label; it has {', '.join(labels)}",
-    )
+    if class_name is None and len(labels) == 1:
+        class_name = labels[0]
+    require(class_name in labels, f"--reward classifier:{name}: no such label; it has {', '.join(labels)}")
     are_independent = classifier.config.problem_type == "multi_label_classification"
 
     @torch.no_grad
@@ -2111,7 +2107,7 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
             os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false",
             f"accelerate's {engine}: not supported; each process holds the whole model",
         )
-    is_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
+    is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
     with explained("accelerate: was launched wrongly"):
         accelerator = Accelerator(cpu=is_cpu)
     if device == "auto":
@@ -3110,7 +3106,7 @@ def train(args: RLHFArgs) -> int:
     """Trains; returns the exit status."""
     trainer = RLHFTrainer(args)
     trainer.train()
-    if trainer.phase == args.total_phases:
+    if trainer.phase >= args.total_phases:
         return 0
     console.print(
         f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}"

@@ -373,7 +373,7 @@ def test_a_run_as_on_windows(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", rename)
     used = types.SimpleNamespace(peak_wset=2**20)
     monkeypatch.setattr(psutil, "Process", lambda: types.SimpleNamespace(memory_info=lambda: used))
-    monkeypatch.setattr(rlhf, "sys", types.SimpleNamespace(**vars(sys) | {"platform": "win32"}))
+    monkeypatch.setattr(kernels, "sys", types.SimpleNamespace(**vars(sys) | {"platform": "win32"}))
     settings = "--algo grpo --lora --num-minibatches 1 --batch-size 2 --gen-len 2 --total-phases 2"
     run = tmp_path / "run"
     command = [*settings.split(), *"--warmup-steps 0 --save-every 1 --prefix ☃ρ --base-model".split(), gpt2]
@@ -1956,6 +1956,19 @@ def test_resume_refuses_what_it_should(gpt2, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_resume_of_a_run_that_is_further_than_asked_for(gpt2, tmp_path, capsys):
+    """It was not stopped: the status is 0, and nothing is said of going on."""
+    run = tmp_path / "run"
+    two_phases = [
+        "2" if before == "--total-phases" else one for before, one in zip(["", *SMALL], SMALL, strict=False)
+    ]
+    assert rlhf.main([*two_phases, "--base-model", gpt2, "--run-dir", str(run)]) == 0
+    capsys.readouterr()
+    assert rlhf.main(["--resume", str(run), "--total-phases", "1"]) == 0
+    assert "stopped" not in capsys.readouterr().out
+    assert len(rlhf.read_rows(run / "metrics.jsonl")) == 2
+
+
 def test_resume_with_several_rewards_and_their_weights(gpt2, tmp_path, capsys):
     flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 2 --warmup-steps 1 --lora".split()
     rewards = ["--reward", "char:e", "--reward", "char:s", "--reward-weights", "1", "0.5"]
@@ -2983,6 +2996,16 @@ def test_two_rewards_of_one_name_are_refused(tmp_path):
             rlhf.load_rewards(RLHFArgs(reward=rewards), tmp_path, "cpu")
 
 
+def test_a_target_that_some_blocks_lack_is_refused(gpt2, monkeypatch):
+    blocks = TransformerWithValueHead(gpt2).bridge.blocks
+    matrices = [*map(rlhf.block_matrices, blocks)]
+    del matrices[-1]["in"]
+    monkeypatch.setattr(rlhf, "block_matrices", lambda block: matrices[[*blocks].index(block)])
+    assert rlhf.target_matrices(blocks, ("q",))
+    with pytest.raises(SettingError, match="--lora-targets in: no such matrix"):
+        rlhf.target_matrices(blocks, ("q", "in"))
+
+
 def test_repeated_targets_count_once_and_none_are_refused(gpt2, tmp_path):
     args = small_args(gpt2, lora=True, lora_targets=("q", "q", "o", "q"), run_dir=tmp_path / "run")
     trainer = RLHFTrainer(args)
@@ -3885,6 +3908,24 @@ def test_an_impossible_token_gets_no_gradient_however_large_the_weight(path):
             (1e6 * sum(outputs)).sum().backward()
         assert all(one.isfinite().all() for one in outputs) and bias.grad.isfinite().all()
         assert bias.grad[row < -100].eq(0).all() and bias.grad.abs().max() > 1e3
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_tokens_and_bias_that_are_columns_of_something_else(path):
+    """Their numbers are not neighbours in memory, as a kernel would read them."""
+    device = device_of(path)
+    table = torch.randint(40, (6, 3), device=device)
+    tokens, logits, unembed = table[:, 1], draw(6, 40, device=device), draw(40, 5, device=device)
+    x, a, b = draw(6, 5, device=device), draw(2, 5, device=device), draw(40, 2, device=device)
+    bias = draw(40, 3, device=device)[:, 1]
+    with on_path(path):
+        logprobs, _ = token_logprobs(logits, tokens)
+        of_hidden, _, _ = linear_token_logprobs(x, unembed, tokens)
+        out = lora_linear(x, unembed, bias, a, b, 0.5)
+    for got, exact in ((logprobs, logits.double()), (of_hidden, x.double() @ unembed.double().T)):
+        true = exact.log_softmax(-1)[range(6), tokens.tolist()]
+        torch.testing.assert_close(got.double(), true, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, x @ (unembed + 0.5 * b @ a).T + bias, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
@@ -5008,15 +5049,14 @@ def test_a_sample_steers_no_terminal_and_stays_on_its_line(monkeypatch, capsys):
 
 
 def test_peak_memory_is_the_most_that_ever_was():
-    before = rlhf.peak_memory_mb("cpu")
-    now = psutil.Process().memory_info().rss / 2**20
-    held = bytearray(int(before - now + 100) * 2**20)  # zeros that nobody touched yet
+    before, now = kernels.peak_memory("cpu"), psutil.Process().memory_info().rss
+    held = bytearray(before - now + 100 * 2**20)  # zeros that nobody touched yet
     held[:: 2**12] = b"1" * len(held[:: 2**12])
     del held
-    assert rlhf.peak_memory_mb("cpu") > before + 50
+    assert kernels.peak_memory("cpu") > before + 50 * 2**20
     if sys.platform == "linux":
         kilobytes = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
-        assert rlhf.peak_memory_mb("cpu") == pytest.approx(int(kilobytes) / 1024, rel=0.02)
+        assert kernels.peak_memory("cpu") == pytest.approx(int(kilobytes) * 1024, rel=0.02)
 
 
 def test_what_cannot_be_compared_says_so_in_one_line(tmp_path, capsys):
@@ -6071,9 +6111,9 @@ def test_a_fingerprint_needs_no_copy_of_a_weight():
 import types, torch, rlhf
 weight = torch.ones(2**13, 2**14, dtype=torch.bfloat16)  # of bits 0x3F80
 trainer = types.SimpleNamespace(reference=types.SimpleNamespace(published={"weight": weight}))
-before = rlhf.peak_memory_mb("cpu")
+before = rlhf.peak_memory("cpu")
 assert rlhf.fingerprint(trainer) == 0x3F80 * 2**27
-print(rlhf.peak_memory_mb("cpu") - before)
+print((rlhf.peak_memory("cpu") - before) / 2**20)
 """
     directory = Path(rlhf.__file__).parent
     run = subprocess.run([sys.executable, "-c", program], cwd=directory, capture_output=True, text=True)
@@ -6116,6 +6156,15 @@ def test_a_cache_with_room_copies_what_it_holds_when_it_is_half_as_long_again():
     assert sum(one.shape[2] for one in layer.buffers) <= 2 * 130 * 1.5
     assert keys[1, 2, :, 3].tolist() == list(range(130)) and values.shape == (2, 3, 130, 5)
     assert values[0, 0, :, 0].tolist() == [-i for i in range(130)]
+
+
+def test_a_cache_with_room_takes_several_tokens_between_single_ones():
+    layer, held = rlhf.GrowingLayer(), []
+    with torch.no_grad():
+        for width in (20, 1, 3, 1, 1):
+            held.append(torch.randn(2, 3, width, 5))
+            keys, values = layer.update(held[-1], -held[-1])
+            assert torch.equal(keys, torch.cat(held, dim=2)) and torch.equal(values, -keys)
 
 
 # ---- Beside TRL --------------------------------------------------------------------------------------------
@@ -6354,7 +6403,7 @@ def test_exercise_completion_features():
             )
             return tokens[..., None].float(), tokens + 100.0
 
-    B = 64  # so many that the prompt of each would be worth a cache
+    B = 65  # so many that the prompt of each would be worth a cache
     zeros = torch.zeros(B, 3)  # C = 3
     mask = torch.ones(B, 7).bool()
     samples = lesson.Samples(torch.arange(7).expand(B, 7), mask, logprobs=zeros, values=zeros)
