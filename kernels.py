@@ -409,10 +409,11 @@ def _slices(N: int, step: int) -> list[slice]:
 
 
 def _less(
-    logits: Float[Tensor, "n V"], temperature: float, *tops: Float[Tensor, "n"]
+    logits: Float[Tensor, "n V"], temperature: float, m: Float[Tensor, "n"], *tops: Float[Tensor, "n"]
 ) -> Float[Tensor, "n V"]:
-    """logits / τ minus each of tops, one at a time: their sum would be rounded, and shift the whole row."""
-    x = _tempered(logits, temperature)
+    """logits / τ minus m and each of tops, one at a time: their sum would be rounded, and shift the whole
+    row."""
+    x = torch.add(-m[:, None], logits, alpha=1 / temperature)
     for top in tops:
         x -= top[:, None]
     return x
@@ -785,6 +786,8 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
+        if any(ctx.needs_input_grad[1:3]):
+            raise ValueError("weight and bias: one of them requires a gradient, expected both to be frozen")
         is_small = len(lora_a) <= MAX_RANK and len(x) * len(weight) <= FUSED_OUTPUTS
         if path_taken(x) == "triton" and is_small:
             out, xa = _lora_triton(x, weight, bias, lora_a, lora_b, scale)
@@ -829,9 +832,6 @@ def lora_linear(
         lora_a=(lora_a, "rank d_in", FLOATS),
         lora_b=(lora_b, "d_out rank", FLOATS),
     )
-    for name, one in (("weight", weight), ("bias", bias)):
-        if one is not None and one.requires_grad:
-            raise ValueError(f"{name}: requires a gradient, expected to be frozen")
     d_out, d_in = weight.shape
     matrices = weight, bias, lora_a.to(x.dtype), lora_b.to(x.dtype)
     return _LoraLinear.apply(x.reshape(-1, d_in), *matrices, scale).view(*x.shape[:-1], d_out)

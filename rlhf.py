@@ -626,7 +626,7 @@ def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float)
     V = probs.shape[1]
     likeliest, tokens = probs.topk(min(top_k or V, V))
     before = likeliest.cumsum(dim=1) - likeliest  # the probability of all that are likelier
-    return torch.zeros_like(probs).scatter(1, tokens, likeliest.masked_fill(before >= top_p, 0))
+    return torch.zeros_like(probs).scatter_(1, tokens, likeliest.masked_fill(before >= top_p, 0))
 
 
 def complete(
