@@ -55,12 +55,13 @@ except ImportError:  # whoever imports transformers in this directory gets this 
 
     Float = Integer = Annotated
 
+CUDA = torch.cuda.is_available()
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
 FUSED_OUTPUTS = 2**21  # up to so many numbers one fused launch beats the vendor's three
 # Tokens whose logits are made at a time: enough of them to be worth reading U. On a CPU GPT-2's are 32 MB:
 # glibc keeps a block of that size for the next chunk, a larger one comes from the system anew, page by page.
-CHUNK_ROWS = 256 if torch.cuda.is_available() else 160
+CHUNK_ROWS = 256 if CUDA else 160
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
 BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
 
@@ -636,8 +637,8 @@ def linear_token_logprobs(
         ref_bias=(ref_bias, "V", same),
     )
     flat_tokens = _flat_tokens(tokens, len(unembed), temperature)
-    ref_flat = None if ref_hidden is None else ref_hidden.reshape(-1, ref_hidden.shape[-1])
-    flat, reference = hidden.reshape(-1, hidden.shape[-1]), (ref_flat, ref_unembed, ref_bias)
+    flat, ref_flat = (h if h is None else h.reshape(-1, h.shape[-1]) for h in (hidden, ref_hidden))
+    reference = ref_flat, ref_unembed, ref_bias
     outputs = _LinearTokenLogprobs.apply(flat, unembed, bias, flat_tokens, temperature, reference)
     logprobs, entropy, kl = (one.view(tokens.shape) for one in outputs)
     return logprobs, entropy, None if ref_hidden is None else kl
@@ -786,8 +787,6 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
-        if any(ctx.needs_input_grad[1:3]):
-            raise ValueError("weight and bias: one of them requires a gradient, expected both to be frozen")
         is_small = len(lora_a) <= MAX_RANK and len(x) * len(weight) <= FUSED_OUTPUTS
         if path_taken(x) == "triton" and is_small:
             out, xa = _lora_triton(x, weight, bias, lora_a, lora_b, scale)
@@ -832,6 +831,9 @@ def lora_linear(
         lora_a=(lora_a, "rank d_in", FLOATS),
         lora_b=(lora_b, "d_out rank", FLOATS),
     )
+    for name, one in (("weight", weight), ("bias", bias)):
+        if one is not None and one.requires_grad:
+            raise ValueError(f"{name}: requires a gradient, expected to be frozen")
     d_out, d_in = weight.shape
     matrices = weight, bias, lora_a.to(x.dtype), lora_b.to(x.dtype)
     return _LoraLinear.apply(x.reshape(-1, d_in), *matrices, scale).view(*x.shape[:-1], d_out)
@@ -910,7 +912,7 @@ def peak_memory(device: str) -> int:
 
 def measure_memory(which: str, N: int = 4096, V: int = 50257) -> tuple[float, float]:
     """MB above the inputs and seconds, forward and backward, N x 768; in its own process."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if CUDA else "cpu"
     with torch.device(device):
         hidden, unembed, tokens = torch.randn(N, 768), torch.randn(V, 768), torch.randint(V, (N,))
     unembed.div_(28)
@@ -951,7 +953,7 @@ if __name__ == "__main__":
         print(*measure_memory(sys.argv[1]))
     else:
         report_memory()  # first: a child process starts from its parent's peak
-        if torch.cuda.is_available():
+        if CUDA:
             report_speed("cuda", torch.bfloat16, 8192, 50257, 1024, 4096)
         else:
             report_speed("cpu", torch.float32, 256, 50257, 768, 1024)

@@ -1110,7 +1110,8 @@ class RLHFTrainer:
             rewards = rewards - (~ended).float()
         # 5. Advantages; where no reward applies they are NaN, and become 0.
         scaled = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
-        per_token = token_rewards(scaled, self.kl_coef * (args.kl_in == "reward") * k1, mask)
+        kl_penalty = self.kl_coef * (args.kl_in == "reward") * k1
+        per_token = token_rewards(scaled, kl_penalty, mask)
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         metrics = rollout_metrics(self, drawn, ended, scores, rewards, advantages, values)
         # 6. Of all this our own rows, as wide as our own completions. What no reward applies to teaches
@@ -1264,6 +1265,7 @@ def distinct_2(completions: list[list[int]]) -> float:
 # can use.
 
 import asyncio
+import codecs
 import contextlib
 import copy
 import dataclasses
@@ -1478,11 +1480,12 @@ def rollout_metrics(
     # A critic learns of equal rewards, too, unless the batch's mean is taken off: they are compared with V.
     are_equal = (centered(rewards.view(-1, K)).nan_to_num() == 0).all(dim=1)
     are_equal &= not args.has_critic or args.scale_rewards == "batch"
+    terms = scores.nanmean(dim=0).nan_to_num().tolist()
     metrics = {
         "phase": trainer.phase + 1,
         "reward": rewards.nanmean().nan_to_num().item(),
         "reward_std": deviation(centered(rewards)).item(),
-        "equal_groups": are_equal.float().mean().item(),  # whose rewards teach nothing
+        "equal_groups": are_equal.float().mean().item(),  # the share whose rewards teach nothing
         "completion_length": mask.sum().item() / len(mask),
         "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
         "distinct_2": distinct_2(unpad(drawn, mask)),
@@ -1491,10 +1494,7 @@ def rollout_metrics(
     if args.has_critic:
         unforeseen, all_of_it = (x[mask].var(correction=0).item() for x in (advantages, advantages + values))
         metrics["explained_variance"] = 1 - unforeseen / all_of_it if all_of_it > 1e-10 else 0.0
-    metrics |= {
-        term.name: mean
-        for term, mean in zip(trainer.rewards, scores.nanmean(dim=0).nan_to_num().tolist(), strict=True)
-    }
+    metrics |= {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
     return trainer.logged | metrics
 
 
@@ -1558,14 +1558,15 @@ PANELS = [  # what is drawn, over what, under which title
     ("reward", "kl", "frontier: mean reward against KL; the dot is the last phase"),
     ("gold_reward", "phase", "gold reward, never learned from"),
 ]
+# Colours that the colour-blind tell apart.
+LOOKS = "cycler('linestyle', ['-', '--', ':']) * cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7'])"
 STYLE = [
     "seaborn-v0_8-whitegrid",
     {
         "font.size": 8,
         "lines.markersize": 4,
         "text.parse_math": False,  # since tokens may hold a "$"
-        "axes.prop_cycle": "cycler('linestyle', ['-', '--', ':']) * "
-        "cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7'])",  # which the colour-blind tell apart
+        "axes.prop_cycle": LOOKS,
         "image.cmap": "viridis",
     },
 ]
@@ -1740,8 +1741,8 @@ def decode(samples: Samples, tokenizer) -> list[str]:
     leading space."""
     first = samples.prompt_width - 1
     rows = unpad(samples.tokens[:, first:], samples.attention_mask[:, first:])
-    texts = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
-    return [*map(str.removeprefix, texts(rows), texts([row[:1] for row in rows]))]
+    texts_of = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
+    return [*map(str.removeprefix, texts_of(rows), texts_of([row[:1] for row in rows]))]
 
 
 def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs) -> list[dict]:
@@ -1802,9 +1803,7 @@ def load_bridge(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=copy.deepcopy(tokenizer)
         ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
-            mend_attention(block.attn)
-            # In each pass it would inspect the block's signature, to leave out what that does not take.
-            block._filter_kwargs_for_forward = lambda named, *_: named
+            mend_block(block)
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = Cache(layer_class_to_replicate=GrowingLayer)
@@ -1830,8 +1829,11 @@ def require_weights(missing: set[str], what: str) -> None:
     require(not missing, f"{what}: its files lack {', '.join(sorted(missing)[:3])}")
 
 
-def mend_attention(attn: nn.Module) -> None:
-    """What TransformerLens 4.3 needs for this file to call its attention."""
+def mend_block(block: nn.Module) -> None:
+    """What TransformerLens 4.3 needs for this file to call its blocks."""
+    attn = block.attn
+    # In each pass it would inspect the signature of what it wraps, to leave out what that does not take.
+    block._filter_kwargs_for_forward = lambda named, *_: named
     # Under autocast a row of padding would be NaN; in this mode it attends to nothing.
     attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     # transformers 5.24 gives it a `cache`, and it looks for `past_key_values`.
@@ -2171,9 +2173,8 @@ def only_one(path: Path, seconds: int = 0) -> contextlib.AbstractContextManager:
     long for one that has it; then raises SettingError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # not left to the lock, which would follow a dead link
-        return FileLock(
-            path.parent / f".{path.name}.{PartialState().process_index}.lock", timeout=seconds
-        ).acquire()
+        name = f".{path.name}.{PartialState().process_index}.lock"
+        return FileLock(path.parent / name, timeout=seconds).acquire()
     except Timeout as error:
         raise SettingError(f"{path}: another process is writing it") from error
     except OSError:  # no place to write: the first write will say so
@@ -2204,7 +2205,7 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
     """The lines that are not blank, JSON objects or prompts."""
     rows = []
     with explained(f"{path}: cannot be read"):
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # a byte order mark
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():
@@ -2274,7 +2275,7 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
         name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")
     }
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
-    done = ["before", *range(trainer.phase + 1)]
+    done = ["before", *range(1, trainer.phase + 1)]
     kept = [
         [row for _, row in read_rows(run_dir / name) if row.get("phase") in done] if trainer.phase else []
         for name in ("metrics.jsonl", "samples.jsonl")
@@ -3097,8 +3098,8 @@ def parse(target: Callable, argv: list[str]):
     except SystemExit as stop:
         if not stop.code:
             raise
-        # The sentence is between title and advice, behind rules.
-        words = re.findall(r"[^\s│╮]+", re.split("[─-]{4,}", complaint.getvalue())[1])
+        sentence = re.split("[─-]{4,}", complaint.getvalue())[1]  # between title and advice, behind rules
+        words = re.findall(r"[^\s│╮]+", sentence)
         raise SettingError(f"{' '.join(words)} (python rlhf.py --help lists all settings)") from None
 
 

@@ -1969,6 +1969,7 @@ def test_resume_of_a_run_that_is_further_than_asked_for(gpt2, tmp_path, capsys):
     assert len(rlhf.read_rows(run / "metrics.jsonl")) == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resume_with_several_rewards_and_their_weights(gpt2, tmp_path, capsys):
     flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 2 --warmup-steps 1 --lora".split()
     rewards = ["--reward", "char:e", "--reward", "char:s", "--reward-weights", "1", "0.5"]
@@ -4021,9 +4022,8 @@ def error_cases():
             )
         if function is lora_linear:
             frozen = draw(9, 5).requires_grad_()
-            wanted = "weight and bias: one of them requires a gradient"
-            yield wanted, ValueError, function, inputs, {"weight": frozen}
-            yield wanted, ValueError, function, inputs, {"bias": frozen[:, 0]}
+            yield "weight: requires a gradient", ValueError, function, inputs, {"weight": frozen}
+            yield "bias: requires a gradient", ValueError, function, inputs, {"bias": frozen[:, 0]}
             continue
         for wrong in (9, -1, -99):
             tokens = torch.tensor([0, 1, wrong, -100])
