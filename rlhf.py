@@ -1228,7 +1228,7 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     base, head = {"params": [], "peak_lr": args.base_lr}, {"params": [], "peak_lr": args.head_lr}
     for name, weight in trained.items():
         (head if "value_head" in name else base)["params"].append(weight)
-    return torch.optim.AdamW([base, head], weight_decay=0.0)
+    return torch.optim.AdamW([base, head], weight_decay=0.0, fused=True)  # one pass over each weight
 
 
 def lr_scale(phase: int, args: RLHFArgs) -> float:
