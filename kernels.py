@@ -121,10 +121,10 @@ def _check(**arguments: tuple) -> None:
         if letters[0] == "...":  # any number of axes, before the others
             leading = max(0, len(shape) - len(letters) + 1)
             shape = shape[:leading], *shape[leading:]
-        known = dict(sizes)
-        fits = [sizes.setdefault(letter, size) == size for letter, size in zip(letters, shape, strict=False)]
-        if len(letters) != len(shape) or not all(fits):
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected [{axes}] where {known}")
+        own = dict(zip(letters, shape, strict=False))
+        if len(letters) != len(shape) or own | sizes != sizes | own:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected [{axes}] where {sizes}")
+        sizes |= own
 
 
 def _flat_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> Integer[Tensor, "N"]:
