@@ -46,6 +46,9 @@ Notation   B completions in a batch, b in a minibatch   K completions in a group
            In formulas: r reward, Â advantage, V_t the value of a state, ρ = π_θ / π_old the ratio of
            probabilities, ε where it is clipped, β = kl_coef. Log-probabilities, entropy and KL divergence
            are in nats: natural logarithms.
+Words      residual stream: the D numbers of a column that each block of the transformer reads and adds to
+           hook: a function called on a result inside of the model, which it may look at or replace
+           TRL, PEFT: Hugging Face's libraries for RLHF, and for LoRA and other adapters
 Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740
            Dr. GRPO 2503.20783   DAPO 2503.14476   GSPO 2507.18071   CISPO 2506.13585   LoRA 2106.09685
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
@@ -113,7 +116,7 @@ class RLHFArgs:
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
     prompts: str | Path | None = None  # in place of prefix: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
-    eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
+    eval_prompts: str | Path | None = None  # held out: mean reward every --save-every phases and at the end
     prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
     long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # that leave no room; cut keeps the end, no BOS
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
@@ -296,7 +299,8 @@ class Samples:
 
     @property
     def mask(self) -> Bool[Tensor, "B C"]:
-        """True on the completion's tokens, the end-of-text token included."""
+        """True on the completion's tokens, the end-of-text token included; in a ReplayMemory on those that
+        teach anything."""
         return self.attention_mask[:, self.prompt_width :]
 
     @property
@@ -442,11 +446,11 @@ class TransformerWithValueHead(nn.Module):
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
         P, C, mask = samples.prompt_width, samples.logprobs.shape[1], samples.attention_mask
-        # So few tokens are read again with each completion: that costs less than a pass of their own would.
-        if len(mask) * P <= 256:
-            P = 1  # as if column 0 alone were the prompt: nothing is cached
-        cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
-        features, values = self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
+        # The column from which on each row is computed by itself. So few prompt tokens are read again with
+        # each completion: that costs less than a pass of their own would.
+        start = P - 1 if len(mask) * P > 256 else 0
+        cache = self.prompt_cache(samples.tokens[:, : start + 1], mask[:, : start + 1])
+        features, values = self.features(samples.tokens[:, start:-1], mask[:, :-1], cache)
         return features[:, -C:], values[:, -C:]
 
     def score(
@@ -616,7 +620,7 @@ def sample_token(probs: Float[Tensor, "B V"], generator: torch.Generator | None)
 
 def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float) -> Float[Tensor, "B V"]:
     """Sets to 0 all but the top_k likeliest tokens, and all behind those that have probability top_p together
-    (nucleus sampling, 1904.09751); of all V, also where top_k keeps fewer.
+    (nucleus sampling, 1904.09751). That is probability among all V tokens: top_k cuts, and rescales nothing.
 
     >>> keep_likeliest(torch.tensor([[0.2, 0.5, 0.3]]), top_k=None, top_p=0.6)
     tensor([[0.0000, 0.5000, 0.3000]])
@@ -647,7 +651,7 @@ def complete(
 # In: prompts and completions as text. Out: one number each. Where is the human? People choose the better of
 # two completions, a classifier learns to score as they choose (section 16), and its score is one more reward
 # function; in the lesson, a count of full stops stands in for that score. A reward function is called as in
-# TRL, Hugging Face's RLHF library:
+# TRL:
 #     function(prompts=[...], completions=[...], **columns) -> [a number, or None if it does not apply, ...]
 # The columns are those of the prompts file, beside "prompt": say "answer". Its rows are the examples.
 
@@ -840,8 +844,9 @@ class ReplayMemory(Samples):
     def get_minibatches(
         self, passes: int, count: int, generator: torch.Generator
     ) -> Iterator["ReplayMemory"]:
-        """Goes through all rows `passes` times, each time in a new order and in `count` parts. Completions of
-        a prompt stay together, where the first of them is drawn, for they may share its computation.
+        """Goes through all rows `passes` times, each time in a new order and in `count` parts. Rows are
+        shuffled, then those of a prompt move up to the first of them, for in one minibatch they share the
+        prompt's computation.
 
         >>> zeros, tokens = torch.zeros(4, 1), torch.zeros(4, 2).long()
         >>> samples = tokens, tokens == 0, zeros, zeros
@@ -1059,6 +1064,7 @@ class RLHFTrainer:
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
+            is_due = True
             while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
                 start = time.perf_counter()
                 # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
@@ -1071,14 +1077,15 @@ class RLHFTrainer:
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics["rollout_seconds"] = middle - start
                 metrics["learning_seconds"] = time.perf_counter() - middle
-                is_due = self.phase % args.save_every == 0
-                if is_due:
+                is_due = self.phase % args.save_every == 0 or self.phase == args.total_phases
+                try:
                     with saved_on_error(self):
-                        metrics |= held_out_rewards(self)
-                log.phase(metrics, completions[:3])
+                        metrics |= held_out_rewards(self) if is_due else {}
+                finally:  # what the phase has learned, if a reward function failed just now
+                    log.phase(metrics, completions[:3])
                 if is_due:
                     save_checkpoint(self)
-            if self.phase % args.save_every:  # the loop has not saved this one
+            if not is_due:  # the loop has not saved this one
                 save_checkpoint(self)
             export(self)
             if self.phase >= args.total_phases:
@@ -1117,7 +1124,7 @@ class RLHFTrainer:
         # 6. Of all this our own rows, as wide as our own completions. What no reward applies to teaches
         # nothing, nor do truncated ones, if so set: from here on, padding.
         ignored = rewards.isnan() | ~ended & (args.truncated == "mask")
-        samples.attention_mask[own_share(ignored), samples.prompt_width :] = False
+        samples.mask[own_share(ignored)] = False  # a view of the attention mask
         memory = ReplayMemory(
             **vars(samples),
             advantages=own_share(advantages)[:, : samples.values.shape[1]],
@@ -1128,8 +1135,8 @@ class RLHFTrainer:
 
     def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
-        metrics: means over all tokens of all minibatches, learning rate and β. With learns=False it takes no
-        step."""
+        metrics: means over all tokens of all minibatches that are not masked, the gradient's norm before it
+        is shortened, learning rate and β. With learns=False it takes no step."""
         args, metrics, counts, norms = self.args, [], [], []
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
@@ -1384,7 +1391,7 @@ def average_gradients(weights: list[nn.Parameter]) -> None:
 
 def summarize(metrics: list[dict[str, float]], counts: list[int]) -> dict[str, float]:
     """Means over the minibatches of all processes, each weighted by its count of tokens."""
-    sums = counts @ np.array([[*one.values(), 1.0] for one in metrics])
+    sums = np.dot(counts, [[*one.values(), 1.0] for one in metrics])  # of the ones: of the counts
     *totals, count = sum(gather_object([sums])).tolist()
     return {name: total / max(count, 1) for name, total in zip(metrics[0], totals, strict=True)}
 
@@ -1477,9 +1484,9 @@ def rollout_metrics(
     """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
     args, mask = trainer.args, drawn != -100
     K = len(rewards) if args.has_critic else args.samples_per_prompt  # who is compared with whom
-    # A critic learns of equal rewards, too, unless the batch's mean is taken off: they are compared with V.
     are_equal = (centered(rewards.view(-1, K)).nan_to_num() == 0).all(dim=1)
-    are_equal &= not args.has_critic or args.scale_rewards == "batch"
+    if args.has_critic and args.scale_rewards != "batch":
+        are_equal[:] = False  # a critic learns of equal rewards, too: they are compared with its values
     terms = scores.nanmean(dim=0).nan_to_num().tolist()
     metrics = {
         "phase": trainer.phase + 1,
@@ -2095,8 +2102,8 @@ def call_reward(reward: Reward, columns: dict) -> list[float]:
     )
     for i, score in enumerate(scores):
         require(
-            abs(score or 0) < 3e38,
-            f"{where}: value {i} is {score}, not a finite float32, for the completion {completions[i]!r}",
+            abs(score or 0) < 1e30,  # so that sums are finite, too
+            f"{where}: value {i} is {score}, expected less than 1e30, for the completion {completions[i]!r}",
         )
     return [math.nan if score is None else score for score in scores]
 
@@ -2482,7 +2489,8 @@ def cached(name: str, make: Callable[[Path], object]) -> str:
     path = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf", f"{name}-1").expanduser()
     if not path.exists():
         console.print(f"making {name} once, into {path}")
-        with only_one(path, seconds=600):
+        # The caller's random numbers stay as they were.
+        with only_one(path, seconds=600), torch.random.fork_rng(devices=[]):
             if not path.exists():  # another run may have made it meanwhile
                 write_whole(path, make)
     return str(path)
@@ -2548,9 +2556,8 @@ def train_tiny(path: Path, steps: int = 900, width: int = 64) -> None:
         bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         initializer_range=0.05, activation_function="gelu_pytorch_tanh",  # gelu_new, fused
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-        torch.manual_seed(0)
-        model = transformers.GPT2LMHeadModel(config)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
 
     def loss_of(rows: Int[Tensor, "n width"]) -> Float[Tensor, ""]:
         return model(rows, labels=rows).loss
@@ -2681,7 +2688,7 @@ def printable(text: str) -> str:
     >>> printable("red" + chr(27) + "[31m")
     'red�[31m'
     """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "�", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]", "�", text)
 
 
 def keypresses() -> Iterator[str]:

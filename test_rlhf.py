@@ -706,7 +706,8 @@ def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
         (None, "raised TypeError"),
         ([0.0, math.nan], "value 1 is nan.*'bad'"),
         ([math.inf, 0.0], "value 0 is inf.*'good'"),
-        ([1e39, 0.0], "value 0 is 1e[+]39, not a finite float32.*'good'"),
+        ([1e39, 0.0], "value 0 is 1e[+]39, expected less than 1e30.*'good'"),
+        ([1.0, -2e38], "value 1 is -2e[+]38, expected less than 1e30.*'bad'"),  # in float32, but no sum of it
         ([0.0, [1.0]], "raised TypeError"),
     ],
 )
@@ -810,6 +811,15 @@ def test_a_completion_without_any_reward_is_left_out_of_its_group(algo):
     alone = torch.tensor([[1.0], [math.nan]])
     two = dataclasses.replace(args, batch_size=2, group_size=2)
     assert not advantage(alone, alone, alone == alone, two).nan_to_num().any()
+
+
+def test_no_reward_that_is_accepted_overflows():
+    largest = rlhf.call_reward(
+        rlhf.Reward("f", lambda **_: [9.9e29, -9.9e29] * 512, 1.0), {"completions": ["x"] * 1024}
+    )
+    rewards = torch.tensor(largest)
+    assert rlhf.centered(rewards).isfinite().all() and rlhf.deviation(rlhf.centered(rewards)).isfinite()
+    torch.testing.assert_close(rlhf.normalize_reward(rewards), rewards.sign(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("algo", list(rlhf.ALGORITHMS))
@@ -1616,6 +1626,22 @@ def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     assert model.tokenizer.decode(model.tokenizer.encode(text, add_special_tokens=False)) == text
 
 
+def test_what_a_first_run_makes_leaves_the_seed_as_it_was(tmp_path, monkeypatch):
+    """Else adapters of the first run, and of one process of several, would be others than of the next."""
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+
+    def make(path):
+        path.mkdir()
+        torch.rand(3)
+
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        rlhf.cached("any", make)
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]
+
+
 @forks
 def test_of_two_first_runs_one_makes_tiny_and_the_other_waits(tmp_path, monkeypatch):
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
@@ -2238,6 +2264,42 @@ def test_a_failing_reward_function_costs_no_learning(gpt2, tmp_path, capsys, fai
     error = capsys.readouterr().err
     assert error.count("Traceback") == 1 and f"reward.py:f: raised {name}" in error.splitlines()[-1]
     assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["phase-00002.pt"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("phase", [1, 3, 5])
+def test_a_reward_function_that_fails_on_held_out_prompts_costs_no_phase(gpt2, tmp_path, phase):
+    fails_in = phase
+
+    def reward(prompts, completions, trainer_state, **columns):
+        if prompts[0] == "held out" and trainer_state.global_step == fails_in:
+            raise RuntimeError("the judge is down")
+        return [float(text.count(".")) for text in completions]
+
+    (path := tmp_path / "held_out.txt").write_text("held out\n")
+    run = tmp_path / "run"
+    args = small_args(gpt2, algo="grpo", reward=reward, eval_prompts=path, save_every=1, total_phases=5,
+                      run_dir=run)  # fmt: skip
+    with pytest.raises(SettingError, match="the judge is down"):
+        RLHFTrainer(args).train()
+    assert [row["phase"] for row in metrics_of(run)] == [*range(1, phase + 1)]
+    fails_in = None
+    RLHFTrainer(RLHFArgs(resume=run, reward=reward)).train()
+    rows = metrics_of(run)
+    assert [row["phase"] for row in rows] == [1, 2, 3, 4, 5]
+    assert ["eval_reward" in row for row in rows] == [row["phase"] != phase for row in rows]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_model_that_is_exported_was_judged_on_held_out_prompts(gpt2, tmp_path):
+    """Also where --save-every does not divide the phases."""
+    (path := tmp_path / "held_out.txt").write_text("held out\n")
+    args = small_args(gpt2, eval_prompts=path, save_every=2, total_phases=3, run_dir=tmp_path / "run")
+    RLHFTrainer(args).train()
+    assert ["eval_reward" in row for row in metrics_of(tmp_path / "run")] == [False, True, True]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir()) == [
+        "phase-00002.pt", "phase-00003.pt",
+    ]  # fmt: skip
 
 
 def one_update_each(base: str, out: Path) -> dict[str, tuple[dict, dict]]:
@@ -5039,6 +5101,8 @@ def test_a_sample_steers_no_terminal_and_stays_on_its_line(monkeypatch, capsys):
     """Nor is it markup; and it is whole, however narrow the terminal."""
     text = "\x1b[31m\nThis [bold]is :smile: "
     assert rlhf.one_line(text) == "�[31m⏎This [bold]is :smile: "
+    for turns in "\u061c\u200e\u200f\u202a\u202e\u2066\u2069":  # the direction of writing
+        assert rlhf.printable(f"a{turns}b") == "a�b"
     log = rlhf.RunLog.__new__(rlhf.RunLog)
     log.is_main, log.completions = False, []
     monkeypatch.setenv("TERM", "dumb")
@@ -6915,11 +6979,11 @@ WRONG_ANSWERS = {
         ("tokens.clamp(min=0)", "tokens.clamp(min=0).roll(1, -1)"),
     ],
     "TransformerWithValueHead.completion_features": [
-        ("tokens[:, P - 1 : -1], mask[:, :-1]", "tokens[:, P:], mask"),
-        ("tokens[:, P - 1 : -1]", "tokens[:, P - 1 :]"),
+        ("tokens[:, start:-1], mask[:, :-1]", "tokens[:, start + 1 :], mask"),
+        ("tokens[:, start:-1]", "tokens[:, start:]"),
         ("mask[:, :-1], cache", "mask[:, P - 1 : -1], cache"),
         ("mask[:, :-1], cache", "mask[:, :-1]"),
-        ("tokens[:, :P], mask[:, :P]", "tokens, mask"),
+        ("tokens[:, : start + 1], mask[:, : start + 1]", "tokens, mask"),
     ],
     "LoRALinear.forward": [
         ("self.lora_a, self.lora_b,", "self.lora_b, self.lora_a,"),
