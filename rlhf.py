@@ -116,7 +116,7 @@ class RLHFArgs:
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
     prompts: str | Path | None = None  # in place of prefix: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
-    eval_prompts: str | Path | None = None  # held out: mean reward every --save-every phases and at the end
+    eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
     long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # that leave no room; cut keeps the end, no BOS
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
@@ -704,10 +704,8 @@ def centered(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
 
 def deviation(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups 1"]:
     """√(Σ x² / (n - 1)), the standard deviation of numbers that are centered; of one number 0."""
-    # The largest is taken out, for its square may overflow.
-    largest = x.abs().nan_to_num().amax(dim=-1, keepdim=True) + 1e-30
     others = x.isfinite().sum(dim=-1, keepdim=True) - 1
-    return largest * ((x / largest).square().nansum(dim=-1, keepdim=True) / others.clamp(min=1)).sqrt()
+    return (x.square().nansum(dim=-1, keepdim=True) / others.clamp(min=1)).sqrt()
 
 
 def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
@@ -1064,7 +1062,6 @@ class RLHFTrainer:
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
-            is_due = True
             while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
                 start = time.perf_counter()
                 # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
@@ -1077,15 +1074,15 @@ class RLHFTrainer:
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics["rollout_seconds"] = middle - start
                 metrics["learning_seconds"] = time.perf_counter() - middle
-                is_due = self.phase % args.save_every == 0 or self.phase == args.total_phases
+                is_due = self.phase % args.save_every == 0
                 try:
                     with saved_on_error(self):
-                        metrics |= held_out_rewards(self) if is_due else {}
+                        metrics |= held_out_rewards(self) if is_due and self.held_out else {}
                 finally:  # what the phase has learned, if a reward function failed just now
                     log.phase(metrics, completions[:3])
                 if is_due:
                     save_checkpoint(self)
-            if not is_due:  # the loop has not saved this one
+            if self.phase % args.save_every:  # the loop has not saved this one
                 save_checkpoint(self)
             export(self)
             if self.phase >= args.total_phases:
@@ -1114,7 +1111,7 @@ class RLHFTrainer:
         rewards, mask = total_reward(scores, self.rewards), drawn != -100
         ended = torch.isin(drawn, self.policy.stops).any(dim=1)
         if args.truncated == "penalty":
-            rewards = rewards - (~ended).float()
+            rewards -= (~ended).float()
         # 5. Advantages; where no reward applies they are NaN, and become 0.
         scaled = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
         kl_penalty = self.kl_coef * (args.kl_in == "reward") * k1
@@ -1197,7 +1194,7 @@ class RLHFTrainer:
         (self.run_dir,) = broadcast_object_list([choose_run_dir(args)])  # the first process's, for all
         check_processes(args, self.accelerator)
         rows = load_examples(args, args.prompts)
-        held_out = load_examples(args, args.eval_prompts) if args.eval_prompts is not None else []
+        held_out = [] if args.eval_prompts is None else load_examples(args, args.eval_prompts)
 
         with self.accelerator.main_process_first():  # what is made on first use, like `tiny`, is made once
             torch.manual_seed(args.seed)  # all processes start from equal weights
@@ -1422,17 +1419,16 @@ class RunLog(contextlib.AbstractContextManager):
         """The samples into samples.jsonl, the metrics and what the phase cost into metrics.jsonl, and of both
         the most important on the terminal."""
         trainer, phase = self.trainer, metrics["phase"]
-        tokens = metrics["completion_length"] * trainer.args.batch_size
-        speed = tokens / (metrics["rollout_seconds"] + metrics["learning_seconds"])
+        seconds = metrics["rollout_seconds"] + metrics["learning_seconds"]
         metrics = metrics | {
-            "tokens_per_second": speed,
+            "tokens_per_second": metrics["completion_length"] * trainer.args.batch_size / seconds,
             "peak_memory_mb": peak_memory(trainer.device) / 2**20,
         }
-        figures = "reward {reward:.2f}  kl {kl:.2f}  entropy {entropy:.2f}  distinct_2 {distinct_2:.2f}"
-        console.print(
-            f"phase {phase:>3} of {trainer.args.total_phases}  {figures.format_map(metrics)}  "
-            f"{speed:.0f} tokens/s"
+        figures = (
+            "reward {reward:.2f}  kl {kl:.2f}  entropy {entropy:.2f}  distinct_2 {distinct_2:.2f}  "
+            "{tokens_per_second:.0f} tokens/s"
         )
+        console.print(f"phase {phase:>3} of {trainer.args.total_phases}  {figures.format_map(metrics)}")
         self.samples(phase, samples, shown=1)
         if self.is_main:
             self.metrics.append(metrics)
@@ -1487,7 +1483,6 @@ def rollout_metrics(
     are_equal = (centered(rewards.view(-1, K)).nan_to_num() == 0).all(dim=1)
     if args.has_critic and args.scale_rewards != "batch":
         are_equal[:] = False  # a critic learns of equal rewards, too: they are compared with its values
-    terms = scores.nanmean(dim=0).nan_to_num().tolist()
     metrics = {
         "phase": trainer.phase + 1,
         "reward": rewards.nanmean().nan_to_num().item(),
@@ -1499,9 +1494,13 @@ def rollout_metrics(
     }
     # Of the variance of the returns: 1 is a perfect critic, 0 one that knows their mean, below 0 misleads.
     if args.has_critic:
-        unforeseen, all_of_it = (x[mask].var(correction=0).item() for x in (advantages, advantages + values))
+        unforeseen, all_of_it = (  # where no reward applies, nothing was foreseen
+            x[mask & rewards.isfinite()[:, None]].var(correction=0).item()
+            for x in (advantages, advantages + values)
+        )
         metrics["explained_variance"] = 1 - unforeseen / all_of_it if all_of_it > 1e-10 else 0.0
-    metrics |= {term.name: mean for term, mean in zip(trainer.rewards, terms, strict=True)}
+    means = scores.nanmean(dim=0).nan_to_num().tolist()
+    metrics |= {term.name: mean for term, mean in zip(trainer.rewards, means, strict=True)}
     return trainer.logged | metrics
 
 
@@ -1531,14 +1530,13 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> l
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
-    rows = trainer.held_out
 
     def mean(top_k: int | None) -> float:
-        batches = BatchSampler(rows, trainer.args.batch_size, drop_last=False)
+        batches = BatchSampler(trainer.held_out, trainer.args.batch_size, drop_last=False)
         rewards = [one["reward"] for batch in batches for one in showcase(trainer, batch, top_k)]
         return torch.tensor(rewards).nanmean().nan_to_num().item()
 
-    return {"eval_reward": mean(trainer.args.top_k), "eval_reward_greedy": mean(1)} if rows else {}
+    return {"eval_reward": mean(trainer.args.top_k), "eval_reward_greedy": mean(1)}
 
 
 def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
@@ -1626,7 +1624,7 @@ def check_types(args: RLHFArgs) -> None:
     """Makes of each setting what its type says: of "runs/x" a Path, of one reward a tuple. With `resume`,
     what is at its default becomes what the run had. Raises SettingError for what has another type, and for
     what contradicts the run."""
-    saved = vars(saved_settings(Path(args.resume))) if args.resume is not None else {}
+    saved = {} if args.resume is None else vars(saved_settings(Path(args.resume)))
     for field in dataclasses.fields(args):
         name, value, flag = field.name, getattr(args, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
@@ -1683,7 +1681,7 @@ def check_settings(args: RLHFArgs) -> None:
 def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, dict]]:
     """One dict a prompt, behind the words that say where it stands: "prompt", a text or messages, and the
     other columns, None where a row lacks one. Without a source, the prefix alone."""
-    rows = read_rows(source) if source is not None else [("--prefix", {args.prompt_column: args.prefix})]
+    rows = [("--prefix", {args.prompt_column: args.prefix})] if source is None else read_rows(source)
     columns = dict.fromkeys(column for _, row in rows for column in row)
     examples = []
     for where, row in rows:
@@ -1764,7 +1762,11 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
         with explained(f"{where}: cannot be made tokens"):
             ids = token_ids(policy.tokenizer, example["prompt"])
         require(ids, f"{where}: is empty, and the tokenizer has no token that begins a text")
-        require(max(ids) < V, f"{where}: holds token {max(ids)}, and the model knows only {V}")
+        largest = max(*ids, policy.tokenizer.eos_token_id)  # of which padding consists
+        require(
+            largest < V,
+            f"{where}: holds token {largest}, and the model knows only {V}; it may be in the padding",
+        )
         fits = len(ids) + args.gen_len <= context
         require(
             fits or args.long_prompts == "drop",
@@ -1803,6 +1805,7 @@ def load_bridge(
             name, dtype=dtype, output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
         require_weights(info["missing_keys"], refused)
+        require(not hasattr(model, "peft_config"), f"{refused}: is an adapter; merge it into its model first")
         model.to(device)
         published = model.state_dict(keep_vars=True)
         truth = probe(model).logits[:, 3:]
@@ -1811,6 +1814,10 @@ def load_bridge(
         ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
             mend_block(block)
+        # Behind so many, a Phi-3 of 128k encodes all positions otherwise: cached keys would no longer fit.
+        bridge.cfg.n_ctx = min(
+            bridge.cfg.n_ctx, getattr(model.config, "original_max_position_embeddings", math.inf)
+        )
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = Cache(layer_class_to_replicate=GrowingLayer)
@@ -1876,7 +1883,7 @@ class GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         if torch.is_grad_enabled() or start == 0 or keys.shape[2] > 1:
             self.room = 0
-            return super().update(keys, values, *rest, **named)
+            return super().update(keys, values)
         end = start + 1
         if self.room < end:
             self.room = end * 3 // 2  # so a long cache is seldom copied, and a short one has little room
@@ -1903,10 +1910,8 @@ def model_name(base_model: str) -> str:
     """What transformers calls it: a directory or a hub id."""
     from transformer_lens.tools.model_registry.registry_io import resolve_model_alias
 
-    built_in = {"tiny": train_tiny, "smollm2": convert_smollm2}
-    if base_model in built_in:
-        return cached(base_model, built_in[base_model])
-    return resolve_model_alias(base_model) or base_model
+    make = {"tiny": train_tiny, "smollm2": convert_smollm2}.get(base_model)
+    return cached(base_model, make) if make else resolve_model_alias(base_model) or base_model
 
 
 def load_tokenizer(name: str, prepend_bos: str) -> transformers.PreTrainedTokenizerBase:
@@ -2069,7 +2074,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     has_label = ":" in name and not Path(name).is_dir()
     model, class_name = name.rsplit(":", 1) if has_label else (name, None)
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
-    labels = [*classifier.config.id2label.values()]
+    labels = [label for _, label in sorted(classifier.config.id2label.items())]
     if class_name is None and len(labels) == 1:
         class_name = labels[0]
     require(class_name in labels, f"--reward classifier:{name}: no such label; it has {', '.join(labels)}")
@@ -2102,8 +2107,8 @@ def call_reward(reward: Reward, columns: dict) -> list[float]:
     )
     for i, score in enumerate(scores):
         require(
-            abs(score or 0) < 1e30,  # so that sums are finite, too
-            f"{where}: value {i} is {score}, expected less than 1e30, for the completion {completions[i]!r}",
+            abs(score or 0) < 1e15,  # so that sums of squares are finite, too
+            f"{where}: value {i} is {score}, expected less than 1e15, for the completion {completions[i]!r}",
         )
     return [math.nan if score is None else score for score in scores]
 
@@ -2194,8 +2199,8 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
     source, kind = str(source), Path(source).suffix.lower()[1:]
     table = {"split": "train"}
     if source.startswith("hub:"):
-        table |= zip(("path", "split", "name"), source.split(":")[1:], strict=False)
-    elif kind in ("csv", "json", "parquet"):
+        table |= zip("path split name".split(), source.split(":")[1:], strict=False)
+    elif kind in "csv json parquet".split():
         table |= {"path": kind, "data_files": source}
     else:
         return read_lines(Path(source), kind in ("jsonl", "ndjson"))
@@ -2279,7 +2284,7 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
     for orphan in run_dir.rglob("*.unfinished"):  # of a run that was killed
         shutil.rmtree(orphan)
     versions = {"python": sys.version} | {
-        name: importlib.metadata.version(name) for name in ("torch", "transformers", "transformer_lens")
+        name: importlib.metadata.version(name) for name in "torch transformers transformer_lens".split()
     }
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
     done = ["before", *range(1, trainer.phase + 1)]
@@ -2297,7 +2302,7 @@ def fingerprint(trainer: RLHFTrainer) -> int:
     return sum(
         part.sum().item()
         for weight in trainer.reference.published.values()
-        for part in weight.view(torch.int16).split(256)
+        for part in weight.flatten().view(torch.int16).split(1_000_000)
     )
 
 
@@ -2490,7 +2495,7 @@ def cached(name: str, make: Callable[[Path], object]) -> str:
     if not path.exists():
         console.print(f"making {name} once, into {path}")
         # The caller's random numbers stay as they were.
-        with only_one(path, seconds=600), torch.random.fork_rng(devices=[]):
+        with only_one(path, seconds=600), torch.random.fork_rng():
             if not path.exists():  # another run may have made it meanwhile
                 write_whole(path, make)
     return str(path)
@@ -2666,7 +2671,7 @@ def read_answers(file: Path) -> list[dict]:
     # Empty it is after the undo of the only answer.
     rows = read_lines(file, are_json=True) if file.exists() and file.stat().st_size else []
     for where, row in rows:
-        for key in ("prompt", "chosen", "rejected"):
+        for key in "prompt chosen rejected".split():
             turns_of(where, row, key)
     with explained(f'{file}: a "pair" is no number'):  # older files hold none, and then its place does
         return [row | {"pair": abs(int(row.get("pair", i)))} for i, (_, row) in enumerate(rows)]
@@ -3070,13 +3075,13 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     require(runs, "compare: expected at least one run directory")
     names, groups = {}, defaultdict(list)
     for run in runs:
-        settings = read_settings(run) | dict.fromkeys(("run_dir", "seed", "resume"))  # may differ in a group
+        settings = read_settings(run) | dict.fromkeys("run_dir seed resume".split())  # may differ in a group
         title = names.setdefault(as_json(settings), str(run))  # of the first run with these settings
         groups[title].append([metrics for _, metrics in read_rows(run / "metrics.jsonl")])
     with explained("compare: these metrics cannot be drawn"):
         for title, group in groups.items():
             console.print(
-                title, *(last_phases(name, group) for name in ("reward", "kl", "distinct_2")), sep="  "
+                title, *(last_phases(name, group) for name in "reward kl distinct_2".split()), sep="  "
             )
         plot_curves(groups, output)
     console.print(f"wrote {output}")
