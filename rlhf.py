@@ -1274,6 +1274,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import glob
 import importlib.metadata
 import importlib.util
 import io
@@ -1881,7 +1882,7 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[Float[Tensor, "B H all d_k"], Float[Tensor, "B H all d_v"]]:
         """Adds these; returns all."""
         start = self.get_seq_length()
-        if torch.is_grad_enabled() or start == 0 or keys.shape[2] > 1:
+        if torch.is_grad_enabled() or not start or keys.shape[2] > 1:
             self.room = 0
             return super().update(keys, values)
         end = start + 1
@@ -2053,7 +2054,8 @@ def load_classifier(name: str, what: str, device: str, **options):
         require_weights(info["missing_keys"], what)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
     context = getattr(model.config, "max_position_embeddings", 2**20)
-    context -= 2 * ("roberta" in model.config.model_type)  # which begins to count at 2
+    if re.search("roberta|camembert|mpnet", model.config.model_type):
+        context -= 2  # they begin to count at 2
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
     return model.float().to(device), tokenizer
@@ -2121,7 +2123,7 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
             os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false",
             f"accelerate's {engine}: not supported; each process holds the whole model",
         )
-    is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+    is_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
     with explained("accelerate: was launched wrongly"):
         accelerator = Accelerator(cpu=is_cpu)
     if device == "auto":
@@ -2201,7 +2203,7 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
     if source.startswith("hub:"):
         table |= zip("path split name".split(), source.split(":")[1:], strict=False)
     elif kind in "csv json parquet".split():
-        table |= {"path": kind, "data_files": source}
+        table |= {"path": kind, "data_files": glob.escape(source)}
     else:
         return read_lines(Path(source), kind in ("jsonl", "ndjson"))
     # Here, since it takes a second, and within, since it reports on what it does.
@@ -2495,7 +2497,7 @@ def cached(name: str, make: Callable[[Path], object]) -> str:
     if not path.exists():
         console.print(f"making {name} once, into {path}")
         # The caller's random numbers stay as they were.
-        with only_one(path, seconds=600), torch.random.fork_rng():
+        with only_one(path, seconds=600), torch.random.fork_rng([]):
             if not path.exists():  # another run may have made it meanwhile
                 write_whole(path, make)
     return str(path)
@@ -2546,22 +2548,22 @@ def english_prose() -> list[str]:
 
 def train_tiny(path: Path, steps: int = 900, width: int = 64) -> None:
     """Trains tokenizer and model from scratch and saves both; the same on every run with the same Python."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.default_generator.manual_seed(0)  # and only this one, of the CPU: see `cached`
     prose = english_prose()
-    prose = [prose[i] for i in torch.randperm(len(prose), generator=generator)]
+    prose = [prose[i] for i in torch.randperm(len(prose))]
     # Eight docstrings make a document, since most are one sentence: not every full stop should end the text.
     documents = [" ".join(eight) for eight in BatchSampler(prose, 8, drop_last=False)]
     tokenizer = transformers.GPT2Tokenizer().train_new_from_iterator(documents, 1200, show_progress=False)
     tokenizer.pad_token = end = tokenizer.eos_token  # <|endoftext|>, of id 0, begins a document too
     tokens = tokenizer(end + end.join(documents), return_tensors="pt").input_ids[0]
     held_out, tokens = tokens.tensor_split([len(tokens) // 20])
-    starts = torch.randint(len(tokens) - width, (steps, 8, 1), generator=generator)
+    starts = torch.randint(len(tokens) - width, (steps, 8, 1))
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_embd=128, n_layer=4, n_head=4,
         bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         initializer_range=0.05, activation_function="gelu_pytorch_tanh",  # gelu_new, fused
     )  # fmt: skip
-    torch.manual_seed(0)
+    generator.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
 
     def loss_of(rows: Int[Tensor, "n width"]) -> Float[Tensor, ""]:

@@ -2924,6 +2924,16 @@ def test_a_prompt_that_the_model_cannot_read_is_named(gpt2, tmp_path):
         RLHFTrainer(small_args(str(base), prompts=path, group_size=2))
 
 
+def test_the_name_of_a_table_is_no_pattern(tmp_path, monkeypatch):
+    """A browser's second download, say."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    path = tmp_path / "prompts [1]*.csv"
+    path.write_text("prompt,answer\nThis is,7\n")
+    assert [row for _, row in rlhf.read_rows(path)] == [{"prompt": "This is", "answer": 7}]
+
+
 def test_an_end_of_text_token_that_the_model_does_not_know_is_refused(gpt2, tmp_path):
     """It pads; one that was added to the tokenizer alone would be an IndexError in the first batch."""
     base = shutil.copytree(gpt2, tmp_path / "base")
@@ -3056,12 +3066,13 @@ def test_reward_functions_are_called_as_trl_calls_them(gpt2, tmp_path, monkeypat
             rlhf.load_reward(spec, RLHFArgs(), tmp_path, "cpu")
 
 
-def test_robertas_positions_are_two_less_than_it_says(gpt2, tmp_path):
-    config = transformers.RobertaConfig(
+@pytest.mark.parametrize("family", ["Roberta", "Camembert", "MPNet"])
+def test_robertas_positions_are_two_less_than_it_says(gpt2, tmp_path, family):
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=34, pad_token_id=1, num_labels=1,
     )  # fmt: skip
-    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    getattr(transformers, f"{family}ForSequenceClassification")(config).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(gpt2).save_pretrained(tmp_path)
     score = rlhf.load_reward(f"classifier:{tmp_path}", RLHFArgs(), tmp_path, "cpu")
     (one,) = score(prompts=["This is"], completions=[" a longer sentence, with a comma" * 20])
