@@ -446,8 +446,8 @@ class TransformerWithValueHead(nn.Module):
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
         P, C, mask = samples.prompt_width, samples.logprobs.shape[1], samples.attention_mask
-        # The column from which on each row is computed by itself. So few prompt tokens are read again with
-        # each completion: that costs less than a pass of their own would.
+        # From column `start` on, each row is computed by itself. Where prompts hold few tokens, that is all
+        # columns: to read them again with each completion costs less than a pass of their own.
         start = P - 1 if len(mask) * P > 256 else 0
         cache = self.prompt_cache(samples.tokens[:, : start + 1], mask[:, : start + 1])
         features, values = self.features(samples.tokens[:, start:-1], mask[:, :-1], cache)
@@ -1078,7 +1078,7 @@ class RLHFTrainer:
                 try:
                     with saved_on_error(self):
                         metrics |= held_out_rewards(self) if is_due and self.held_out else {}
-                finally:  # what the phase has learned, if a reward function failed just now
+                finally:  # also where a reward function failed: the phase is saved, and needs its line
                     log.phase(metrics, completions[:3])
                 if is_due:
                     save_checkpoint(self)
@@ -1815,7 +1815,7 @@ def load_bridge(
         ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
             mend_block(block)
-        # Behind so many, a Phi-3 of 128k encodes all positions otherwise: cached keys would no longer fit.
+        # Behind its original context a Phi-3 of 128k encodes all positions otherwise; cached keys stay.
         bridge.cfg.n_ctx = min(
             bridge.cfg.n_ctx, getattr(model.config, "original_max_position_embeddings", math.inf)
         )
