@@ -15,7 +15,7 @@ torch, which is its meaning and its test.
 
     8,192 tokens, V = 50,257, D = 1,024, bf16:   forward         backward        beside the inputs
     token_logprobs         bound by bandwidth    reads 0.8 GB    moves 1.6 GB    0.8 GB, the result
-    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.7 TFLOP       77 MB, and 268 MB kept
+    linear_token_logprobs  bound by matmul       0.84 TFLOP      1.6 TFLOP       77 MB, and 268 MB kept
 
 Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. A chunk of rows bounds all of
 them here, but for the logits of the first rows: these are kept for the backward pass as far as a budget goes,
@@ -375,7 +375,7 @@ def token_logprobs_backward_kernel(
             y = tl.load(y_ptr + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
             m_q, log_s_q = tl.load(rows_ptr + 5 * N + row), tl.load(rows_ptr + 6 * N + row)
             slope = slope + g_KL * (log_p - (y * inv_temperature - m_q - log_s_q))
-        dx = tl.where(p > 0, p * slope, 0.0) + tl.where(cols == token, g_l, 0.0)  # p log p → 0
+        dx = tl.where(p == 0, 0.0, p * slope) + tl.where(cols == token, g_l, 0.0)  # p log p → 0
         tl.store(
             out_ptr + row * stride + cols, (dx * inv_temperature).to(out_ptr.dtype.element_ty), mask=cols < V
         )
@@ -393,7 +393,8 @@ def _run_rows(
     """Launches one of the two kernels above; tensors: what it takes between y and N."""
     N, V = x.shape
     inputs = x, x if y is None else y, *tensors, N, V, x.stride(0), 1 / temperature
-    kernel[(N,)](*inputs, HAS_REF=y is not None, **_launch(V))
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU, wherever the tensors are
+        kernel[(N,)](*inputs, HAS_REF=y is not None, **_launch(V))
 
 
 # Token log-probability: either path, forward and backward
@@ -582,12 +583,12 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         for part in _slices(len(hidden), CHUNK_ROWS):
             kept = ctx.kept.pop(part.start, None)
             logits, ref_logits = kept or _logits_of(part, hidden, unembed, bias, *reference)
-            inputs = logits, ref_logits, tokens[part], rows[:, part], coefficients[:, part]
+            inputs = tokens[part], rows[:, part], coefficients[:, part], ctx.temperature
             dlogits = logits  # in float32 their gradient takes their place
             if hidden.dtype != logits.dtype:
                 dlogits = hidden.new_empty_strided(logits.shape, logits.stride())
-            _write_gradient(dlogits, *inputs, ctx.temperature)
-            del kept, logits, ref_logits, inputs
+            _write_gradient(dlogits, logits, ref_logits, *inputs)
+            del kept, logits, ref_logits
             if wants_bias:
                 dbias += dlogits.sum(0, dtype=dbias.dtype)
             for ids in _even_parts(len(unembed)):
@@ -596,8 +597,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 if wants_unembed:
                     dunembed[ids] += dlogits[:, ids].T @ hidden[part]
             del dlogits  # before the next one is made
-        dunembed, dbias = (None if one is None else one.to(hidden.dtype) for one in (dunembed, dbias))
-        return dhidden, dunembed, dbias, None, None, None
+        return dhidden, dunembed, dbias, None, None, None  # autograd rounds them to the weights' dtype
 
 
 def linear_token_logprobs(
@@ -759,23 +759,24 @@ def _lora_triton(
     config = _lora_launch(x.dtype, rank)
     grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(d_out, config["BLOCK_OUT"]),)
     exact = torch.get_float32_matmul_precision() == "highest"  # as torch's own matmul decides
-    lora_linear_kernel[grid](
-        x.contiguous(),
-        weight,
-        x if bias is None else bias.contiguous(),
-        lora_a.contiguous(),
-        lora_b.contiguous(),
-        out,
-        xa,
-        N,
-        d_in,
-        d_out,
-        *weight.stride(),
-        scale,
-        HAS_BIAS=bias is not None,
-        PRECISION="ieee" if exact else "tf32",
-        **config,
-    )
+    with torch.cuda.device_of(x):
+        lora_linear_kernel[grid](
+            x.contiguous(),
+            weight,
+            x if bias is None else bias.contiguous(),
+            lora_a.contiguous(),
+            lora_b.contiguous(),
+            out,
+            xa,
+            N,
+            d_in,
+            d_out,
+            *weight.stride(),
+            scale,
+            HAS_BIAS=bias is not None,
+            PRECISION="ieee" if exact else "tf32",
+            **config,
+        )
     return out, xa
 
 
