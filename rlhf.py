@@ -124,7 +124,7 @@ class RLHFArgs:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
-    advantage: Literal["critic", "group", "others"] | None = None  # reward - value, or group's, others' mean
+    advantage: Literal["critic", "group", "others"] | None = None  # reward - value, group's or others' mean
     scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation; critic: group = none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
@@ -139,7 +139,7 @@ class RLHFArgs:
     # Rollout phase: completions are drawn and judged
     total_phases: Count = 50  # rollout phase and learning phase, this many times
     batch_size: Count = 64  # completions in a rollout phase, of all processes together
-    group_size: Count | None = None  # completions of a prompt; default: all; with --prompts 8 (critic: 1)
+    group_size: Count | None = None  # completions of a prompt; by default all; 8 with --prompts (critic: 1)
     gen_len: Count = 32  # tokens in a completion, at most
     temperature: Positive = 1.0  # divides the logits; for greedy completions --top-k 1
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
@@ -169,9 +169,9 @@ class RLHFArgs:
     lora_targets: tuple[str, ...] = ("q", "k", "v", "o")  # adapted matrices of each block; MLP: in, out, gate
 
     # The machine
-    device: str = "auto"  # `auto` takes the first there is of cuda, mps and cpu
+    device: str = "auto"  # cuda, cuda:1, mps or cpu; auto takes the accelerator, if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the weights that LoRA freezes
-    run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO
+    run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO[-lora]
     resume: Path | None = None  # a run directory: go on with its settings; a default counts as not given
     save_every: Count = 10  # phases between checkpoints; Ctrl-C, SIGTERM and SIGHUP leave one too
     track: Literal["wandb", "trackio", "tensorboard"] | None = None  # send the metrics there, too
@@ -969,8 +969,8 @@ def whitened(x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"]) -> Float[Tensor
 def policy_objective(
     new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs
 ) -> Float[Tensor, ""]:
-    """J = E[ min(ρ Â, clip(ρ) Â) - β KL + c_ent H ] (DeepSeekMath 2402.03300, eq. 3; the entropy H is ours).
-    E is masked_mean. With the KL in the reward, Â has it and β is 0 here."""
+    """J = E[ min(ρ Â, clip(ρ) Â) - β KL + c_ent H ] (DeepSeekMath 2402.03300, eq. 3; the entropy bonus is
+    that of PPO 1707.06347, eq. 9). E is masked_mean. With the KL in the reward, Â has it and β is 0 here."""
     advantages = whitened(old.advantages, old.mask) if args.whiten == "minibatch" else old.advantages
     ratio, bounds = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio), clip_range(args)
     if args.clip == "minimum":
@@ -1011,10 +1011,10 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 
 
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
-# line wins over the cell. Entropy bonus and exact KL are ours in all (as published: `--ent-coef 0`, for GRPO
-# `--kl-estimator k3`). ε, β and λ are this experiment's choice, except: ε of DAPO, GSPO and CISPO; β = 0,
-# where the paper does without a reference; λ = 0, the course's one-step advantage.
-# - `-`: clip_coef is the upper end, too.
+# line wins over the cell. All have PPO's entropy bonus and the course's exact KL (as published: but for ppo
+# `--ent-coef 0`, for GRPO `--kl-estimator k3`). ε, β and λ are this experiment's choice, except: ε of DAPO,
+# GSPO and CISPO; β = 0, where the paper does without a reference; λ = 0, the course's one-step advantage.
+# - `-`: the upper end is 1 + clip_coef.
 # - rloo: REINFORCE, and so is the surrogate while ρ = 1, in a phase's first step; later steps are clipped.
 #   `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
 # - dapo: its clip and its average, without dynamic sampling and overlong reward shaping.
@@ -1077,7 +1077,8 @@ class RLHFTrainer:
                 is_due = self.phase % args.save_every == 0
                 try:
                     with saved_on_error(self):
-                        metrics |= held_out_rewards(self) if is_due and self.held_out else {}
+                        if is_due and self.held_out:
+                            metrics |= held_out_rewards(self)
                 finally:  # also where a reward function failed: the phase is saved, and needs its line
                     log.phase(metrics, completions[:3])
                 if is_due:
@@ -1099,7 +1100,7 @@ class RLHFTrainer:
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
         samples, texts = complete(self.policy, examples, args, self.generator, args.top_k)
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
-        # is the policy without its adapters (of which the output layer has none), else a copy without any.
+        # is the policy, its adapters off (the output layer has none); else a copy.
         with adapters_off():
             ref_features, _ = self.reference.completion_features(samples)
         ref_logprobs, _, _ = self.reference.score(ref_features, samples.completion, args.temperature)
@@ -1204,7 +1205,7 @@ class RLHFTrainer:
             self.examples, self.held_out = (fitting(self.policy, one, args) for one in (rows, held_out))
             choose_trained(self.policy.bridge, args)
             trained_layers(self.policy)  # raises SettingError where one could not be exported
-            # Last of what can be refused, for it may take minutes to learn a reward model, and writes it.
+            # Last, for it may take minutes to learn a reward model, and writes it.
             self.rewards = load_rewards(args, self.run_dir, self.device)
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
@@ -1334,8 +1335,8 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Whatever a library raises within becomes a SettingError: `what`, and the first line of its own
-    message."""
+    """Whatever a library raises within becomes a SettingError: `what`, and the first line of its message, or
+    of its cause's."""
     try:
         yield
     except SettingError:
@@ -1389,7 +1390,7 @@ def average_gradients(weights: list[nn.Parameter]) -> None:
 
 def summarize(metrics: list[dict[str, float]], counts: list[int]) -> dict[str, float]:
     """Means over the minibatches of all processes, each weighted by its count of tokens."""
-    sums = np.dot(counts, [[*one.values(), 1.0] for one in metrics])  # of the ones: of the counts
+    sums = np.dot(counts, [[*one.values(), 1.0] for one in metrics])  # 1.0: the sum of counts
     *totals, count = sum(gather_object([sums])).tolist()
     return {name: total / max(count, 1) for name, total in zip(metrics[0], totals, strict=True)}
 
@@ -1482,8 +1483,8 @@ def rollout_metrics(
     args, mask = trainer.args, drawn != -100
     K = len(rewards) if args.has_critic else args.samples_per_prompt  # who is compared with whom
     are_equal = (centered(rewards.view(-1, K)).nan_to_num() == 0).all(dim=1)
-    if args.has_critic and args.scale_rewards != "batch":
-        are_equal[:] = False  # a critic learns of equal rewards, too: they are compared with its values
+    # A critic learns of equal rewards, too: they are compared with its values.
+    are_equal &= not args.has_critic or args.scale_rewards == "batch"
     metrics = {
         "phase": trainer.phase + 1,
         "reward": rewards.nanmean().nan_to_num().item(),
@@ -1495,7 +1496,7 @@ def rollout_metrics(
     }
     # Of the variance of the returns: 1 is a perfect critic, 0 one that knows their mean, below 0 misleads.
     if args.has_critic:
-        unforeseen, all_of_it = (  # where no reward applies, nothing was foreseen
+        unforeseen, all_of_it = (  # only where a reward applies
             x[mask & rewards.isfinite()[:, None]].var(correction=0).item()
             for x in (advantages, advantages + values)
         )
@@ -1524,8 +1525,9 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> l
     """A completion of each, drawn with the same random numbers before, during and after training; its reward
     is without the penalty of --truncated."""
     generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
-    samples, texts = complete(trainer.policy, examples, trainer.args, generator, top_k)
-    scores = get_rewards(trainer.rewards, examples, texts, **trl_extras(trainer, samples))
+    with trainer.accelerator.autocast():  # as in the rollout phase
+        samples, texts = complete(trainer.policy, examples, trainer.args, generator, top_k)
+        scores = get_rewards(trainer.rewards, examples, texts, **trl_extras(trainer, samples))
     return records(examples, texts, total_reward(scores, trainer.rewards), trainer.extra)
 
 
@@ -1873,7 +1875,7 @@ def layer_forward(part: nn.Module, hooks: dict[str, nn.Module], *inputs, **named
 class GrowingLayer(DynamicLayer):
     """A layer's keys and values, with room for the sampler's next tokens behind them: a DynamicLayer copies
     all of them for every token. Where several come at once, or gradients flow, which forbid to write in
-    place, it does so, too. Its rows must stay the same."""
+    place, it copies, too. Its rows must stay the same."""
 
     room = 0  # in columns
 
@@ -2031,8 +2033,8 @@ def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
 
 @contextmanager
 def blamed(what: str) -> Iterator[None]:
-    """For a user's code: what it raises within is shown with its traceback, and becomes a SettingError; its
-    exit(), too, which would end the run as if all were well."""
+    """For a user's code: what it raises within is shown with its traceback (but for a missing module), and
+    becomes a SettingError; its exit(), too, which would end the run as if all were well."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -2097,8 +2099,8 @@ def call_reward(reward: Reward, columns: dict) -> list[float]:
     """Calls a reward function and checks what it returns.
 
     None says, as in TRL, that the reward does not apply to a completion, and becomes NaN. Raises SettingError
-    for a count that is off and, naming the completion, for a NaN or infinity; and, with its traceback shown
-    once, for what the function itself raises or what is no number.
+    for a count that is off and, naming the completion, for NaN and 1e15 or more; and, `blamed`, for what the
+    function itself raises or what is no number.
     """
     where, completions = f"reward function {reward.name.removeprefix('reward/')}", columns["completions"]
     with blamed(where):
@@ -2184,7 +2186,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def only_one(path: Path, seconds: int = 0) -> contextlib.AbstractContextManager:
     """Within, other runs and sessions are kept from this path, as far as the file system has locks. Waits so
-    long for one that has it; then raises SettingError."""
+    many seconds for one that has it; then raises SettingError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # not left to the lock, which would follow a dead link
         name = f".{path.name}.{PartialState().process_index}.lock"
@@ -2441,7 +2443,7 @@ def trained_layers(policy: TransformerWithValueHead) -> dict[tuple[str, nn.Modul
 @torch.no_grad
 def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
     """The model's weights as its files name and store them, adapters merged in."""
-    weights = {name: weight.detach() for name, weight in policy.published.items()}
+    weights = dict(policy.published)
     for (name, stored), parts in trained_layers(policy).items():
         new = copy.deepcopy(stored)
         for rows, layer in parts:
@@ -2728,7 +2730,8 @@ def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
                 both = [joined(prompt, one) for one in both]
             texts = [as_text(one, tokenizer) for one in both]
             chosen, rejected = tokenizer(texts, truncation=True).input_ids
-        if chosen != rejected and row.get("score_chosen", 1) != row.get("score_rejected", 0):
+        score = row.get("score_chosen")  # in a table None, where others have one
+        if chosen != rejected and (score is None or score != row.get("score_rejected")):
             pairs.append(tuple(texts))
     console.print(f"{source}: {len(pairs)} pairs; {len(rows) - len(pairs)} more are ties, and left out")
     require(
@@ -2816,7 +2819,7 @@ class Texts:
 
     tokens: Int[Tensor, "B T"]
     predicted: Int[Tensor, "B T"]  # the token of the completion that the column predicts; -100 where none
-    where: Bool[Tensor, "B T"]  # columns that predict the token in question; if it never came, all that do
+    where: Bool[Tensor, "B T"]  # columns that predict the token in question; if it never came, any token
     token: str
     token_id: int
 
@@ -2851,9 +2854,7 @@ def inspect(
     settings = saved_settings(run)
     require(samples >= 1, f"--samples {samples}: must be at least 1")
     # Training began with the base rounded to --dtype. Both compute in float32, so that only weights differ.
-    base = TransformerWithValueHead(
-        settings.base_model, dtype=settings.dtype, prepend_bos=settings.prepend_bos
-    ).float()
+    base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype).float()
     trained = TransformerWithValueHead(str(run / "model"), prepend_bos=settings.prepend_bos)
     settings = dataclasses.replace(settings, gen_len=gen_len, seed=seed)
     if prompt is not None:

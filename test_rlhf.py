@@ -1606,6 +1606,19 @@ def test_under_autocast_each_step_sees_the_step_before(gpt2, tmp_path):
     assert abs(stale[-1] - stale[0]) > 1e-3 and abs(fresh.values.mean().item() - stale[0]) > 1e-3
 
 
+def test_held_out_completions_are_drawn_in_the_precision_of_the_others(gpt2, tmp_path):
+    """Under autocast where the rollout phase is; its training would be judged by another model's else."""
+    (prompts := tmp_path / "prompts.txt").write_text("This\n")
+    trainer = RLHFTrainer(small_args(gpt2, eval_prompts=prompts, reward=("char:e",)))
+    trainer.accelerator.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    seen, features = [], trainer.policy.features
+    trainer.policy.features = lambda *inputs: (
+        seen.append(torch.is_autocast_enabled("cpu")) or features(*inputs)
+    )
+    rlhf.held_out_rewards(trainer)
+    assert seen and all(seen)
+
+
 # ---- The built-in model ------------------------------------------------------------------------------------
 
 
@@ -2992,11 +3005,13 @@ def test_preferences_as_data_sets_have_them(gpt2, tmp_path, capsys):
         {"chosen": "This is.", "rejected": "This was.", "score_chosen": 3, "score_rejected": 1.0},
         {"chosen": "This is.", "rejected": "This was.", "score_chosen": 2, "score_rejected": 2.0},  # a tie
         {"chosen": "It is.", "rejected": "It is."},  # another
-    ]
+        {"chosen": "It is.", "rejected": "It was.", "score_chosen": None, "score_rejected": None},
+    ]  # None has a table's cell that is empty
     pairs = rlhf.load_preferences(write_rows(tmp_path / "p.jsonl", rows), tokenizer)
     shown = "<user>Is this a test?<eos><assistant>{}<eos>"
-    assert pairs == [(shown.format("Yes."), shown.format("No."))] * 4 + [("This is.", "This was.")]
-    assert "5 pairs; 2 more are ties" in capsys.readouterr().out
+    said = [("This is.", "This was."), ("It is.", "It was.")]
+    assert pairs == [(shown.format("Yes."), shown.format("No."))] * 4 + said
+    assert "6 pairs; 2 more are ties" in capsys.readouterr().out
     tokenizer.model_max_length, tokenizer.truncation_side = 8, "left"
     tail = " it has words and a longer test"
     rows = [{"chosen": f"{a}{tail}", "rejected": f"{b}{tail}"} for a, b in (("Yes", "No"), ("Here", "No"))]
@@ -4078,6 +4093,22 @@ def test_what_is_infinite_is_so_on_either_path(path):
 
 
 @pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("bad", [[math.nan, 0.0], [math.inf, 0.0], [-math.inf] * 40])
+def test_the_gradient_of_a_loss_that_is_not_finite_is_not_finite(path, bad):
+    """As in plain torch: a step would follow it in silence."""
+    logits = torch.zeros(2, 40, device=device_of(path))
+    logits[0, : len(bad)] = torch.tensor(bad)
+    logits.requires_grad_()
+    tokens = torch.tensor([5, 5], device=logits.device)
+    with on_path(path):
+        logprobs, _ = token_logprobs(logits, tokens)
+        logprobs.sum().backward()
+    plain = logits.detach().log_softmax(-1)[:, 5]
+    assert logprobs.isnan().tolist() == plain.isnan().tolist() == [True, False]
+    assert logits.grad[0].isnan().all() and logits.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_first_and_last_token_of_the_vocabulary(path):
     for V in (2, 16, 17, 2048, 2049):
         logits = draw(2, V, device=device_of(path))
@@ -4106,6 +4137,24 @@ def test_the_path_taken(monkeypatch):
     assert kernels.path_taken(torch.zeros(1, device="meta")) == "torch"
     if CUDA:
         assert kernels.path_taken(torch.zeros(1, device="cuda")) == "triton"
+
+
+@needs_triton
+def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch):
+    """Triton launches on the current GPU, the first one, which need not be theirs."""
+    device = f"cuda:{torch.cuda.device_count() - 1}" if CUDA else "cpu"
+    entered, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(str(x.device)) or device_of(x))
+    logits, tokens = draw(3, 40, device=device).requires_grad_(), torch.tensor([1, 2, 39], device=device)
+    x, weight, a, b = (draw(*size, device=device) for size in ((3, 5), (4, 5), (2, 5), (4, 2)))
+    with on_path("triton"):
+        logprobs, _ = token_logprobs(logits, tokens)
+        logprobs.sum().backward()
+        out = lora_linear(x, weight, None, a, b, 0.5)
+    assert entered == [device] * 3
+    p = logits.detach().softmax(-1)
+    torch.testing.assert_close(logits.grad, torch.nn.functional.one_hot(tokens, 40) - p)
+    torch.testing.assert_close(out, x @ (weight + 0.5 * b @ a).T, rtol=1e-5, atol=1e-5)
 
 
 @needs_triton
@@ -4376,6 +4425,14 @@ def test_kernels_compile_for_gpus_without_spills(capability, compilations):
     out, errors = compilations[capability].communicate()
     assert compilations[capability].returncode == 0, errors
     assert int(out) == 24
+
+
+def test_torch_brings_its_own_triton():
+    """On Linux torch 2.13.0 of PyPI requires triton==3.7.1 (its METADATA; the build without CUDA requires
+    none): another one that is asked for beside it cannot be installed."""
+    lines = (Path(rlhf.__file__).parent / "requirements.txt").read_text().splitlines()
+    versions = dict(re.fullmatch("([a-z_-]+)([^;]*).*", line).groups() for line in lines)
+    assert versions["torch"] == "==2.13.0" and versions["triton"] in ("", "==3.7.1")
 
 
 def test_the_report_names_each_operation_beside_its_reference(monkeypatch, capsys):
