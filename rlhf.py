@@ -137,7 +137,7 @@ class RLHFArgs:
     gae_lambda: Share | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
 
     # Rollout phase: completions are drawn and judged
-    total_phases: Count = 50  # rollout phase and learning phase, this many times
+    total_phases: Annotated[int, Field(ge=1, lt=10**5)] = 50  # rollout phase, learning phase, so many times
     batch_size: Count = 64  # completions in a rollout phase, of all processes together
     group_size: Count | None = None  # completions of a prompt; by default all; 8 with --prompts (critic: 1)
     gen_len: Count = 32  # tokens in a completion, at most
@@ -2324,7 +2324,7 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
         "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
     }
     torch.save(state, buffer := io.BytesIO())  # torch has names of its own for a full disk
-    path = trainer.run_dir / f"checkpoint/phase-{trainer.phase:05}.pt"
+    path = trainer.run_dir / f"checkpoint/phase-{trainer.phase:05}.pt"  # total_phases has no sixth digit
     write_whole(path, lambda new: new.write_bytes(buffer.getvalue()))
     for path in sorted(trainer.run_dir.glob("checkpoint/phase-*.pt"))[:-2]:
         path.unlink()

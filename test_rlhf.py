@@ -197,6 +197,7 @@ def test_every_setting_is_read():
         ("--algo grpo --group-size 1", "group-size 1.*at least 2"),
         ("--algo rloo --group-size 1", "group-size 1.*at least 2"),
         ("--total-phases 3 --warmup-steps 3", "total-phases 3.*greater than --warmup-steps 3"),
+        ("--total-phases 100000", "total-phases 100000: should be less than 100000"),  # names of files
         ("--lora-rank 0", "lora-rank 0.*greater than or equal to 1"),
         ("--lora --lora-targets q wibble", "wibble.*q, k, v, o, in, out"),
         ("--gen-len 100", "gen-len 100.*context of 64"),
