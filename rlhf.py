@@ -543,7 +543,7 @@ def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
         for part in target_matrices(blocks, args.lora_targets):
             part.set_original_component(LoRALinear(part.original_component, args.lora_rank, args.lora_alpha))
     elif args.train_layers:
-        nn.ModuleList([*blocks, bridge.ln_final]).requires_grad_(True)
+        nn.ModuleList([*blocks, bridge.ln_final]).requires_grad_()
     for block in bridge.blocks:  # the bridge computes with q, k and v: the fused matrix of all three is idle
         if hasattr(block.attn, "qkv"):
             block.attn.qkv.requires_grad_(False)
@@ -1701,9 +1701,9 @@ def turns_of(where: str, row: dict, key: str) -> Turns:
     """A row's text, or conversation, under this key; raises SettingError where there is none."""
     found = row.get(key)
     message = f'{where}: expected a text or a list of messages under "{key}", found {reprlib.repr(found)}'
+    require(found or found == "", f"{message}; its columns are {', '.join(row)}")
     with explained(message):
         as_text(found)
-    require(found or found == "", message)
     return found
 
 
@@ -1962,7 +1962,7 @@ def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
         terms.append((args.gold_reward, "gold_reward", 0.0))
     require(
         len({name for _, name, _ in terms}) == len(terms),
-        "--reward: two of one name, whose means would be one; give one a __name__ of its own",
+        "--reward: two of one name, whose means would be one; leave one out, or give it another __name__",
     )
     # Last what takes minutes to learn, so that another that is misspelt is refused before.
     terms.sort(key=lambda term: str(term[0]).startswith("preferences:"))
@@ -2207,6 +2207,10 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
     elif kind in "csv json parquet".split():
         table |= {"path": kind, "data_files": glob.escape(source)}
     else:
+        require(
+            kind in ("", "txt", "jsonl", "ndjson"),
+            f"{source}: expected .txt, .jsonl, .json, .csv, .parquet or hub:NAME:SPLIT",
+        )
         return read_lines(Path(source), kind in ("jsonl", "ndjson"))
     # Here, since it takes a second, and within, since it reports on what it does.
     with explained(f"{source}: cannot be loaded"), contextlib.redirect_stderr(io.StringIO()):
@@ -2319,7 +2323,7 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
         return
     state = {
         "fits": trainer.fingerprint,
-        "trained": {name: weight.detach().contiguous() for name, weight in trainer.trained.items()},
+        "trained": {name: weight.data.contiguous() for name, weight in trainer.trained.items()},
         "optimizer": trainer.optimizer.state_dict(),
         "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
     }

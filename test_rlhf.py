@@ -269,7 +269,7 @@ def test_malformed_prompts_name_their_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
     for bad, expected in [
         ("{", "line 2: is not JSON"),
-        ('{"text": "a"}', 'line 2: expected a text or a list of messages under "prompt", found None'),
+        ('{"text": "a", "b": 1}', 'line 2: .* messages under "prompt", found None; its columns are text, b$'),
         ("[1]", "line 2: is no JSON object"),
         ('{"prompt": []}', r"line 2: expected a text or a list of messages under \"prompt\", found \[\]"),
         ('{"prompt": 5}', "line 2: expected a text or a list of messages"),
@@ -293,6 +293,15 @@ def test_bounds_stand_beside_the_fields(name):
         for value in (math.nan, math.inf):
             with pytest.raises(SettingError, match=f"--{flag} {value}: should be"):
                 RLHFArgs(**{name: value})
+
+
+def test_a_table_of_a_kind_that_is_not_read_is_refused(tmp_path):
+    """As text its header would be a prompt, and each row with all its columns another."""
+    (path := tmp_path / "prompts.tsv").write_text("prompt\tanswer\nThis is\t1\n")
+    with pytest.raises(SettingError, match=r"prompts.tsv: expected \.txt, \.jsonl, \.json, \.csv, \.parquet"):
+        rlhf.load_examples(RLHFArgs(), path)
+    path = path.rename(tmp_path / "prompts")  # a pipe, /dev/fd/63, has no suffix
+    assert len(rlhf.load_examples(RLHFArgs(), path)) == 2
 
 
 def test_json_lines(tmp_path):
