@@ -2328,7 +2328,8 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
         "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
     }
     torch.save(state, buffer := io.BytesIO())  # torch has names of its own for a full disk
-    path = trainer.run_dir / f"checkpoint/phase-{trainer.phase:05}.pt"  # total_phases has no sixth digit
+    # The files' names are in the order of the phases: total_phases has at most five digits.
+    path = trainer.run_dir / f"checkpoint/phase-{trainer.phase:05}.pt"
     write_whole(path, lambda new: new.write_bytes(buffer.getvalue()))
     for path in sorted(trainer.run_dir.glob("checkpoint/phase-*.pt"))[:-2]:
         path.unlink()

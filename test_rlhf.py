@@ -4153,8 +4153,8 @@ def test_the_path_taken(monkeypatch):
 def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch):
     """Triton launches on the current GPU, the first one, which need not be theirs."""
     device = f"cuda:{torch.cuda.device_count() - 1}" if CUDA else "cpu"
-    entered, device_of = [], torch.cuda.device_of
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(str(x.device)) or device_of(x))
+    entered, enter = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(str(x.device)) or enter(x))
     logits, tokens = draw(3, 40, device=device).requires_grad_(), torch.tensor([1, 2, 39], device=device)
     x, weight, a, b = (draw(*size, device=device) for size in ((3, 5), (4, 5), (2, 5), (4, 2)))
     with on_path("triton"):
