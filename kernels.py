@@ -148,6 +148,11 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if one is None else one.to(torch.get_autocast_dtype(device)) for one in tensors]
 
 
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """In which products with x are computed: its own or, under torch.autocast, that one's."""
+    return _autocast(x[:0])[0].dtype  # of no rows, so nothing is cast
+
+
 def _outside_autocast(backward):
     """A backward pass computes in the dtypes of its forward pass, even when called under torch.autocast."""
 

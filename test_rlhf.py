@@ -3201,15 +3201,78 @@ def test_views_of_transformer_lens_show_the_trained_model(family, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_pass_merges_adapters(dtype, tmp_path, monkeypatch):
     """In Llama's attention TransformerLens asks for the weight of o, to see its type: of every layer, at
-    every token."""
+    every token. Only the sampler has them merged, once for all of its passes."""
     base = save_model(tmp_path / "base", FAMILIES["llama"]())
     trainer = RLHFTrainer(small_args(base, algo="grpo", lora=True, dtype=dtype))
     merged, update = [], LoRALinear.update.fget
     monkeypatch.setattr(LoRALinear, "update", property(lambda layer: merged.append(0) or update(layer)))
     memory, *_ = trainer.rollout_phase()
+    assert len(merged) == (2 * 4 if dtype == "float32" else 0)  # two layers of q, k, v, o
+    merged.clear()
     trainer.learning_phase(memory)
     assert not merged and not LoRALinear.in_pass
     assert trainer.policy.bridge.W_O.dtype == getattr(torch, dtype) and len(merged) == 2  # a layer each
+
+
+def tokens_drawn(model: nn.Module, count: int = 6) -> torch.Tensor:
+    """Log-probabilities of the tokens drawn behind two unequal prompts, as `complete` has them drawn."""
+    examples, args = [{"prompt": "This is"}, {"prompt": "This is what it"}], RLHFArgs(gen_len=count)
+    samples, _ = rlhf.complete(model, examples, args, torch.Generator().manual_seed(0), None)
+    return samples.logprobs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_merged_while_tokens_are_drawn_and_only_then(family, tmp_path, monkeypatch):
+    model = TransformerWithValueHead(save_model(tmp_path / "base", FAMILIES[family]()))
+    targets = [*rlhf.block_matrices(model.bridge.blocks[0])]
+    rlhf.choose_trained(model.bridge, RLHFArgs(lora=True, lora_targets=tuple(targets)))
+    randomize_adapters(model)
+    calls, ours = [], rlhf.lora_linear
+    monkeypatch.setattr(rlhf, "lora_linear", lambda *inputs: calls.append(0) or ours(*inputs))
+    merged = tokens_drawn(model)
+    assert not calls and not LoRALinear.merged
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(rlhf, "adapters_merged", contextlib.nullcontext)
+        torch.testing.assert_close(tokens_drawn(model), merged, atol=2e-5, rtol=1e-4)
+        assert len(calls) > 6 * len(targets)
+        with rlhf.adapters_off():
+            base = tokens_drawn(model)
+    assert (base - merged).abs().max() > 1e-3  # the adapters do something
+    with rlhf.adapters_off(), torch.no_grad():
+        assert torch.equal(tokens_drawn(model), base)
+
+
+def test_merged_adapters_do_not_outlive_the_sampler(gpt2, monkeypatch):
+    """Nor what is raised within it: Ctrl-C in a notebook, a GPU that is full."""
+    model = TransformerWithValueHead(gpt2)
+    rlhf.choose_trained(model.bridge, RLHFArgs(lora=True))
+    randomize_adapters(model)
+    before = tokens_drawn(model)
+
+    def fails(*inputs):
+        assert len(LoRALinear.merged) == 2 * 4
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rlhf, "sample_token", fails)
+        tokens_drawn(model)
+    assert not LoRALinear.merged
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            layer.lora_b.data.neg_()
+    assert not torch.allclose(tokens_drawn(model), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_in_bfloat16_adapters_are_not_merged(gpt2, how, monkeypatch):
+    """A small update is lost where W + update is rounded: the sampler would draw as if there were none."""
+    model = TransformerWithValueHead(gpt2, dtype="bfloat16" if how == "weights" else "float32")
+    rlhf.choose_trained(model.bridge, RLHFArgs(lora=True))
+    calls, ours = [], rlhf.lora_linear
+    monkeypatch.setattr(rlhf, "lora_linear", lambda *inputs: calls.append(0) or ours(*inputs))
+    with torch.autocast("cpu", enabled=how == "autocast"):
+        tokens_drawn(model)
+    assert len(calls) >= 6 * 2 * 4  # tokens, layers, matrices
 
 
 def test_one_process_copies_no_gradient(gpt2, monkeypatch):
@@ -5066,15 +5129,18 @@ def read_both(base: str, run: Path, token: str = ".", samples: int = 4, gen_len:
     models = [rlhf.TransformerWithValueHead(str(path)) for path in (base, run / "model")]
     examples, settings = [{"prompt": "This is"}] * samples, RLHFArgs(gen_len=gen_len)
     texts = rlhf.draw_texts(models[1], examples, settings, token)
-    return texts, tuple(rlhf.read("model", model.bridge, texts) for model in models)
+    names = "base", "trained"
+    return texts, tuple(
+        rlhf.read(name, model.bridge, texts) for name, model in zip(names, models, strict=True)
+    )
 
 
 @pytest.mark.parametrize("token", [".", "$"])  # the second never comes: all places count
 def test_lens_and_kl_by_brute_force(collapsed, gpt2, token):  # noqa: F811
     texts, (base, trained) = read_both(gpt2, collapsed, token)
     axis, p, token_id = Figure().subplots(), trained.logits, texts.token_id
-    kl = rlhf.where_they_differ(axis, (base, trained), texts)
-    assert axis.lines[0].get_ydata().tolist() == kl.tolist()
+    rlhf.where_they_differ(axis, (base, trained), texts)
+    kl = axis.lines[0].get_ydata()
     P = texts.tokens.shape[1] - len(kl)
     for position in range(len(kl)):
         values = []
@@ -5083,8 +5149,9 @@ def test_lens_and_kl_by_brute_force(collapsed, gpt2, token):  # noqa: F811
                 a, b = (x[row, P - 1 + position].double().softmax(-1) for x in (p, base.logits))
                 values.append(float((a * (a / b).log()).sum()))
         assert kl[position].item() == pytest.approx(sum(values) / len(values), rel=1e-3)
-    _, lens = rlhf.when_it_is_decided(axis, (base, trained), texts)
-    assert len(lens) == 3
+    rlhf.when_it_is_decided(axis, (base, trained), texts)
+    *_, lens = (line.get_ydata() for line in axis.lines)
+    assert len(axis.lines) == 3 and axis.lines[2].get_label() == "trained" and len(lens) == 3
     last = p.log_softmax(-1)[texts.where][:, token_id].mean().item()
     assert lens[-1].item() == pytest.approx(last, abs=1e-4)
     model = transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model")
@@ -5107,7 +5174,9 @@ def test_weight_updates_know_their_size(gpt2, tmp_path, capsys):  # noqa: F811
     )  # no mathematics
     assert "moved most: in of layer 1, by " in capsys.readouterr().out
     _, readings = read_both(gpt2, run)
-    updates = rlhf.what_moved(Figure().subplots(), readings)
+    axis = Figure().subplots()
+    rlhf.what_moved(axis, readings)
+    updates = torch.tensor(axis.images[0].get_array())
     names = [*rlhf.block_matrices(readings[0].bridge.blocks[0])]
     assert updates.shape == (6, 2)  # matrices, layers
     assert [(names[row], layer) for row, layer in updates.nonzero().tolist()] == [("in", 1)]
@@ -5126,7 +5195,8 @@ def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, 
     original = rlhf.what_moved
 
     def keep(axis, readings):
-        moved.append(([*rlhf.block_matrices(readings[0].bridge.blocks[0])], original(axis, readings)))
+        original(axis, readings)
+        moved.append(([*rlhf.block_matrices(readings[0].bridge.blocks[0])], axis.images[0].get_array()))
 
     monkeypatch.setattr(rlhf, "what_moved", keep)
     assert rlhf.main(["inspect", str(run), "--samples", "2", "--gen-len", "4"]) == 0
