@@ -15,10 +15,10 @@
             one step of AdamW up the gradient of the objective                             # 10
         log one line                                                                       # 11
 
-compute_advantages is `gae` for PPO, `group_relative` for GRPO, `leave_one_out` for RLOO. PPO learns values
-too: its objective also has - vf_coef (values now - returns)², where returns = advantages + old values, those
-of the rollout phase. What else tells the published algorithms apart is a few switches: ALGORITHM_TABLE, at
-the end of section 9.
+compute_advantages stands for `gae` in PPO, `group_relative` in GRPO, `leave_one_out` in RLOO. PPO learns
+values too: its objective also has - vf_coef (values now - returns)², where returns = advantages + old values,
+those of the rollout phase. What else tells the published algorithms apart is a few switches: ALGORITHM_TABLE,
+at the end of section 9.
 
 From reinforcement learning to language models:
 
@@ -40,12 +40,12 @@ What is different from PPO on CartPole:
   - One forward pass sees all states of an episode, for each is the beginning of the next. Only drawing the
     tokens has to go one by one.
 
-Notation   B completions in a batch, b in a minibatch   K completions in a group (of one prompt)
+Notation   B completions in a batch, b in a minibatch   K completions of a prompt, compared: a group
            P width of the prompts   C width of the completions   T = P + C columns
            D width of the residual stream   V size of the vocabulary   R reward functions
            In formulas: r reward, Â advantage, V_t the value of a state, ρ = π_θ / π_old the ratio of
-           probabilities, ε where it is clipped, β = kl_coef. Log-probabilities, entropy and KL divergence
-           are in nats: natural logarithms.
+           probabilities, ε where it is clipped, β = kl_coef, H entropy, γ and λ those of GAE. log is the
+           natural logarithm: log-probabilities, entropy and KL divergence are in nats.
 Words      residual stream: the D numbers of a column that each block of the transformer reads and adds to
            hook: a function called on a result inside of the model, which it may look at or replace
            TRL, PEFT: Hugging Face's libraries for RLHF, and for LoRA and other adapters
@@ -67,7 +67,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Literal, NamedTuple
@@ -79,11 +79,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
-from pydantic import Field, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
-from torch.nn.functional import linear, logsigmoid, pad
+from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Cache
+from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
 from kernels import float32_linear, linear_token_logprobs, lora_linear, matmul_dtype, peak_memory
@@ -116,13 +116,13 @@ class RLHFArgs:
     prompts: str | Path | None = None  # in place of prefix: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
     eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
     prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
-    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # that leave no room; cut keeps the end, no BOS
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # too long ones; cut keeps the end, without BOS
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
     prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer; GPT-2, Pythia: yes
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
-    # The algorithm: None is as the column of --algo has it in ALGORITHM_TABLE, at the end of section 9
-    advantage: Literal["critic", "group", "others"] | None = None  # reward - value, group's or others' mean
+    # The algorithm: None is what ALGORITHM_TABLE, at the end of section 9, has for --algo; (critic): with one
+    advantage: Literal["critic", "group", "others"] | None = None  # reward less value, group's, others' mean
     scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation; critic: group = none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
@@ -284,7 +284,7 @@ def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[in
 
 @dataclass
 class Samples:
-    """Completions behind their prompts: the picture, row by row."""
+    """Prompts, each with its completion after it: the picture, row by row."""
 
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
@@ -342,18 +342,20 @@ def get_logprobs(
 
 # That is all there is to it; the price is memory, since V numbers a token are made to keep three (in GPT-2 V
 # is 65 times D). So the model below hands on its features, the D numbers a token from which one matrix makes
-# the logits, and `score` gets from them the same three numbers in bounded memory, however many tokens there
-# are: kernels.py makes a few rows of logits at a time, forward and backward.
+# the logits, and its own `get_logprobs` makes of them the same three numbers in bounded memory, however many
+# tokens there are: kernels.py makes a few rows of logits at a time, forward and backward.
 #
 # A TransformerBridge is TransformerLens' view of a Hugging Face model, a hook around each of its parts:
 #     bridge.original_model              the Hugging Face model, made of the hooked parts: hooks fire here too
 #     bridge.original_model.base_model   the same without its output layer
 #     bridge.blocks[i].attn.q            a hooked part; .original_component is the nn.Linear or Conv1D inside
-# The value head is such a hook, and any experiment of yours can be another.
+# The value head is such a hook, and any experiment of yours can be another. With a KV cache it sees the new
+# columns alone; those of bridge.unembed never fire in training, where its matrix is taken for what follows.
 
 
 class TransformerWithValueHead(nn.Module):
-    """A language model, its hooks and, if asked for, a critic: the value head on its final residual stream.
+    """A language model, its hooks and, if asked for, a critic: the value head on its final residual stream,
+    whose loss trains the model, too.
 
     `bridge` is the TransformerLens model: `bridge.run_with_cache` and `bridge.run_with_hooks` work at any
     time.
@@ -421,7 +423,7 @@ class TransformerWithValueHead(nn.Module):
 
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """The output layer: one matrix, in some models times a scale. In float32 even where the weights are
-        not, as in `score`: else the two would disagree on π_old by their rounding."""
+        not, as in `get_logprobs`: else sampler and learner would disagree on π_old by their rounding."""
         return float32_linear(features, *self.output_layer).mul_(self.logit_scale)
 
     @property
@@ -451,7 +453,7 @@ class TransformerWithValueHead(nn.Module):
         features, values = self.features(samples.tokens[:, start:-1], mask[:, :-1], cache)
         return features[:, -C:], values[:, -C:]
 
-    def score(
+    def get_logprobs(
         self,
         features: Float[Tensor, "B C D"],
         tokens: Int[Tensor, "B C"],
@@ -494,10 +496,9 @@ class LoRALinear(nn.Linear):
     True
     """
 
-    # True within `features`: there TransformerLens reads `weight` in every pass, for its dtype alone, and
-    # W + update would be added up for nothing.
-    in_pass = False
-    enabled = True  # of all adapters at once: see adapters_off
+    # Switches of all adapters at once, since they belong to the class.
+    in_pass = False  # within `features`: TransformerLens reads `weight` in every pass, for its dtype alone
+    enabled = True  # but within adapters_off
     merged = {}  # W + update of each layer, within adapters_merged
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
@@ -513,7 +514,7 @@ class LoRALinear(nn.Linear):
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
         """W plus, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained.
-        Within a pass W alone."""
+        Within a pass W alone, for the sum would be made for nothing."""
         W = as_rows(self.base)
         return W if LoRALinear.in_pass else (W + self.update * self.enabled).to(W)
 
@@ -532,8 +533,9 @@ class LoRALinear(nn.Linear):
 
 
 def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
-    """Freezes all but what is to be trained: adapters of all blocks or the last few, or the weights of the
-    last few. Without --lora and --train-layers it freezes nothing that computes.
+    """Freezes all of the model but what is to be trained: adapters of all blocks or the last few, or the
+    weights of the last few and the final norm. Without --lora and --train-layers it freezes nothing that
+    computes.
 
     A LoRALinear takes the place of each target matrix inside of its hooks, so that they see what LoRA adds.
     """
@@ -565,9 +567,10 @@ def adapters_merged(model: nn.Module) -> Iterator[None]:
     """Within, an adapted layer is one product, with W + update, which is added up once for all tokens to be
     drawn. In float32 alone: in bfloat16 the sum is rounded, and would be another policy than the one that
     learns."""
-    layers = [part for part in model.modules() if isinstance(part, LoRALinear)]
     LoRALinear.merged = {
-        layer: layer.weight for layer in layers if matmul_dtype(layer.base.weight) == torch.float32
+        part: part.weight
+        for part in model.modules()
+        if isinstance(part, LoRALinear) and matmul_dtype(part.base.weight) == torch.float32
     }
     try:
         yield
@@ -596,7 +599,7 @@ def get_samples(
     C is the length of the longest completion drawn, at most gen_len.
     """
     B, P = prompt_tokens.shape
-    # The sampler's own buffers, filled in place column by column.
+    # What is filled in place here is the sampler's own.
     tokens = pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
     mask = pad(prompt_mask, (0, gen_len))
     logprobs, values = torch.zeros(2, B, gen_len, device=prompt_tokens.device)
@@ -628,8 +631,8 @@ def sample_token(probs: Float[Tensor, "B V"], generator: torch.Generator | None)
     total = cumulative[:, -1:].contiguous()
     uniform = torch.rand(len(probs), 1, generator=generator, device=probs.device)
     # `right` passes over tokens of probability 0; where the product rounds up to the total, the minimum leads
-    # back to the last token that has any probability. With NaN both are V, which is no token: the remainder
-    # makes it one, and the learning phase stops at the NaN.
+    # back to the last token that has any probability. NaN gives V, which is no token: the remainder makes it
+    # one, and the learning phase stops at the NaN.
     token = torch.searchsorted(cumulative, uniform * total, right=True)
     return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1) % probs.shape[1]
 
@@ -744,7 +747,7 @@ def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*gro
 
 # ---- 7 Reward to advantage ---------------------------------------------------------------------------------
 # In: a reward for each completion. Out: for each token, how much better it was than expected. The three
-# algorithms differ in what they expected: the critic's value, the group's mean, or the mean of the others in
+# functions differ in what they expected: the critic's value, the group's mean, or the mean of the others in
 # the group. All take the same arguments, so that the trainer need not know which it calls; the rows of a
 # group are neighbours.
 #
@@ -847,7 +850,7 @@ class ReplayMemory(Samples):
 
     advantages: Float[Tensor, "B C"]
     ref_features: Float[Tensor, "B C D"]  # of the reference, for the exact KL
-    ref_logprobs: Float[Tensor, "B C"]  # for the estimates of it
+    ref_logprobs: Float[Tensor, "B C"]  # for its estimates, in the loss, the reward and the log
 
     @property
     def returns(self) -> Float[Tensor, "B C"]:
@@ -1030,9 +1033,10 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 
 
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
-# line wins over the cell. All have PPO's entropy bonus and the course's exact KL (as published: but for ppo
-# `--ent-coef 0`, for GRPO `--kl-estimator k3`). ε, β and λ are this experiment's choice, except: ε of DAPO,
-# GSPO and CISPO; β = 0, where the paper does without a reference; λ = 0, the course's one-step advantage.
+# line wins over the cell. All have an entropy bonus, as PPO, and the exact KL, as the course; as published
+# they have `--ent-coef 0`, but for PPO, and GRPO `--kl-estimator k3`. ε, β and λ are this file's choice,
+# except: ε of DAPO, GSPO and CISPO; β = 0, where the paper does without a reference; λ = 0, the course's
+# one-step advantage.
 # - `-`: the upper end is 1 + clip_coef.
 # - rloo: REINFORCE, and so is the surrogate while ρ = 1, in a phase's first step; later steps are clipped.
 #   `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
@@ -1062,11 +1066,12 @@ for switch, *cells in switches:
 
 
 # ---- 10 Objective to update --------------------------------------------------------------------------------
-# In: the settings. Out: a trained policy. All state lives in the trainer, and nothing here asks for --algo,
-# only for its switches. Several processes may share the work by rows, each with its part of the batch. On
-# one, read own_share, gather_rows and average_gradients as "the same", gradient_weight as 1 (of a micro-batch
-# its share), summarize as a mean. What was not defined so far is in the workshop: several processes and
-# logging at its start, prompts, models and rewards in section 12, files in 13.
+# In: the settings. Out: a trained policy. All state but the switches of LoRALinear lives in the trainer, and
+# nothing here asks for --algo, only for its switches. Several processes may share the work by rows, each with
+# its part of the batch. On one, read own_share, gather_rows and average_gradients as "the same",
+# gradient_weight as 1 (of a micro-batch its share), summarize as a mean. What was not defined so far is in
+# the workshop: several processes and logging at its start, prompts, models and rewards in section 12, files
+# in 13.
 
 
 class RLHFTrainer:
@@ -1093,7 +1098,7 @@ class RLHFTrainer:
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics["rollout_seconds"] = middle - start
                 metrics["learning_seconds"] = perf_counter() - middle
-                is_due = self.phase % args.save_every == 0
+                is_due = self.phase % args.save_every == 0  # phases that are done, by now
                 try:
                     with saved_on_error(self):
                         if is_due and self.held_out:
@@ -1122,9 +1127,9 @@ class RLHFTrainer:
         # is the policy, its adapters off (the output layer has none); else a copy.
         with adapters_off():
             ref_features, _ = self.reference.completion_features(samples)
-        ref_logprobs, _, _ = self.reference.score(ref_features, samples.completion, args.temperature)
+        ref_logprobs, _, _ = self.reference.get_logprobs(ref_features, samples.completion, args.temperature)
         # 4. Rewards. A group may be spread over processes: so those of all are gathered, and what else
-        # advantages need.
+        # advantages need. From here to step 6 rows are those of all processes.
         scores = get_rewards(self.rewards, examples, texts, **trl_extras(self, samples)).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
         scores, drawn, values, k1 = gather_rows(scores, samples.completion, samples.values, k1)
@@ -1139,7 +1144,7 @@ class RLHFTrainer:
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         metrics = rollout_metrics(self, drawn, ended, scores, rewards, advantages, values)
         # 6. Of all this our own rows, as wide as our own completions. What no reward applies to teaches
-        # nothing, nor do truncated ones, if so set: from here on, padding.
+        # nothing, nor do truncated ones, if so set (in their group's mean they count): from here on, padding.
         ignored = rewards.isnan() | ~ended & (args.truncated == "mask")
         samples.mask[own_share(ignored)] = False  # a view of the attention mask
         memory = ReplayMemory(
@@ -1152,8 +1157,8 @@ class RLHFTrainer:
 
     def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
-        metrics: means over all tokens of all minibatches that are not masked, the gradient's norm before it
-        is shortened, learning rate and β. With learns=False it takes no step."""
+        metrics: means over all tokens that are not masked, of all minibatches; the gradient's norm before it
+        is shortened, base_lr as it was and β. With learns=False it takes no step."""
         args, metrics, counts, norms = self.args, [], [], []
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
@@ -1176,8 +1181,7 @@ class RLHFTrainer:
             stop_unless_finite(self, minibatch, norms)
             if learns and norms[-1]:  # 0: all is masked, and AdamW's moments alone would move the weights
                 self.optimizer.step()
-        means = summarize(metrics, counts)
-        means |= {
+        means = summarize(metrics, counts) | {
             "lr": self.optimizer.param_groups[0]["lr"],
             "kl_coef": self.kl_coef,
             "grad_norm": float(np.mean(norms)),
@@ -1198,7 +1202,7 @@ class RLHFTrainer:
             reference = minibatch.ref_features, *self.reference.output_layer
         with self.accelerator.autocast():  # anew each time, for it keeps its casts of the weights
             features, values = self.policy.completion_features(minibatch)
-            logprobs, entropy, kl = self.policy.score(
+            logprobs, entropy, kl = self.policy.get_logprobs(
                 features, minibatch.completion, args.temperature, *reference
             )
         if kl is None:
@@ -1289,7 +1293,6 @@ def distinct_2(completions: list[list[int]]) -> float:
 # can use.
 
 import asyncio
-import codecs
 import glob
 import importlib.util
 import json
@@ -1307,6 +1310,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stderr, suppress
 from copy import deepcopy
+from dataclasses import fields, replace
 from datetime import datetime
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -1318,14 +1322,16 @@ from accelerate.utils import gather, gather_object, pad_across_processes, reduce
 from filelock import FileLock, Timeout
 from matplotlib import style
 from matplotlib.figure import Figure
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 from torch.utils.data import BatchSampler, DataLoader, random_split
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
 
-# transformers 5.24 warns of the only name by which those before it take a KV cache.
+# transformers 5.24 warns of the name by which older ones take a KV cache.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 # What a model writes is no markup, and a terminal breaks lines by itself.
 # A notebook gets plain text, in one piece: for a line that moves, rich would want ipywidgets there.
@@ -1443,11 +1449,11 @@ class RunLog(AbstractContextManager):
             "tokens_per_second": metrics["completion_length"] * trainer.args.batch_size / seconds,
             "peak_memory_mb": peak_memory(trainer.device) / 2**20,
         }
-        figures = (
-            "reward {reward:.2f}  kl {kl:.2f}  entropy {entropy:.2f}  distinct_2 {distinct_2:.2f}  "
-            "{tokens_per_second:.0f} tokens/s"
+        console.print(
+            f"phase {phase:>3} of {trainer.args.total_phases}  reward {metrics['reward']:.2f}  "
+            f"kl {metrics['kl']:.2f}  entropy {metrics['entropy']:.2f}  "
+            f"distinct_2 {metrics['distinct_2']:.2f}  {metrics['tokens_per_second']:.0f} tokens/s"
         )
-        console.print(f"phase {phase:>3} of {trainer.args.total_phases}  {figures.format_map(metrics)}")
         self.samples(phase, samples, shown=1)
         if self.is_main:
             self.metrics.append(metrics)
@@ -1531,7 +1537,7 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
         "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
         "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
         "entropy": new.entropy,
-        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),
+        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),  # outside, if clipped or not
     }
     if args.has_critic:
         per_token["value_loss"] = (new.values - old.returns).square()
@@ -1849,7 +1855,7 @@ def load_bridge(
         error = (scale * bridge.unembed(features) - truth).abs().max() / truth.abs().max()
     require(
         error < torch.finfo(model.dtype).eps ** 0.5,
-        f"{refused}: as TransformerLens and the output layer have them, its logits are off by {error:.0%}",
+        f"{refused}: as TransformerLens and the output layer have them, its logits are off by {error:.2%}",
     )
     for part in bridge.modules():
         if hasattr(part, "original_component") and not [*part.original_component.children()]:
@@ -2185,7 +2191,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             if new.is_file():
                 with open(new, "rb+") as file:
                     os.fsync(file.fileno())  # on the disk before the old one goes
-            elif path.is_dir():  # a file replaces a file by the renaming itself, and never a directory
+            elif path.is_dir():  # renaming replaces a file, but no directory that holds anything
                 path.rename(old)
             try:
                 new.replace(path)
@@ -2240,7 +2246,7 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
     """The lines that are not blank, JSON objects or prompts."""
     rows = []
     with explained(f"{path}: cannot be read"):
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # Windows' byte order mark
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():
@@ -2512,7 +2518,7 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
 
 def cached(name: str, make: Callable[[Path], object]) -> str:
     """The directory of a built-in model in ~/.cache/rlhf (or RLHF_CACHE); made on first use, in a minute."""
-    # The number changes when what follows does.
+    # Raise the number when what follows changes.
     path = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf", f"{name}-1").expanduser()
     if not path.exists():
         console.print(f"making {name} once, into {path}")
@@ -2558,7 +2564,7 @@ def english_prose() -> list[str]:
     for number, text in enumerate(texts):
         for paragraph in re.split(r"\n\s*\n", text.translate(quotes)):
             for sentence in re.split(r"(?<=\.) (?=[A-Z])", " ".join(paragraph.split()).removeprefix("- ")):
-                if is_sentence(sentence) and len(sentence.split()) >= 4:
+                if is_sentence(sentence) and sentence.count(" ") >= 3:
                     text_of.setdefault(sentence, number)
     words = re.compile(r"[a-z]+").findall
     frequency = Counter(words(" ".join(text_of).lower()))
@@ -2583,7 +2589,7 @@ def train_tiny(path: Path, steps: int = 900, width: int = 64) -> None:
         bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         initializer_range=0.05, activation_function="gelu_pytorch_tanh",  # gelu_new, fused
     )  # fmt: skip
-    generator.manual_seed(0)
+    generator.manual_seed(0)  # so the weights do not depend on what was drawn before
     model = transformers.GPT2LMHeadModel(config)
 
     def loss_of(rows: Int[Tensor, "n width"]) -> Float[Tensor, ""]:
@@ -2636,6 +2642,7 @@ def label(file: Path, args: tyro.conf.OmitArgPrefixes[RLHFArgs], pairs: int = 20
         file: the preferences, JSON lines; an earlier session goes on behind its last answer
         pairs: stop when the file holds this many answers
     """
+    require(args.resume is None, "label: --resume goes on with training; give --base-model RUN/model")
     rows = load_examples(args, args.prompts)
     policy = TransformerWithValueHead(
         args.base_model, False, pick_device(args.device)[1], args.dtype, args.prepend_bos
@@ -2765,7 +2772,7 @@ def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"])
     >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))   # log 2: no opinion
     tensor(0.6931)
     """
-    return -logsigmoid(chosen - rejected).mean()
+    return -nn.functional.logsigmoid(chosen - rejected).mean()
 
 
 def preferences_reward(source: str, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
@@ -3090,7 +3097,8 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     require(runs, "compare: expected at least one run directory")
     names, groups = {}, defaultdict(list)
     for run in runs:
-        settings = read_settings(run) | dict.fromkeys("run_dir seed resume".split())  # may differ in a group
+        # What may differ in a group counts for nothing.
+        settings = read_settings(run) | dict.fromkeys("run_dir seed resume save_every track".split())
         title = names.setdefault(as_json(settings), str(run))  # of the first run with these settings
         groups[title].append([metrics for _, metrics in read_rows(run / "metrics.jsonl")])
     with explained("compare: these metrics cannot be drawn"):

@@ -1848,9 +1848,9 @@ def test_bfloat16_does_not_round_logits_that_share_an_offset(gpt2, tmp_path, mon
         samples = rlhf.get_samples(policy, tokens, mask, 20, 0.7)
         features, logits = (torch.stack(one, dim=1) for one in zip(*seen, strict=True))
         # The features that the sampler saw: with the KV cache the blocks before round otherwise than without.
-        logprobs, entropy, _ = policy.score(features, samples.completion, 0.7)
+        logprobs, entropy, _ = policy.get_logprobs(features, samples.completion, 0.7)
         whole, _ = policy.completion_features(samples)
-        scored, *_ = policy.score(whole, samples.completion, 0.7)
+        scored, *_ = policy.get_logprobs(whole, samples.completion, 0.7)
     assert -90 < logits.mean() < -70
     exact = features.bfloat16().double() @ policy.output_layer[0].bfloat16().double().T / 0.7
     exact = exact.log_softmax(-1)
@@ -3446,6 +3446,17 @@ def test_conversations_can_be_labelled(gpt2, tmp_path, type_keys, capsys):  # no
     pairs = rlhf.load_preferences(file, rlhf.load_tokenizer(base, "auto"))
     assert len(pairs) == 3 and all(text.startswith("<user>Is this a test?<eos><assistant>") for pair in pairs
                                    for text in pair)  # fmt: skip
+
+
+def test_labelling_takes_no_run_to_go_on_with(gpt2, tmp_path, capsys):
+    """Its settings would be taken over, and completions shown of the model from before its training."""
+    run, file = (
+        make_run(tmp_path, gpt2, transformers.AutoModelForCausalLM.from_pretrained(gpt2)),
+        tmp_path / "p",
+    )
+    assert rlhf.main(["label", str(file), "--resume", str(run)]) == 2
+    assert "label: --resume goes on with training; give --base-model RUN/model" in capsys.readouterr().err
+    assert not file.exists()
 
 
 def test_a_text_prompt_before_dialogues_is_their_first_message(gpt2, tmp_path):
@@ -5268,7 +5279,7 @@ def panels(figure) -> dict:
 def test_compare_makes_one_line_of_seeds(tmp_path, figures):
     runs = [
         save_run(tmp_path / "a", history(1), seed=0, kl_coef=0.1),
-        save_run(tmp_path / "b", history(3, phases=3), seed=1, kl_coef=0.1),
+        save_run(tmp_path / "b", history(3, phases=3), seed=1, kl_coef=0.1, save_every=5, track="wandb"),
         save_run(tmp_path / "c", history(5), seed=0, kl_coef=0.2, run_dir=tmp_path / "c"),
     ]
     assert rlhf.main(["compare", *runs, "--output", str(tmp_path / "c.png")]) == 0
