@@ -1232,8 +1232,9 @@ class RLHFTrainer:
             self.rewards = load_rewards(args, self.run_dir, self.device)
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
-            self.reference = TransformerWithValueHead(args.base_model, device=self.device)
-            self.reference.requires_grad_(False)
+            self.reference = TransformerWithValueHead(args.base_model, device=self.device).requires_grad_(
+                False
+            )
 
         self.trained = {
             name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad
@@ -1336,6 +1337,7 @@ warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 # What a model writes is no markup, and a terminal breaks lines by itself.
 # A notebook gets plain text, in one piece: for a line that moves, rich would want ipywidgets there.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
+event_loop = asyncio.new_event_loop()  # one for all calls of async rewards: their clients are bound to it
 transformers.utils.logging.disable_progress_bar()
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # never asks whether to run a model's own code
 # GELU in one operation: GPT-2's own takes eight, and keeps what they make for the backward pass.
@@ -1458,10 +1460,8 @@ class RunLog(AbstractContextManager):
         if self.is_main:
             self.metrics.append(metrics)
             write_jsonl(trainer.run_dir / "metrics.jsonl", self.metrics)
-        if [one.get("equal_groups") for one in self.metrics[-3:]] == [1.0] * 3:
-            console.print(
-                "for three phases no group's completions were rewarded differently: nothing is learned"
-            )
+        if metrics["equal_groups"] == 1:
+            console.print("no group's completions were rewarded differently: nothing is learned")
         trainer.accelerator.log(metrics, step=phase)
 
     def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
@@ -1838,6 +1838,7 @@ def load_bridge(
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=deepcopy(tokenizer)
         ).eval()  # of the tokenizer a copy, for it is changed
+        bridge.cfg.default_prepend_bos = bool(tokenizer.begin)  # of texts that the bridge itself is given
         for block in bridge.blocks:
             mend_block(block)
         # Behind its original context a Phi-3 of 128k encodes all positions otherwise; cached keys stay.
@@ -2008,7 +2009,7 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
     require(
         path.strip("."),
         f"--reward {spec}: unknown; expected `periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, "
-        "`preferences:FILE`, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`",
+        "`preferences:FILE`, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`; from Python a function",
     )
     # A real module, so that it can import its neighbours, and a process pool the function.
     file = Path(path)
@@ -2034,7 +2035,7 @@ def as_in_trl(function: RewardFn) -> RewardFn:
         scores = function(prompts=prompts, completions=[*map(reply, prompts, completions)], **columns)
         if asyncio.iscoroutine(scores):
             # In a thread of its own, for a notebook has a loop here already.
-            return ThreadPoolExecutor().submit(asyncio.run, scores).result()
+            return ThreadPoolExecutor().submit(event_loop.run_until_complete, scores).result()
         return scores
 
     return call
@@ -2298,13 +2299,14 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
 
 
 def name_of(x) -> str:
-    """A function's name; of a callable object its type's; of anything else, a path say, its text."""
-    return getattr(x, "__name__", type(x).__name__ if callable(x) else str(x))
+    """A function's name; of a callable object its type's; of a text the text."""
+    return getattr(x, "__name__", type(x).__name__ if callable(x) else x)
 
 
 def as_json(value) -> str:
-    """With a line feed at its end; in ASCII, so that every locale writes and reads the same."""
-    return json.dumps(value, indent=2, default=name_of) + "\n"
+    """With a line feed at its end; in ASCII, so that every locale writes and reads the same. A function is
+    its name and (), which names no reward: a run that goes on needs the function itself."""
+    return json.dumps(value, indent=2, default=lambda x: f"{name_of(x)}()" if callable(x) else str(x)) + "\n"
 
 
 def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
@@ -2390,6 +2392,7 @@ def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
 def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
     """Within, the first Ctrl-C, SIGTERM or SIGHUP (a terminal that closes) asks for a stop after the phase; a
     second stops at once."""
+    trainer.accelerator.check_trigger()  # forgets what a second Ctrl-C left behind
     with ExitStack() as restore:
 
         def note(number: int, frame) -> None:
@@ -2858,6 +2861,7 @@ class Reading(NamedTuple):
     cache: "ActivationCache"  # of TransformerLens
 
 
+@torch.no_grad
 def inspect(
     run: Path,
     token: str = ".",
@@ -2911,7 +2915,6 @@ def draw_texts(model: TransformerWithValueHead, examples: list[dict], args: RLHF
     return Texts(drawn.tokens, predicted, where if where.any() else predicted >= 0, token, token_id)
 
 
-@torch.no_grad
 def read(name: str, bridge: nn.Module, texts: Texts) -> Reading:
     """Logits, and the activations that the rest of this section looks at."""
     wanted = "resid_pre resid_post _z mlp_out hook_embed pos_embed final.hook_scale".split()
@@ -2995,7 +2998,6 @@ def token_logit(logits: Float[Tensor, "B T V"], texts: Texts) -> float:
     return above_mean(logits[texts.where], texts.token_id).mean().item()
 
 
-@torch.no_grad
 def attribute(reading: Reading, texts: Texts) -> tuple[Float[Tensor, "L parts"], float]:
     """Shares of the token's logit above the mean logit by their writers: a row a layer, its heads and then
     its MLP; and embeddings and biases together. Means over the places (Elhage et al. 2021, A Mathematical
@@ -3028,7 +3030,6 @@ def attribute(reading: Reading, texts: Texts) -> tuple[Float[Tensor, "L parts"],
     return grid, rest
 
 
-@torch.no_grad
 def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> float:
     """The token's logit where a head or, behind the last head, the MLP of the layer writes zeros."""
     is_head = part < bridge.cfg.n_heads
@@ -3041,7 +3042,6 @@ def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> flo
     return token_logit(bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)]), texts)
 
 
-@torch.no_grad
 def what_moved(axis, readings: tuple[Reading, Reading]) -> None:
     """‖ΔW‖ / ‖W‖ (Frobenius), the size of the update of every matrix of the blocks."""
     base, trained = ([*map(block_matrices, one.bridge.blocks)] for one in readings)
