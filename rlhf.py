@@ -121,7 +121,7 @@ class RLHFArgs:
     prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer; GPT-2, Pythia: yes
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
-    # The algorithm: None is what ALGORITHM_TABLE, at the end of section 9, has for --algo; (critic): with one
+    # The algorithm: None is what ALGORITHM_TABLE (section 9) has for --algo. (critic): matters with one only
     advantage: Literal["critic", "group", "others"] | None = None  # reward less value, group's, others' mean
     scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation; critic: group = none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
@@ -350,7 +350,7 @@ def get_logprobs(
 #     bridge.original_model.base_model   the same without its output layer
 #     bridge.blocks[i].attn.q            a hooked part; .original_component is the nn.Linear or Conv1D inside
 # The value head is such a hook, and any experiment of yours can be another. With a KV cache it sees the new
-# columns alone; those of bridge.unembed never fire in training, where its matrix is taken for what follows.
+# columns alone; those of bridge.unembed never fire in training, which takes its matrix and no more.
 
 
 class TransformerWithValueHead(nn.Module):
@@ -1171,8 +1171,7 @@ class RLHFTrainer:
             for start in range(0, len(minibatch.tokens), size):  # the gradients of parts add up
                 part = minibatch[start : start + size]
                 new = self.evaluate(part)
-                objective = objective_of(new, part, self.kl_coef, args)
-                loss = -objective * gradient_weight(part, minibatch, args)
+                loss = -objective_of(new, part, self.kl_coef, args) * gradient_weight(part, minibatch, args)
                 loss.backward()  # of minus the objective, for AdamW goes downhill
                 metrics.append(minibatch_metrics(new, part, args))
                 counts.append(part.mask.sum().item())
@@ -1232,9 +1231,8 @@ class RLHFTrainer:
             self.rewards = load_rewards(args, self.run_dir, self.device)
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
-            self.reference = TransformerWithValueHead(args.base_model, device=self.device).requires_grad_(
-                False
-            )
+            reference = TransformerWithValueHead(args.base_model, device=self.device)
+            self.reference = reference.requires_grad_(False)
 
         self.trained = {
             name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad
