@@ -82,6 +82,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
@@ -114,7 +115,7 @@ class RLHFArgs:
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
     prompts: str | Path | None = None  # in place of prefix: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
-    eval_prompts: str | Path | None = None  # held-out prompts: their mean reward, every --save-every phases
+    eval_prompts: str | Path | None = None  # held-out prompts: mean reward every --save-every phases and last
     prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
     long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # too long ones; cut keeps the end, without BOS
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
@@ -1098,16 +1099,15 @@ class RLHFTrainer:
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics["rollout_seconds"] = middle - start
                 metrics["learning_seconds"] = perf_counter() - middle
-                is_due = self.phase % args.save_every == 0  # phases that are done, by now
+                is_due = self.phase % args.save_every == 0 or self.phase == args.total_phases
                 try:
-                    with saved_on_error(self):
-                        if is_due and self.held_out:
-                            metrics |= held_out_rewards(self)
-                finally:  # also where a reward function failed: the phase is saved, and needs its line
+                    if is_due and self.held_out:
+                        metrics |= held_out_rewards(self)
+                finally:  # also where a reward function failed: the phase is done, and counted
                     log.phase(metrics, completions[:3])
-                if is_due:
-                    save_checkpoint(self)
-            if self.phase % args.save_every:  # the loop has not saved this one
+                    if is_due:
+                        save_checkpoint(self)
+            if self.phase < args.total_phases:  # stopped
                 save_checkpoint(self)
             export(self)
             if self.phase >= args.total_phases:
@@ -1176,14 +1176,14 @@ class RLHFTrainer:
                 metrics.append(minibatch_metrics(new, part, args))
                 counts.append(part.mask.sum().item())
             average_gradients(weights)
-            norms.append(nn.utils.clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
+            norms.append(clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
             if learns and norms[-1]:  # 0: all is masked, and AdamW's moments alone would move the weights
                 self.optimizer.step()
         means = summarize(metrics, counts) | {
             "lr": self.optimizer.param_groups[0]["lr"],
             "kl_coef": self.kl_coef,
-            "grad_norm": float(np.mean(norms)),
+            "grad_norm": sum(norms) / len(norms),
         }
         if learns and any(norms):  # a phase without a step says nothing of β
             self.kl_coef = adapt_kl_coef(self.kl_coef, means["kl"], self.last_kl, args)
@@ -1407,8 +1407,8 @@ def average_gradients(weights: list[nn.Parameter]) -> None:
     hide the bridge's hooks."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     if PartialState().num_processes > 1:
-        mean = reduce(nn.utils.parameters_to_vector(gradients), "mean")
-        nn.utils.vector_to_parameters(mean, gradients)
+        mean = reduce(parameters_to_vector(gradients), "mean")
+        vector_to_parameters(mean, gradients)
 
 
 def summarize(metrics: list[dict[str, float]], counts: list[int]) -> dict[str, float]:
@@ -2620,7 +2620,7 @@ def fit(
             1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)
         )
         loss_of(batch).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     model.eval()

@@ -2287,6 +2287,16 @@ def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, 
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_the_last_phase_is_judged_on_held_out_prompts_too(gpt2, tmp_path):
+    """Of a run that is shorter than --save-every no phase would be."""
+    (path := tmp_path / "held_out.txt").write_text("This\n")
+    args = small_args(gpt2, eval_prompts=path, save_every=10, total_phases=3, run_dir=tmp_path / "run")
+    RLHFTrainer(args).train()
+    rows = [row for _, row in rlhf.read_rows(tmp_path / "run" / "metrics.jsonl")]
+    assert ["eval_reward" in row for row in rows] == [False, False, True]
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_after_a_second_ctrl_c_train_goes_on(gpt2, tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     calls = []
