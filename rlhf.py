@@ -1087,6 +1087,7 @@ class RLHFTrainer:
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
+            is_due = True  # as long as there is nothing new to save
             while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
                 start = perf_counter()
                 # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
@@ -1097,8 +1098,7 @@ class RLHFTrainer:
                 # would follow entropy and KL alone, and stay in AdamW's moments. So none is taken; the pass
                 # is made for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
-                metrics["rollout_seconds"] = middle - start
-                metrics["learning_seconds"] = perf_counter() - middle
+                metrics |= {"rollout_seconds": middle - start, "learning_seconds": perf_counter() - middle}
                 is_due = self.phase % args.save_every == 0 or self.phase == args.total_phases
                 try:
                     if is_due and self.held_out:
@@ -1107,7 +1107,7 @@ class RLHFTrainer:
                     log.phase(metrics, completions[:3])
                     if is_due:
                         save_checkpoint(self)
-            if self.phase < args.total_phases:  # stopped
+            if not is_due:  # stopped, and the loop has not saved this one
                 save_checkpoint(self)
             export(self)
             if self.phase >= args.total_phases:
@@ -1292,6 +1292,7 @@ def distinct_2(completions: list[list[int]]) -> float:
 # can use.
 
 import asyncio
+import codecs
 import glob
 import importlib.util
 import json
@@ -2245,7 +2246,7 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
     """The lines that are not blank, JSON objects or prompts."""
     rows = []
     with explained(f"{path}: cannot be read"):
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # Windows' byte order mark
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():

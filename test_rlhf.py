@@ -3358,6 +3358,18 @@ def test_each_phase_is_saved_once(gpt2, tmp_path, monkeypatch, phases, expected)
     assert saved == expected
 
 
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("stop, expected", [(0, []), (2, [2]), (3, [2, 3])])
+def test_a_stop_saves_its_phase_once(gpt2, tmp_path, monkeypatch, stop, expected):
+    saved, save = [], rlhf.save_checkpoint
+    monkeypatch.setattr(rlhf, "save_checkpoint", lambda trainer: saved.append(trainer.phase) or save(trainer))
+    trainer = RLHFTrainer(small_args(gpt2, lora=True, save_every=2, total_phases=5, run_dir=tmp_path / "run"))
+    asked = iter([False, *[False] * stop, True])  # at the start, and before each phase
+    monkeypatch.setattr(trainer.accelerator, "check_trigger", lambda: next(asked))
+    trainer.train()
+    assert saved == expected and trainer.phase == stop
+
+
 def test_prompts_are_shuffled_once_an_epoch(gpt2, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": f"No {i}"} for i in range(5)])
     trainer = RLHFTrainer(small_args(gpt2, algo="grpo", prompts=path, group_size=2, batch_size=8))
