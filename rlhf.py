@@ -1254,6 +1254,8 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     """
     base, head = {"params": [], "peak_lr": args.base_lr}, {"params": [], "peak_lr": args.head_lr}
     for name, weight in trained.items():
+        # GPT-2's q, k and v are views of one matrix: a pass over one of them would run into the others.
+        weight.data = weight.data.contiguous()
         (head if "value_head" in name else base)["params"].append(weight)
     return torch.optim.AdamW([base, head], weight_decay=0.0, fused=True)  # one pass over each weight
 

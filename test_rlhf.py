@@ -795,6 +795,25 @@ def test_the_more_pairs_the_fewer_times_each_is_learned(gpt2, tmp_path, monkeypa
     assert len(texts) == epochs * training and len(set(texts)) == training
 
 
+@pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
+def test_a_step_moves_each_weight_by_its_own_gradient(family, tmp_path):
+    """The first step of AdamW is lr g / (|g| + 1e-8), also of GPT-2's q, k and v, which are loaded as views of
+    one matrix: torch's pass over one of them wrote into the others. CUDA refuses weights, gradients and moments
+    whose strides differ."""
+    trainer = RLHFTrainer(small_args(save_model(tmp_path / "base", FAMILIES[family]()), algo="ppo"))
+    before = {name: weight.detach().clone() for name, weight in trainer.trained.items()}
+    trainer.policy(torch.arange(12).view(2, 6))[0].square().mean().backward()
+    for param_group in trainer.optimizer.param_groups:
+        param_group["lr"] = 0.01
+    trainer.optimizer.step()
+    for name, weight in trainer.trained.items():
+        if weight.grad is not None:
+            step = 0.01 * weight.grad / (weight.grad.abs() + 1e-8)
+            torch.testing.assert_close(weight, before[name] - step, msg=lambda text, name=name: name + text)
+            moment = trainer.optimizer.state[weight]["exp_avg"]
+            assert weight.stride() == weight.grad.stride() == moment.stride(), name
+
+
 def test_weights_without_a_gradient_do_not_decay():
     weight = nn.Parameter(torch.ones(3))
     optimizer = rlhf.get_optimizer({"weight": weight}, RLHFArgs())
