@@ -279,6 +279,21 @@ def linear_token_logprobs_reference(
 
 
 @kernel
+def _load_logits(pointers, mask, inv_temperature):
+    """Logits over τ. Where there are none, -inf: a lane past the end is an impossible token."""
+    return tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32) * inv_temperature
+
+
+@kernel
+def _below_maximum(x, m):
+    """x̃ = x - m; m, the maximum with these x; and δ, by which it has grown."""
+    m_new = tl.maximum(m, tl.max(x))
+    # nothing to rescale before the first finite logit
+    delta = tl.where(m == -float("inf"), 0.0, m_new - m)
+    return x - tl.where(m_new == -float("inf"), 0.0, m_new), m_new, delta
+
+
+@kernel
 def token_logprobs_forward_kernel(
     x_ptr,  # [N, V] policy logits, not yet divided by τ
     y_ptr,  # [N, V] reference logits, likewise; read only with HAS_REF
@@ -308,27 +323,17 @@ def token_logprobs_forward_kernel(
     s_q, u = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         cols = start + lanes
-        # other=-inf: a lane past the end is an impossible token
-        x = tl.load(x_ptr + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
-        x = x * inv_temperature
-        m_new = tl.maximum(m, tl.max(x))
-        # nothing to rescale before the first finite logit
-        delta = tl.where(m == -float("inf"), 0.0, m_new - m)
-        x = x - tl.where(m_new == -float("inf"), 0.0, m_new)
+        x = _load_logits(x_ptr + row * stride + cols, cols < V, inv_temperature)
+        x, m, delta = _below_maximum(x, m)
         shrink, e = tl.exp(-delta), tl.exp(x)
         if HAS_REF:
-            y = tl.load(y_ptr + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
-            y = y * inv_temperature
-            m_q_new = tl.maximum(m_q, tl.max(y))
-            delta_q = tl.where(m_q == -float("inf"), 0.0, m_q_new - m_q)
-            y = y - tl.where(m_q_new == -float("inf"), 0.0, m_q_new)
+            y = _load_logits(y_ptr + row * stride + cols, cols < V, inv_temperature)
+            y, m_q, delta_q = _below_maximum(y, m_q)
             s_q = s_q * tl.exp(-delta_q) + tl.exp(y)
             # p = 0 adds 0, even at q = 0
             u = (u - (delta - delta_q) * s) * shrink + tl.where(e > 0, e * (x - y), 0.0)
-            m_q = m_q_new
         t = (t - delta * s) * shrink + tl.where(e > 0, e * x, 0.0)
         s = s * shrink + e
-        m = m_new
     total = tl.sum(s)
     log_s = tl.log(total)
 
@@ -372,14 +377,14 @@ def token_logprobs_backward_kernel(
     g_H, g_KL = tl.load(coefficients_ptr + 2 * N + row), tl.load(coefficients_ptr + 3 * N + row)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
-        x = tl.load(x_ptr + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
-        log_p = x * inv_temperature - m - log_s
+        x = _load_logits(x_ptr + row * stride + cols, cols < V, inv_temperature)
+        log_p = x - m - log_s
         p = tl.exp(log_p)
         slope = a - g_H * log_p
         if HAS_REF:
-            y = tl.load(y_ptr + row * stride + cols, mask=cols < V, other=-float("inf")).to(tl.float32)
+            y = _load_logits(y_ptr + row * stride + cols, cols < V, inv_temperature)
             m_q, log_s_q = tl.load(rows_ptr + 5 * N + row), tl.load(rows_ptr + 6 * N + row)
-            slope = slope + g_KL * (log_p - (y * inv_temperature - m_q - log_s_q))
+            slope = slope + g_KL * (log_p - (y - m_q - log_s_q))
         dx = tl.where(p == 0, 0.0, p * slope) + tl.where(cols == token, g_l, 0.0)  # p log p → 0
         tl.store(
             out_ptr + row * stride + cols, (dx * inv_temperature).to(out_ptr.dtype.element_ty), mask=cols < V
