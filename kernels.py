@@ -853,26 +853,26 @@ def lora_linear(
 # python kernels.py: the report
 
 
-def _timed(function, inputs: dict, trained: list[str]) -> tuple[list[Tensor], float]:
-    """Outputs or, where inputs are trained, the gradients of their sum; and the median seconds of three runs
-    after a first, which warms up."""
+def _timed(function, inputs: dict, trained: list[str], runs: int = 4) -> tuple[list | tuple, float]:
+    """Outputs or, where inputs are trained, the gradients of their sum; and the median seconds of the last
+    three runs, before which one warms up."""
     inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in trained}
     seconds = []
-    for _ in range(4):
+    for _ in range(runs):
         start = time.perf_counter()
         outputs = function(**inputs)
         results = [one for one in (outputs if isinstance(outputs, tuple) else [outputs]) if one is not None]
         if trained:
             loss = sum(one.sum() for one in results)
-            results = list(torch.autograd.grad(loss, [inputs[name] for name in trained]))
+            results = torch.autograd.grad(loss, [inputs[name] for name in trained])
         results[0].flatten()[0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    return results, statistics.median(seconds[1:])
+    return results, statistics.median(seconds[-3:])
 
 
-def _error(results: list[Tensor], truth: list[Tensor]) -> float:
+def _error(results: list | tuple, truth: list | tuple) -> float:
     """The largest error of all, each relative to the largest number of its tensor."""
-    return max((a - b).abs().max().item() / b.abs().max().item() for a, b in zip(results, truth, strict=True))
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truth, strict=True))
 
 
 def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int, L: int) -> None:
@@ -882,29 +882,27 @@ def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int, L: int
     tokens, logits = torch.randint(V, (N,), device=device), draw(N, V)
     head = {"hidden": draw(N, D), "unembed": draw(V, D) / D**0.5, "tokens": tokens}
     layer = {"x": draw(L, L), "weight": draw(L, L) / L**0.5, "bias": None, "scale": 2.0}
-    adapter = {"lora_a": draw(16, L) / L**0.5, "lora_b": draw(L, 16)}
-    gigabytes, head_work, layer_work = logits.nbytes / 1e9, 2e-12 * N * V * D, 2e-12 * L**3
-    cases = [  # operation, its inputs, the trained ones, work and its unit
-        ("token_logprobs", {"logits": logits, "tokens": tokens}, [], gigabytes, "GB/s"),
-        ("token_logprobs", {"logits": logits, "tokens": tokens}, ["logits"], 3 * gigabytes, "GB/s"),
-        ("linear_token_logprobs", head, [], head_work, "TFLOP/s"),
-        ("linear_token_logprobs", head, ["hidden"], 2 * head_work, "TFLOP/s"),
-        ("lora_linear", layer | adapter, [], layer_work, "TFLOP/s"),
-        ("lora_linear", layer | adapter, ["x", *adapter], 2 * layer_work, "TFLOP/s"),
+    layer |= {"lora_a": draw(16, L) / L**0.5, "lora_b": draw(L, 16)}
+    cases = [  # operation, its inputs, the trained ones; work forward, how much more backward, and its unit
+        ("token_logprobs", {"logits": logits, "tokens": tokens}, ["logits"], logits.nbytes / 1e9, 3, "GB/s"),
+        ("linear_token_logprobs", head, ["hidden"], 2e-12 * N * V * D, 2, "TFLOP/s"),
+        ("lora_linear", layer, ["x", "lora_a", "lora_b"], 2e-12 * L**3, 2, "TFLOP/s"),
     ]
     print(f"\n{device}, {dtype}; in brackets plain torch")
-    for name, inputs, trained, work, unit in cases:
+    for name, inputs, trainable, forward, more, unit in cases:
         ours, plain = globals()[name], globals()[name + "_reference"]
         exact = {
             k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for k, x in inputs.items()
         }
-        truth, _ = _timed(plain, exact, trained)
-        cells = []
-        for function in (ours, plain):
-            results, seconds = _timed(function, inputs, trained)
-            cells.append((_error(results, truth), 1e3 * seconds, work / seconds))
-        error, ms, rate = (f"{a:8.2g} ({b:.2g})" for a, b in zip(*cells, strict=True))
-        print(f"{name:22} {'and backward' if trained else 'forward':12} error {error} ms {ms} {unit} {rate}")
+        for trained, work in ([], forward), (trainable, more * forward):
+            truth, _ = _timed(plain, exact, trained)
+            cells = []
+            for function in (ours, plain):
+                results, seconds = _timed(function, inputs, trained)
+                cells.append((_error(results, truth), 1e3 * seconds, work / seconds))
+            error, ms, rate = (f"{a:8.2g} ({b:.2g})" for a, b in zip(*cells, strict=True))
+            passes = "and backward" if trained else "forward"
+            print(f"{name:22} {passes:12} error {error} ms {ms} {unit} {rate}")
 
 
 def peak_memory(device: str) -> int:
@@ -925,19 +923,16 @@ def measure_memory(which: str, N: int = 4096, V: int = 50257) -> tuple[float, fl
     """MB above the inputs and seconds, forward and backward, N x 768; in its own process."""
     device = "cuda" if CUDA else "cpu"
     with torch.device(device):
-        hidden, unembed, tokens = torch.randn(N, 768), torch.randn(V, 768), torch.randint(V, (N,))
-    unembed.div_(28)
-    ref_hidden = hidden + 0.1 if "KL" in which else None
+        inputs = {"hidden": torch.randn(N, 768), "tokens": torch.randint(V, (N,))}
+        unembed = torch.randn(V, 768).div_(28)
+    if "KL" in which:
+        inputs["ref_hidden"] = inputs["hidden"] + 0.1
     function = linear_token_logprobs_reference if "plain" in which else linear_token_logprobs
-    (unembed[:64] @ unembed[:64].T).sum().item()  # the library's own buffers
-
-    for rows in (2, N):  # the first, small, has kernels compiled
-        before, start = peak_memory(device), time.perf_counter()
-        inputs = hidden[:rows].requires_grad_(), unembed, tokens[:rows]
-        outputs = function(*inputs, ref_hidden=None if ref_hidden is None else ref_hidden[:rows])
-        (gradient,) = torch.autograd.grad(sum(one.sum() for one in outputs if one is not None), inputs[0])
-        gradient[0, 0].item()  # waits for the device
-    return (peak_memory(device) - before) / 1e6, time.perf_counter() - start
+    for rows in (2, N):  # the first, small, has kernels compiled, and the library's own buffers made
+        before = peak_memory(device)
+        first = {name: x[:rows] for name, x in inputs.items()}
+        _, seconds = _timed(function, first | {"unembed": unembed}, ["hidden"], runs=1)
+    return (peak_memory(device) - before) / 1e6, seconds
 
 
 def report_memory() -> None:
