@@ -939,8 +939,8 @@ def report_memory() -> None:
     """Prints peak memory and time of plain torch and of ours, each measured in a process of its own."""
     print("linear_token_logprobs, 4,096 x 768, V = 50,257, float32, forward and backward")
     for which in ("plain torch", "ours", "plain torch, KL", "ours, KL"):
-        run = subprocess.run([sys.executable, __file__, which], capture_output=True, text=True, check=True)
-        megabytes, seconds = map(float, run.stdout.split())
+        printed = subprocess.check_output([sys.executable, __file__, which], text=True)
+        megabytes, seconds = map(float, printed.split())
         print(f"{which:22} {megabytes:6.0f} MB {seconds:6.1f} s")
 
 
