@@ -214,9 +214,9 @@ def float32_linear(
 # Token log-probability: the references
 
 
-def _tempered(logits: Float[Tensor, "... V"], temperature: float) -> Float[Tensor, "... V"]:
-    """logits / τ, in float32 at least."""
-    return logits.to(_wide(logits)) / temperature
+def _log_softmax(logits: Float[Tensor, "... V"], temperature: float) -> Float[Tensor, "... V"]:
+    """Of logits / τ, in float32 at least."""
+    return (logits.to(_wide(logits)) / temperature).log_softmax(-1)
 
 
 def _mean(log_p: Float[Tensor, "... V"], values: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
@@ -244,7 +244,7 @@ def token_logprobs_reference(
     >>> [round(x.item(), 4) for x in token_logprobs_reference(torch.zeros(4), torch.tensor(2))]  # ∓log 4
     [-1.3863, 1.3863]
     """
-    logprobs, entropy, _ = _outputs(_tempered(logits, temperature).log_softmax(-1), None, tokens)
+    logprobs, entropy, _ = _outputs(_log_softmax(logits, temperature), None, tokens)
     return logprobs, entropy
 
 
@@ -266,12 +266,12 @@ def linear_token_logprobs_reference(
     >>> linear_token_logprobs_reference(h, U, torch.tensor(1), ref_hidden=h + 1)[2]  # p = 1/2, q₁ = 0.731
     tensor(0.1201)
     """
-    log_p = _tempered(linear(hidden, unembed, bias), temperature).log_softmax(-1)
+    log_p = _log_softmax(linear(hidden, unembed, bias), temperature)
     if ref_hidden is None:
         logprobs, entropy, _ = _outputs(log_p, None, tokens)
         return logprobs, entropy, None
     head = (unembed, bias) if ref_unembed is None else (ref_unembed, ref_bias)
-    log_q = _tempered(linear(ref_hidden, *head), temperature).log_softmax(-1).detach()
+    log_q = _log_softmax(linear(ref_hidden, *head), temperature).detach()
     return tuple(_outputs(log_p, log_q, tokens))
 
 
@@ -433,7 +433,7 @@ def _less(
 
 def _exponentials(logits: Float[Tensor, "n V"], temperature: float) -> tuple[Tensor, ...]:
     """x̃ = x - max x and exp x̃ [n, V]; the sum of these [n]; max x and the sum's logarithm [2, n]."""
-    m = _tempered(logits.amax(-1), temperature)
+    m = logits.amax(-1).to(_wide(logits)) / temperature
     x = _less(logits, temperature, m)
     e = x.exp()
     s = e.sum(-1)
