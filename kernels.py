@@ -108,13 +108,13 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 def _check(**arguments: tuple) -> None:
     """Each argument is its tensor (or None), axes as in the signatures, and dtypes. A letter has one size."""
-    device = next(iter(arguments.values()))[0].device
-    sizes = {}
+    device, sizes = None, {}
     for name, (tensor, axes, dtypes) in arguments.items():
         if tensor is None:
             continue
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name}: dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+        device = device or tensor.device  # of the first
         if tensor.device != device:
             raise ValueError(f"{name}: on {tensor.device}, expected {device}")
         letters, shape = axes.split(), tuple(tensor.shape)
@@ -135,7 +135,7 @@ def _flat_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> 
     tokens = tokens.ravel().long()  # contiguous
     if tokens.device.type == "cpu":
         wrong = tokens[(tokens != IGNORE) & ((tokens < 0) | (tokens >= V))]
-        if wrong.numel():
+        if len(wrong):
             raise ValueError(f"tokens: id {wrong[0].item()}, expected 0 to {V - 1}, or {IGNORE} where masked")
     return tokens
 
@@ -393,7 +393,7 @@ def token_logprobs_backward_kernel(
 
 def _launch(V: int) -> dict:
     """Block and warps of the row kernels: 8 logits a thread, one 16-byte load of bf16, spill nothing."""
-    block = min(2048, max(16, 1 << (V - 1).bit_length()))
+    block = min(2048, max(16, triton.next_power_of_2(V)))
     return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
 
 
@@ -568,11 +568,11 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         temperature: float,
         reference: tuple,  # hidden [N, D_ref], unembed [V, D_ref], bias [V] or None; three None: no KL
     ):
-        N, V = len(hidden), len(unembed)
+        N = len(hidden)
         rows = hidden.new_empty(7, N, dtype=_wide(hidden))
         ctx.temperature, ctx.kept = temperature, {}
         sides = 1 if reference[0] is None else 2
-        to_keep = KEPT_NUMBERS // (sides * V) if any(ctx.needs_input_grad) else 0
+        to_keep = KEPT_NUMBERS // (sides * len(unembed)) if any(ctx.needs_input_grad) else 0
         for part in _slices(N, CHUNK_ROWS):
             logits = _logits_of(part, hidden, unembed, bias, *reference)
             rows[:, part] = _statistics(*logits, tokens[part], temperature)
@@ -591,14 +591,15 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         dunembed = torch.zeros_like(unembed, dtype=rows.dtype) if wants_unembed else None
         dbias = torch.zeros_like(bias, dtype=rows.dtype) if wants_bias else None
         for part in _slices(len(hidden), CHUNK_ROWS):
-            kept = ctx.kept.pop(part.start, None)
-            logits, ref_logits = kept or _logits_of(part, hidden, unembed, bias, *reference)
+            logits, ref_logits = ctx.kept.pop(part.start, None) or _logits_of(
+                part, hidden, unembed, bias, *reference
+            )
             inputs = tokens[part], rows[:, part], coefficients[:, part], ctx.temperature
             dlogits = logits  # in float32 their gradient takes their place
             if hidden.dtype != logits.dtype:
                 dlogits = hidden.new_empty_strided(logits.shape, logits.stride())
             _write_gradient(dlogits, logits, ref_logits, *inputs)
-            del kept, logits, ref_logits
+            del logits, ref_logits
             if wants_bias:
                 dbias += dlogits.sum(0, dtype=dbias.dtype)
             for ids in _even_parts(len(unembed)):
@@ -630,11 +631,12 @@ def linear_token_logprobs(
     hidden, unembed, bias, ref_hidden, ref_unembed, ref_bias = _autocast(
         hidden, unembed, bias, ref_hidden, ref_unembed, ref_bias
     )
-    if ref_hidden is None and ref_unembed is not None:
-        raise ValueError("ref_hidden: None, expected hidden states beside ref_unembed")
     if ref_unembed is None and ref_bias is not None:
         raise ValueError("ref_unembed: None, expected a matrix beside ref_bias")
-    if ref_hidden is not None and ref_unembed is None:
+    if ref_hidden is None:
+        if ref_unembed is not None:
+            raise ValueError("ref_hidden: None, expected hidden states beside ref_unembed")
+    elif ref_unembed is None:
         ref_unembed, ref_bias = unembed, bias
     same = (hidden.dtype,)
     _check(
