@@ -81,13 +81,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from kernels import float32_linear, linear_token_logprobs, lora_linear, matmul_dtype, peak_memory
+from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_linear, peak_memory, recorded
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
@@ -148,7 +148,7 @@ class RLHFArgs:
     # Learning phase: the policy is moved towards what was better than expected
     batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs; the name is the course's)
     num_minibatches: Count = 4  # optimizer steps in each pass
-    micro_batch_size: Count | None = None  # completions that learn at a time: less memory, the same result
+    micro_batch_size: Count | None = None  # completions computed at a time: less memory, the same result
     kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or as in section 9
     kl_target: PositiveFloat | None = None  # adapt β from phase to phase until the KL is this, nats a token
     ent_coef: float = 0.02  # reward for uncertainty
@@ -292,6 +292,15 @@ class Samples:
     logprobs: Float[Tensor, "B C"]  # log π_old(token): at the temperature, but over all V even with top_k
     values: Float[Tensor, "B C"]  # of the critic, 0 without one
 
+    def __getitem__(self, rows: Int[Tensor, "b"] | slice) -> "Samples":
+        """These rows of every field."""
+        return type(self)(*(field[rows] for field in vars(self).values()))
+
+    def parts(self, size: int | None) -> Iterator["Samples"]:
+        """At most so many rows after so many; None: all of them."""
+        size = size or len(self.tokens)
+        return (self[start : start + size] for start in range(0, len(self.tokens), size))
+
     @property
     def prompt_width(self) -> int:
         return self.tokens.shape[1] - self.logprobs.shape[1]
@@ -383,6 +392,7 @@ class TransformerWithValueHead(nn.Module):
             for weight in self.value_head[-1].parameters():
                 nn.init.zeros_(weight)  # at first the critic has no opinion, and no wrong one
         self.bridge.ln_final.hook_out.add_hook(self.read_values, is_permanent=True)
+        self.learning_pass = RecordedPass(self.features, self.parameters)
 
     def read_values(self, normalized_residual: Float[Tensor, "B T D"], hook) -> None:
         """TransformerLens hook on the final normalised residual stream; values are 0 without a critic."""
@@ -409,7 +419,7 @@ class TransformerWithValueHead(nn.Module):
     ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
         """What the output layer sees, the final residual stream, normalised; and the values. The KV cache
         keeps keys and values of attention, so that of all columns only the new ones need be computed; the
-        mask is of all."""
+        mask is of all, or of as many as the cache has room for."""
         LoRALinear.in_pass = True  # see section 4
         try:
             output = self.bridge.original_model.base_model(
@@ -420,7 +430,8 @@ class TransformerWithValueHead(nn.Module):
             )
         finally:
             LoRALinear.in_pass = False
-        return output.last_hidden_state, self.values  # which the hook read_values left there just now
+        # What the hook read_values left there just now; kept, it would keep the graph of the whole pass.
+        return output.last_hidden_state, vars(self).pop("values")
 
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """The output layer: one matrix, in some models times a scale. In float32 even where the weights are
@@ -438,7 +449,7 @@ class TransformerWithValueHead(nn.Module):
         """Keys and values of columns 0 to P-2. Prompts that are equal are computed once, and the gradients of
         all their completions flow back through that one computation."""
         prompts, of_row = distinct_prompts(tokens, mask)
-        cache = Cache(layer_class_to_replicate=GrowingLayer)  # a DynamicCache that has room: section 12
+        cache = DynamicCache()
         if prompts.shape[1] > 1:
             self.features(prompts[:, :-1].clamp(min=0), prompts[:, :-1] >= 0, cache)
             cache.batch_select_indices(of_row)  # a copy for each row that has this prompt
@@ -450,8 +461,12 @@ class TransformerWithValueHead(nn.Module):
         # From column `start` on, each row is computed by itself. Where prompts hold few tokens, that is all
         # columns: to read them again with each completion costs less than a pass of their own.
         start = P - 1 if len(mask) * P > 256 else 0
-        cache = self.prompt_cache(samples.tokens[:, : start + 1], mask[:, : start + 1])
-        features, values = self.features(samples.tokens[:, start:-1], mask[:, :-1], cache)
+        columns = samples.tokens[:, start:-1], mask[:, :-1]
+        if start == 0 and torch.is_grad_enabled() and can_replay(self):
+            features, values = self.learning_pass(*columns)  # `features`, replayed
+        else:
+            cache = self.prompt_cache(samples.tokens[:, : start + 1], mask[:, : start + 1])
+            features, values = self.features(*columns, cache)
         return features[:, -C:], values[:, -C:]
 
     def get_logprobs(
@@ -500,7 +515,6 @@ class LoRALinear(nn.Linear):
     # Switches of all adapters at once, since they belong to the class.
     in_pass = False  # within `features`: TransformerLens reads `weight` in every pass, for its dtype alone
     enabled = True  # but within adapters_off
-    merged = {}  # W + update of each layer, within adapters_merged
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a W of its own
@@ -522,8 +536,6 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         if not self.enabled:
             return self.base(x)
-        if self in self.merged:
-            return linear(x, self.merged[self], self.bias)
         # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T; in Triton with x read once
         return lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)
 
@@ -563,22 +575,6 @@ def adapters_off() -> Iterator[None]:
         LoRALinear.enabled = True
 
 
-@contextmanager
-def adapters_merged(model: nn.Module) -> Iterator[None]:
-    """Within, an adapted layer is one product, with W + update, which is added up once for all tokens to be
-    drawn. In float32 alone: in bfloat16 the sum is rounded, and would be another policy than the one that
-    learns."""
-    LoRALinear.merged = {
-        part: part.weight
-        for part in model.modules()
-        if isinstance(part, LoRALinear) and matmul_dtype(part.base.weight) == torch.float32
-    }
-    try:
-        yield
-    finally:
-        LoRALinear.merged = {}
-
-
 # ---- 5 Tokens to completion --------------------------------------------------------------------------------
 # In: prompts. Out: completions, and what the policy thought of each token when it drew it: π_old needs no
 # second forward pass.
@@ -594,47 +590,51 @@ def get_samples(
     top_k: int | None = None,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    rows_at_once: int | None = None,
 ) -> Samples:
-    """Draws a completion of up to gen_len tokens for each prompt, one column at a time.
+    """Draws a completion of up to gen_len tokens for each prompt, one column at a time; with rows_at_once the
+    same completions, so many after so many, in less memory.
 
     C is the length of the longest completion drawn, at most gen_len.
     """
-    B, P = prompt_tokens.shape
+    (B, P), C = prompt_tokens.shape, 0
     # What is filled in place here is the sampler's own.
     tokens = pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
     mask = pad(prompt_mask, (0, gen_len))
-    logprobs, values = torch.zeros(2, B, gen_len, device=prompt_tokens.device)
-    cache = policy.prompt_cache(prompt_tokens, prompt_mask)
-    alive = prompt_mask.new_ones(B)
-    for t in range(P, P + gen_len):
-        features, state_values = policy.features(tokens[:, t - 1 : t], mask[:, :t], cache)
-        probs = (policy.logits(features[:, -1]) / temperature).softmax(dim=-1)
-        drawn = sample_token(keep_likeliest(probs, top_k, top_p), generator)
-        tokens[:, t] = drawn.where(alive, tokens[:, t])
-        mask[:, t] = alive
-        logprobs[:, t - P] = probs.gather(1, drawn[:, None]).squeeze(1).log() * alive
-        values[:, t - P] = state_values[:, -1] * alive
-        alive &= ~torch.isin(drawn, policy.stops)
-        if not alive.any():
-            break
-    C = t + 1 - P  # columns that no completion has reached are cut off
+    uniform = torch.rand(B, gen_len, generator=generator, device=mask.device)
+    logprobs, values = uniform.new_zeros(2, B, gen_len)
+    for start in range(0, B, rows_at_once or B):
+        rows = slice(start, start + (rows_at_once or B))
+        columns = column_by_column(policy, tokens[rows], mask[rows], P)  # policy.features, section 12
+        alive = mask[rows, P - 1]
+        for t in range(P, P + gen_len):
+            features, state_values = next(columns)  # of column t-1
+            probs = (policy.logits(features[:, -1]) / temperature).softmax(dim=-1)
+            drawn = sample_token(keep_likeliest(probs, top_k, top_p), uniform[rows, t - P])
+            tokens[rows, t] = drawn.where(alive, tokens[rows, t])
+            mask[rows, t] = alive
+            logprobs[rows, t - P] = probs.gather(1, drawn[:, None]).squeeze(1).log() * alive
+            values[rows, t - P] = state_values[:, -1] * alive
+            alive = alive & ~torch.isin(drawn, policy.stops)
+            if not alive.any():
+                break
+        C = max(C, t + 1 - P)  # columns that no completion has reached are cut off
     return Samples(tokens[:, : P + C], mask[:, : P + C], logprobs[:, :C], values[:, :C])
 
 
-def sample_token(probs: Float[Tensor, "B V"], generator: torch.Generator | None) -> Int[Tensor, "B"]:
-    """One token a row, by inverting the cumulative distribution: one random number a row, where
+def sample_token(probs: Float[Tensor, "B V"], uniform: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
+    """One token a row, by inverting the cumulative distribution: one random number a row, from 0 to 1, where
     torch.multinomial draws V of them (16 against 179 ms for 128 rows of GPT-2). Rows need not add up to 1.
 
-    >>> sample_token(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 5.0]]), None).tolist()
-    [1, 2]
+    >>> sample_token(torch.tensor([[1.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([0.6, 0.7])).tolist()
+    [1, 1]
     """
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:].contiguous()
-    uniform = torch.rand(len(probs), 1, generator=generator, device=probs.device)
     # `right` passes over tokens of probability 0; where the product rounds up to the total, the minimum leads
     # back to the last token that has any probability. NaN gives V, which is no token: the remainder makes it
     # one, and the learning phase stops at the NaN.
-    token = torch.searchsorted(cumulative, uniform * total, right=True)
+    token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
     return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1) % probs.shape[1]
 
 
@@ -663,10 +663,17 @@ def complete(
     """From examples, dicts with a "prompt", to a completion of each, as tokens and as text (`decode`: section
     12). top_k is the one of args, or 1 for greedy completions of held-out prompts."""
     tokens, mask = tokenize(policy.tokenizer, [one["prompt"] for one in examples], generator.device)
-    with adapters_merged(policy):
-        samples = get_samples(
-            policy, tokens, mask, args.gen_len, args.temperature, top_k, args.top_p, generator
-        )
+    samples = get_samples(
+        policy,
+        tokens,
+        mask,
+        args.gen_len,
+        args.temperature,
+        top_k,
+        args.top_p,
+        generator,
+        args.micro_batch_size,
+    )
     return samples, decode(samples, policy.tokenizer)
 
 
@@ -857,10 +864,6 @@ class ReplayMemory(Samples):
     def returns(self) -> Float[Tensor, "B C"]:
         """What the critic should have said."""
         return self.advantages + self.values
-
-    def __getitem__(self, rows: Int[Tensor, "b"] | slice) -> "ReplayMemory":
-        """These rows of every field."""
-        return ReplayMemory(*(field[rows] for field in vars(self).values()))
 
     def get_minibatches(
         self, passes: int, count: int, generator: torch.Generator
@@ -1126,7 +1129,8 @@ class RLHFTrainer:
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
         # is the policy, its adapters off (the output layer has none); else a copy.
         with adapters_off():
-            ref_features, _ = self.reference.completion_features(samples)
+            parts = samples.parts(args.micro_batch_size)
+            ref_features = torch.cat([self.reference.completion_features(part)[0] for part in parts])
         ref_logprobs, _, _ = self.reference.get_logprobs(ref_features, samples.completion, args.temperature)
         # 4. Rewards. A group may be spread over processes: so those of all are gathered, and what else
         # advantages need. From here to step 6 rows are those of all processes.
@@ -1163,18 +1167,18 @@ class RLHFTrainer:
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args)
-        weights, size = list(self.trained.values()), args.micro_batch_size or args.batch_size
+        weights = list(self.trained.values())
         for minibatch in memory.get_minibatches(
             args.batches_per_learning_phase, args.num_minibatches, self.generator
         ):
-            self.optimizer.zero_grad()
-            for start in range(0, len(minibatch.tokens), size):  # the gradients of parts add up
-                part = minibatch[start : start + size]
+            self.optimizer.zero_grad(set_to_none=False)  # what `RecordedPass` returns is added to them
+            for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
                 new = self.evaluate(part)
                 loss = -objective_of(new, part, self.kl_coef, args) * gradient_weight(part, minibatch, args)
                 loss.backward()  # of minus the objective, for AdamW goes downhill
                 metrics.append(minibatch_metrics(new, part, args))
                 counts.append(part.mask.sum().item())
+                del new, loss  # no graph of an earlier pass may be alive while one is recorded
             average_gradients(weights)
             norms.append(clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
@@ -1331,7 +1335,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch.utils.data import BatchSampler, DataLoader, random_split
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import StaticLayer
 
 # transformers 5.24 warns of the name by which older ones take a KV cache.
 warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
@@ -1817,7 +1821,7 @@ def load_bridge(
     scale of its output layer (Cohere, Granite). Never runs a model's own code.
 
     Raises SettingError for what cannot be loaded, or where the bridge computes something else, by more than
-    may be rounding: 0.03 % in float32, 9 % in bfloat16.
+    may be rounding: 0.1 % in float32, of which TF32 takes half, 9 % in bfloat16.
     """
     # TransformerLens takes seconds to import, so only where it is needed: `--help` or a formula does without.
     from transformer_lens.model_bridge import TransformerBridge
@@ -1848,7 +1852,7 @@ def load_bridge(
         )
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
-        cache = Cache(layer_class_to_replicate=GrowingLayer)
+        cache = DynamicCache()
         probe(model.base_model, slice(0, 3), cache)
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
         declared = np.atleast_1d(model.generation_config.eos_token_id).tolist()
@@ -1856,7 +1860,7 @@ def load_bridge(
         scale = getattr(model.config, "logit_scale", None) or 1 / getattr(model.config, "logits_scaling", 1.0)
         error = (scale * bridge.unembed(features) - truth).abs().max() / truth.abs().max()
     require(
-        error < torch.finfo(model.dtype).eps ** 0.5,
+        error < max(torch.finfo(model.dtype).eps ** 0.5, 1e-3),
         f"{refused}: as TransformerLens and the output layer have them, its logits are off by {error:.2%}",
     )
     for part in bridge.modules():
@@ -1897,28 +1901,36 @@ def layer_forward(part: nn.Module, hooks: dict[str, nn.Module], *inputs, **named
     return part.original_component(*inputs, **named)
 
 
-class GrowingLayer(DynamicLayer):
-    """A layer's keys and values, with room for the sampler's next tokens behind them: a DynamicLayer copies
-    all of them for every token. Where several come at once, or gradients flow, which forbid to write in
-    place, it copies, too. Its rows must stay the same."""
+def column_by_column(
+    policy: TransformerWithValueHead, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], P: int
+) -> Iterator[tuple[Float[Tensor, "B 1 D"], Float[Tensor, "B 1"]]]:
+    """`policy.features` of column P-1, P and so on. The caller fills tokens and mask meanwhile: of a column
+    they must be there when it is asked for; the mask is False where nothing is yet. Keys and values go into
+    buffers of T columns, where a DynamicCache would copy all of them for each. So all passes launch the same,
+    and on a GPU the second is recorded and replayed from then on (a CUDA graph)."""
+    cache = Cache(layers=[StaticLayer(tokens.shape[1]) for _ in policy.bridge.blocks])
+    for i, layer in enumerate(policy.prompt_cache(tokens[:, :P], mask[:, :P]).layers):
+        cache.update(layer.keys, layer.values, i)
+    column = torch.tensor([P - 1], device=tokens.device)
 
-    room = 0  # in columns
+    def step():
+        outputs = policy.features(tokens.index_select(1, column), mask, cache)
+        column.add_(1)
+        return outputs
 
-    def update(
-        self, keys: Float[Tensor, "B H new d_k"], values: Float[Tensor, "B H new d_v"], *rest, **named
-    ) -> tuple[Float[Tensor, "B H all d_k"], Float[Tensor, "B H all d_v"]]:
-        """Adds these; returns all."""
-        start = self.get_seq_length()
-        if torch.is_grad_enabled() or not start or keys.shape[2] > 1:
-            self.room = 0
-            return super().update(keys, values)
-        end = start + 1
-        if self.room < end:
-            self.room = end * 3 // 2  # so a long cache is seldom copied, and a short one has little room
-            self.buffers = [pad(x, (0, 0, 0, self.room - start)) for x in (self.keys, self.values)]
-        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
-        self.keys[:, :, start:], self.values[:, :, start:] = keys, values
-        return self.keys, self.values
+    yield step()
+    if can_replay(policy):
+        step = recorded(step)
+    while True:
+        yield step()
+
+
+def can_replay(policy: TransformerWithValueHead) -> bool:
+    """On a GPU; not under autocast, whose casts of the weights are new in every pass, nor where a hook beside
+    `read_values` is to see every pass."""
+    if not policy.stops.is_cuda or torch.is_autocast_enabled("cuda"):
+        return False
+    return sum(len(point.fwd_hooks + point.bwd_hooks) for point in policy.bridge.hook_dict.values()) == 1
 
 
 @torch.no_grad

@@ -34,6 +34,7 @@ import tty
 import types
 import typing
 import unittest.mock
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -502,8 +503,8 @@ def test_left_padding_changes_nothing(gpt2):
 def test_value_head_starts_at_zero_and_only_a_critic_has_one(gpt2):
     tokens = torch.arange(6)[None]
     model = TransformerWithValueHead(gpt2, has_critic=True)
-    model.features(tokens, torch.ones_like(tokens).bool())
-    assert model.values.shape == (1, 6) and model.values.abs().max() == 0
+    _, values = model.features(tokens, torch.ones_like(tokens).bool())
+    assert values.shape == (1, 6) and values.abs().max() == 0
     assert TransformerWithValueHead(gpt2).value_head is None
 
 
@@ -600,11 +601,10 @@ def test_samples_follow_the_softmax_at_the_temperature(gpt2):
     assert z[probs > 0.002].abs().max() < 4.5
 
 
-def test_draw_never_returns_a_token_of_probability_zero(monkeypatch):
+def test_draw_never_returns_a_token_of_probability_zero():
     probs = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]])
     for uniform in (0.0, 0.3, 1 - 2**-24, 1.0):  # 1.0 stands for a product that rounds up
-        monkeypatch.setattr(torch, "rand", lambda *_, uniform=uniform, **__: torch.tensor([[uniform]]))
-        assert rlhf.sample_token(probs, None).item() in (1, 3)
+        assert rlhf.sample_token(probs, torch.tensor([uniform])).item() in (1, 3)
 
 
 def test_top_k_and_top_p_restrict_what_is_drawn_and_not_how_it_is_scored(gpt2):
@@ -797,9 +797,9 @@ def test_the_more_pairs_the_fewer_times_each_is_learned(gpt2, tmp_path, monkeypa
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
 def test_a_step_moves_each_weight_by_its_own_gradient(family, tmp_path):
-    """The first step of AdamW is lr g / (|g| + 1e-8), also of GPT-2's q, k and v, which are loaded as views of
-    one matrix: torch's pass over one of them wrote into the others. CUDA refuses weights, gradients and moments
-    whose strides differ."""
+    """The first step of AdamW is lr g / (|g| + 1e-8), also of GPT-2's q, k and v, which are loaded as views
+    of one matrix: torch's pass over one of them wrote into the others. CUDA refuses weights, gradients and
+    moments whose strides differ."""
     trainer = RLHFTrainer(small_args(save_model(tmp_path / "base", FAMILIES[family]()), algo="ppo"))
     before = {name: weight.detach().clone() for name, weight in trainer.trained.items()}
     trainer.policy(torch.arange(12).view(2, 6))[0].square().mean().backward()
@@ -1604,6 +1604,27 @@ def test_micro_batches_change_no_update(gpt2, algo, average):
     for other in updates[1:]:
         for ours, whole in zip(other, updates[0], strict=True):
             torch.testing.assert_close(ours, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [dict(algo="ppo"), dict(algo="grpo", lora=True)])
+def test_micro_batches_bound_the_rollout_and_change_no_completion(gpt2, prompts_file, settings):
+    """Nor what the critic and the reference make of it; several prompts, and one for all."""
+    for prompts in (None, prompts_file):
+        found = []
+        for size in (None, 3):
+            trainer = RLHFTrainer(
+                small_args(gpt2, prompts=prompts, batch_size=8, gen_len=12, micro_batch_size=size, **settings)
+            )
+            trainer.policy.stops = torch.arange(5, 60)  # some completions end early
+            rows = []
+            for model in {trainer.policy, trainer.reference}:
+                model.bridge.blocks[0].hook_out.add_hook(lambda x, hook, rows=rows: rows.append(len(x)))
+            memory, *_ = trainer.rollout_phase()
+            found.append(memory)
+            assert max(rows) == (size or 8)
+        assert len(found[0].mask.sum(1).unique()) > 1
+        for name, whole in vars(found[0]).items():
+            torch.testing.assert_close(getattr(found[1], name), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_a_critic_learns_from_prompts_whose_groups_are_equal(gpt2, tmp_path):
@@ -3283,78 +3304,15 @@ def test_views_of_transformer_lens_show_the_trained_model(family, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_pass_merges_adapters(dtype, tmp_path, monkeypatch):
     """In Llama's attention TransformerLens asks for the weight of o, to see its type: of every layer, at
-    every token. Only the sampler has them merged, once for all of its passes."""
+    every token."""
     base = save_model(tmp_path / "base", FAMILIES["llama"]())
     trainer = RLHFTrainer(small_args(base, algo="grpo", lora=True, dtype=dtype))
     merged, update = [], LoRALinear.update.fget
     monkeypatch.setattr(LoRALinear, "update", property(lambda layer: merged.append(0) or update(layer)))
     memory, *_ = trainer.rollout_phase()
-    assert len(merged) == (2 * 4 if dtype == "float32" else 0)  # two layers of q, k, v, o
-    merged.clear()
     trainer.learning_phase(memory)
     assert not merged and not LoRALinear.in_pass
     assert trainer.policy.bridge.W_O.dtype == getattr(torch, dtype) and len(merged) == 2  # a layer each
-
-
-def tokens_drawn(model: nn.Module, count: int = 6) -> torch.Tensor:
-    """Log-probabilities of the tokens drawn behind two unequal prompts, as `complete` has them drawn."""
-    examples, args = [{"prompt": "This is"}, {"prompt": "This is what it"}], RLHFArgs(gen_len=count)
-    samples, _ = rlhf.complete(model, examples, args, torch.Generator().manual_seed(0), None)
-    return samples.logprobs
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_are_merged_while_tokens_are_drawn_and_only_then(family, tmp_path, monkeypatch):
-    model = TransformerWithValueHead(save_model(tmp_path / "base", FAMILIES[family]()))
-    targets = [*rlhf.block_matrices(model.bridge.blocks[0])]
-    rlhf.choose_trained(model.bridge, RLHFArgs(lora=True, lora_targets=tuple(targets)))
-    randomize_adapters(model)
-    calls, ours = [], rlhf.lora_linear
-    monkeypatch.setattr(rlhf, "lora_linear", lambda *inputs: calls.append(0) or ours(*inputs))
-    merged = tokens_drawn(model)
-    assert not calls and not LoRALinear.merged
-    with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(rlhf, "adapters_merged", contextlib.nullcontext)
-        torch.testing.assert_close(tokens_drawn(model), merged, atol=2e-5, rtol=1e-4)
-        assert len(calls) > 6 * len(targets)
-        with rlhf.adapters_off():
-            base = tokens_drawn(model)
-    assert (base - merged).abs().max() > 1e-3  # the adapters do something
-    with rlhf.adapters_off(), torch.no_grad():
-        assert torch.equal(tokens_drawn(model), base)
-
-
-def test_merged_adapters_do_not_outlive_the_sampler(gpt2, monkeypatch):
-    """Nor what is raised within it: Ctrl-C in a notebook, a GPU that is full."""
-    model = TransformerWithValueHead(gpt2)
-    rlhf.choose_trained(model.bridge, RLHFArgs(lora=True))
-    randomize_adapters(model)
-    before = tokens_drawn(model)
-
-    def fails(*inputs):
-        assert len(LoRALinear.merged) == 2 * 4
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rlhf, "sample_token", fails)
-        tokens_drawn(model)
-    assert not LoRALinear.merged
-    for layer in model.modules():
-        if isinstance(layer, LoRALinear):
-            layer.lora_b.data.neg_()
-    assert not torch.allclose(tokens_drawn(model), before, atol=1e-3)
-
-
-@pytest.mark.parametrize("how", ["weights", "autocast"])
-def test_in_bfloat16_adapters_are_not_merged(gpt2, how, monkeypatch):
-    """A small update is lost where W + update is rounded: the sampler would draw as if there were none."""
-    model = TransformerWithValueHead(gpt2, dtype="bfloat16" if how == "weights" else "float32")
-    rlhf.choose_trained(model.bridge, RLHFArgs(lora=True))
-    calls, ours = [], rlhf.lora_linear
-    monkeypatch.setattr(rlhf, "lora_linear", lambda *inputs: calls.append(0) or ours(*inputs))
-    with torch.autocast("cpu", enabled=how == "autocast"):
-        tokens_drawn(model)
-    assert len(calls) >= 6 * 2 * 4  # tokens, layers, matrices
 
 
 def test_one_process_copies_no_gradient(gpt2, monkeypatch):
@@ -3764,7 +3722,9 @@ ARGUMENTS = ["hidden", "unembed", "tokens", "bias", "temperature", "ref_hidden",
 
 def on_path(path: str):
     """A context in which tensors of `device_of(path)` take this path."""
-    return kernels.interpreted() if path == "triton" and not CUDA else contextlib.nullcontext()
+    if path == "triton" and not CUDA:
+        return unittest.mock.patch.object(kernels, "path_taken", lambda tensor: "triton")
+    return contextlib.nullcontext()
 
 
 def device_of(path: str) -> str:
@@ -3964,6 +3924,10 @@ LORA_CASES = [
     ((1,), 1, 1, 1, torch.float32, True, "plain"),
     ((70,), 40, 70, 40, torch.float32, True, "plain"),  # above MAX_RANK
     ((), 7, 5, 2, torch.float32, True, "plain"),
+    ((2, 3, 5), 33, 65, 1, torch.float16, False, "strided"),
+    ((65,), 17, 130, 17, torch.float16, True, "transposed"),
+    ((1,), 1, 1, 1, torch.float16, True, "plain"),
+    ((), 7, 5, 2, torch.float16, True, "plain"),
 ]
 
 
@@ -4308,14 +4272,11 @@ def test_the_path_taken(monkeypatch):
         monkeypatch.setattr(kernels, "_lora_triton", lambda *_: launched.append(1))
         lora_linear(torch.ones(1, 2), torch.ones(3, 2), None, torch.ones(1, 2), torch.ones(3, 1), 1.0)
         assert not launched
-        if not CUDA:
-            with kernels.interpreted():
-                assert kernels.path_taken(torch.zeros(1)) == "triton"
-                assert kernels.path_taken(torch.zeros(1, dtype=torch.float64)) == "torch"
     assert kernels.path_taken(torch.zeros(1)) == "torch"
     assert kernels.path_taken(torch.zeros(1, device="meta")) == "torch"
     if CUDA:
         assert kernels.path_taken(torch.zeros(1, device="cuda")) == "triton"
+        assert kernels.path_taken(torch.zeros(1, device="cuda", dtype=torch.float64)) == "torch"
 
 
 @needs_triton
@@ -4325,7 +4286,7 @@ def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch):
     entered, enter = [], torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(str(x.device)) or enter(x))
     logits, tokens = draw(3, 40, device=device).requires_grad_(), torch.tensor([1, 2, 39], device=device)
-    x, weight, a, b = (draw(*size, device=device) for size in ((3, 5), (4, 5), (2, 5), (4, 2)))
+    x, weight, a, b = (draw(*size, device=device).half() for size in ((3, 5), (4, 5), (2, 5), (4, 2)))
     with on_path("triton"):
         logprobs, _ = token_logprobs(logits, tokens)
         logprobs.sum().backward()
@@ -4333,20 +4294,25 @@ def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch):
     assert entered == [device] * 3
     p = logits.detach().softmax(-1)
     torch.testing.assert_close(logits.grad, torch.nn.functional.one_hot(tokens, 40) - p)
-    torch.testing.assert_close(out, x @ (weight + 0.5 * b @ a).T, rtol=1e-5, atol=1e-5)
+    expected = x.double() @ (weight.double() + 0.5 * b.double() @ a.double()).T
+    torch.testing.assert_close(out.double(), expected, rtol=5e-3, atol=5e-3)
 
 
 @needs_triton
-def test_a_rank_above_the_largest_takes_the_torch_path(monkeypatch):
+def test_a_large_rank_and_float32_take_the_torch_path(monkeypatch):
+    """In float32 there are no tensor cores, and three products of the vendor's take a quarter of the time."""
+
     def die(*_):
         raise AssertionError("the kernel was launched")
 
     monkeypatch.setattr(kernels, "_lora_triton", die)
-    x, weight = draw(3, 5, device=device_of("triton")), draw(4, 5, device=device_of("triton"))
-    for R in (kernels.MAX_RANK, kernels.MAX_RANK + 1):
-        a, b = draw(R, 5, device=x.device), draw(4, R, device=x.device)
+    cases = itertools.product((kernels.MAX_RANK, kernels.MAX_RANK + 1), (torch.float16, torch.float32))
+    for R, dtype in cases:
+        x, weight, a, b = (
+            draw(*size, device=device_of("triton")).to(dtype) for size in ((3, 5), (4, 5), (R, 5), (4, R))
+        )
         with on_path("triton"), contextlib.ExitStack() as stack:
-            if R == kernels.MAX_RANK:
+            if R == kernels.MAX_RANK and dtype == torch.float16:
                 stack.enter_context(pytest.raises(AssertionError, match="launched"))
             out = lora_linear(x, weight, None, a, b, 0.5)
     torch.testing.assert_close(out, x @ (weight + 0.5 * b @ a).T, rtol=1e-5, atol=1e-5)
@@ -4536,9 +4502,9 @@ names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"
 row_kernels = [kernels.token_logprobs_forward_kernel, kernels.token_logprobs_backward_kernel]
 cases = [(kernel, dtype, {"HAS_REF": ref, **kernels._launch(50257)})
          for kernel, dtype, ref in itertools.product(row_kernels, names, (False, True))]
-for dtype, R, stride in itertools.product(names, (16, 32), ("stride_w_in", "stride_w_out")):
+for dtype, R, stride in itertools.product([*names][1:], (16, 32), ("stride_w_in", "stride_w_out")):
     # the stride that is 1: nn.Linear's, Conv1D's
-    config = {"HAS_BIAS": True, "PRECISION": "ieee", stride: 1, **kernels._lora_launch(dtype, R)}
+    config = {"HAS_BIAS": True, stride: 1, **kernels._lora_launch(R)}
     cases.append((kernels.lora_linear_kernel, dtype, config))
 special = {"rows_ptr": "*fp32", "coefficients_ptr": "*fp32", "tokens_ptr": "*i64"}
 special |= {"inv_temperature": "fp32", "scale": "fp32"}
@@ -4603,7 +4569,7 @@ def compile_beside(request) -> None:
 def test_kernels_compile_for_gpus_without_spills(capability, compilations):
     out, errors = compilations[capability].communicate()
     assert compilations[capability].returncode == 0, errors
-    assert int(out) == 24
+    assert int(out) == 20
 
 
 def test_torch_brings_its_own_triton():
@@ -6515,21 +6481,14 @@ print((rlhf.peak_memory("cpu") - before) / 2**20)
 
 
 @pytest.mark.parametrize("prompts", [["No", "Here is a longer sentence", "No"], [""]])
-def test_a_cache_with_room_holds_what_one_without_would(tmp_path, prompts, monkeypatch):
-    """Over 70 tokens, so that the room is used up several times; behind a prompt of one token, too. The
-    log-probabilities are those of one pass over the whole rows."""
+def test_the_sampler_writes_into_buffers_what_a_pass_over_whole_rows_computes(tmp_path, prompts):
+    """Behind a prompt of one token, too."""
     config = transformers.GPT2Config(n_positions=128, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
     policy = TransformerWithValueHead(save_model(tmp_path, config), has_critic=True)
     nn.init.normal_(policy.value_head[-1].weight)
     policy.stops = torch.tensor([-5])
     inputs = rlhf.tokenize(policy.tokenizer, prompts, "cpu")
-
-    def draw():
-        return rlhf.get_samples(policy, *inputs, 70, generator=torch.Generator().manual_seed(0))
-
-    samples = draw()
-    monkeypatch.setattr(rlhf, "GrowingLayer", transformers.cache_utils.DynamicLayer)
-    assert torch.equal(draw().tokens, samples.tokens)
+    samples = rlhf.get_samples(policy, *inputs, 70, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         features, values = policy.features(samples.tokens, samples.attention_mask)
     P = samples.prompt_width
@@ -6538,26 +6497,133 @@ def test_a_cache_with_room_holds_what_one_without_would(tmp_path, prompts, monke
     torch.testing.assert_close(samples.values, values[:, P - 1 : -1], atol=1e-5, rtol=0)
 
 
-def test_a_cache_with_room_copies_what_it_holds_when_it_is_half_as_long_again():
-    layer, places = rlhf.GrowingLayer(), set()
-    with torch.no_grad():
-        for i in range(130):
-            new = torch.full((2, 3, 1, 5), float(i))
-            keys, values = layer.update(new[..., :4], -new)
-            places.add(keys.data_ptr())
-    assert len(places) <= 2 + math.log(130, 1.5), "each time for half as many again"
-    assert sum(one.shape[2] for one in layer.buffers) <= 2 * 130 * 1.5
-    assert keys[1, 2, :, 3].tolist() == list(range(130)) and values.shape == (2, 3, 130, 5)
-    assert values[0, 0, :, 0].tolist() == [-i for i in range(130)]
+# ---- On a GPU, what a pass has launched is replayed --------------------------------------------------------
 
 
-def test_a_cache_with_room_takes_several_tokens_between_single_ones():
-    layer, held = rlhf.GrowingLayer(), []
-    with torch.no_grad():
-        for width in (20, 1, 3, 1, 1):
-            held.append(torch.randn(2, 3, width, 5))
-            keys, values = layer.update(held[-1], -held[-1])
-            assert torch.equal(keys, torch.cat(held, dim=2)) and torch.equal(values, -keys)
+def test_a_pass_is_recorded_when_its_shapes_come_twice_in_a_row(monkeypatch):
+    """And not before the older recording is gone. A stand-in records, in place of a GPU."""
+    made, freed, replayed = [], [], []
+
+    class Replay:
+        def __init__(self, function):
+            self.function, self.itself = function, self  # torch's holds itself, too
+
+        def __call__(self, *inputs):
+            replayed.append(inputs)
+            return self.function(*inputs)
+
+    def record(function, inputs, **options):
+        assert len(freed) == len(made)
+        made.append(inputs)
+        replay = Replay(function)
+        weakref.finalize(replay, freed.append, len(made))
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    weights = [torch.ones(3, requires_grad=True), torch.ones(4)]
+    run = kernels.RecordedPass(lambda x, y: (x + y,), lambda: weights)
+    small, wide = torch.ones(2), torch.ones(5)
+    counts = []
+    for x in (small, small, small, wide, wide, small):
+        (result,) = run(x, 2 * x)
+        assert torch.equal(result, 3 * x)
+        counts.append((len(made), len(replayed)))
+    assert counts == [(0, 0), (1, 1), (1, 2), (1, 2), (2, 3), (2, 3)]
+    for inputs, x in zip(made, (small, wide), strict=True):
+        assert inputs[0] is not x and torch.equal(inputs[0], x)  # its own, to be written over
+        assert len(inputs) == 3 and inputs[2] is weights[0]  # the one that is trained
+    assert all(inputs[2] is weights[0] for inputs in replayed)
+
+
+def test_the_sampler_draws_the_same_when_passes_are_replayed(gpt2, monkeypatch):
+    """Here the stand-in for a recording runs the pass again, on the tensors it had."""
+    policy = TransformerWithValueHead(gpt2, has_critic=True)
+    inputs = rlhf.tokenize(policy.tokenizer, ["No", "Here is a longer sentence"], "cpu")
+    found = []
+    for replays in (False, True):
+        monkeypatch.setattr(rlhf, "can_replay", lambda policy, replays=replays: replays)
+        recorded = []
+        monkeypatch.setattr(rlhf, "recorded", lambda step, recorded=recorded: recorded.append(0) or step)
+        found.append(rlhf.get_samples(policy, *inputs, 9, generator=torch.Generator().manual_seed(0)))
+        assert len(recorded) == replays
+    assert torch.equal(found[0].tokens, found[1].tokens)
+
+
+def test_nothing_is_replayed_without_a_gpu_or_with_a_hook_of_yours_or_under_autocast(gpt2):
+    policy = TransformerWithValueHead(gpt2)
+    assert not rlhf.can_replay(policy)
+    policy.stops = types.SimpleNamespace(is_cuda=True)
+    assert rlhf.can_replay(policy)
+    with unittest.mock.patch.object(torch, "is_autocast_enabled", lambda device: device == "cuda"):
+        assert not rlhf.can_replay(policy)
+    policy.bridge.blocks[1].hook_out.add_hook(lambda x, hook: None)
+    assert not rlhf.can_replay(policy)
+    policy.bridge.reset_hooks()
+    assert rlhf.can_replay(policy)
+
+
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(algo="ppo"),
+        dict(algo="grpo", lora=True),
+        dict(algo="grpo", lora=True, dtype="bfloat16", kl_estimator="k3"),
+        dict(algo="ppo", micro_batch_size=2),
+        dict(algo="grpo", lora=True, lora_targets=("q", "out"), micro_batch_size=2),
+        dict(algo="ppo", train_layers=1),
+    ],
+)
+def test_what_is_replayed_is_what_would_be_computed(family, settings, tmp_path, monkeypatch):
+    """Four phases: replayed, they draw the same completions as when every pass is made anew, and learn the
+    same of them."""
+    base = save_model(tmp_path / "base", FAMILIES[family]())
+    found = []
+    for replays in (False, True):
+        with monkeypatch.context() as patch:
+            if not replays:
+                patch.setattr(rlhf, "can_replay", lambda policy: False)
+            trainer = RLHFTrainer(
+                small_args(base, device="cuda", run_dir=tmp_path / f"{replays}", gen_len=12, **settings)
+            )
+            trainer.policy.stops = torch.tensor([-5], device="cuda")
+            found.append([])
+            for _ in range(4):
+                memory, metrics, _ = trainer.rollout_phase()
+                found[-1].append((memory, metrics | trainer.learning_phase(memory)))
+            assert (getattr(trainer.policy.learning_pass, "replay", None) is not None) == replays
+    rtol = 0.05 if "dtype" in settings else 1e-3
+    for (eager, old), (replayed, new) in zip(*found, strict=True):
+        assert torch.equal(eager.tokens, replayed.tokens)
+        torch.testing.assert_close(replayed.logprobs, eager.logprobs, rtol=rtol, atol=rtol)
+        assert new == pytest.approx(old, rel=rtol, abs=rtol)
+
+
+@needs_gpu
+def test_tf32_is_no_reason_to_refuse_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    config = transformers.GPT2Config(bos_token_id=0, eos_token_id=0, n_embd=1024, n_layer=24, n_head=16)
+    save_model(tmp_path, transformers.GPT2Config(n_layer=1))
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    TransformerWithValueHead(str(tmp_path), device="cuda")
+
+
+@needs_gpu
+def test_a_hook_of_yours_sees_every_pass_on_a_gpu(gpt2):
+    trainer = RLHFTrainer(small_args(gpt2, device="cuda", lora=True, algo="grpo"))
+    for _ in range(2):
+        trainer.learning_phase(trainer.rollout_phase()[0])
+    seen = []
+    trainer.policy.bridge.blocks[0].hook_out.add_hook(lambda x, hook: seen.append(tuple(x.shape)))
+    memory, *_ = trainer.rollout_phase()
+    drawing = memory.logprobs.shape[1]
+    assert sum(one[1] == 1 for one in seen) >= drawing - 1
+    trainer.learning_phase(memory)
+    assert len(seen) >= drawing + 2 * 2
 
 
 # ---- Beside TRL --------------------------------------------------------------------------------------------
@@ -6856,18 +6922,13 @@ def chain_policy(transitions: torch.Tensor):
         def __init__(self):
             nn.Module.__init__(self)
             config = types.SimpleNamespace(config=transformers.GPT2Config())
-            self.bridge = types.SimpleNamespace(original_model=config)
+            self.bridge = types.SimpleNamespace(original_model=config, blocks=[])
             self.tokenizer, self.stops = types.SimpleNamespace(eos_token_id=0), torch.tensor([0])
-            self.seen = torch.empty(0)
 
         def features(self, tokens, attention_mask, cache=None):
-            before = 0 if cache is None else self.seen.shape[-1]
-            self.seen = attention_mask
-            new, all_columns = tokens.shape[1], attention_mask.shape[1]
-            message = f"{before} columns in the cache and {new} new ones: expected a mask of {before + new}"
-            assert before + new == all_columns, f"features: {message}, got {all_columns}"
             values = attention_mask.float().cumsum(dim=1)
-            return nn.functional.one_hot(tokens, len(transitions)).float(), values[:, -new:]
+            features = nn.functional.one_hot(tokens, len(transitions)).float()
+            return features, values[:, -tokens.shape[1] :]
 
         def logits(self, features):
             return features @ transitions
@@ -6891,6 +6952,12 @@ def test_exercise_get_samples():
         wanted = [[2.0, 3.0, 0.0], [3.0, 4.0, 5.0]]
         expect(samples.values, wanted, f"V before each token (the tokens so far), 0 where masked; {case}")
         expect(samples.logprobs, torch.zeros(2, 3), f"log 1 = 0 for each token; {case}")
+    for rows_at_once in (1, 2):  # the first row ends before the second
+        samples = lesson.get_samples(
+            chain_policy(always), prompts.flip(0), mask.flip(0), 5, rows_at_once=rows_at_once
+        )
+        wanted = [[3, 3, 3, 2, 1, 0], [0, 3, 2, 1, 0, 0]]
+        expect(samples.tokens, wanted, f"the same with rows_at_once {rows_at_once}; {case}")
     short = lesson.get_samples(chain_policy(always), prompts, mask, 1)
     expect(short.tokens, [[0, 3, 2, 1], [3, 3, 3, 2]], "gen_len = 1 draws one token")
 
@@ -6918,11 +6985,17 @@ def test_exercise_get_samples():
         formula = "log softmax(logits / temperature)[token] over the whole vocabulary, 0 behind EOS"
         expect(samples.logprobs, wanted, f"{formula}; {cut}, {case}")
         assert not samples.logprobs.requires_grad, "expected log π_old as a constant, got one with a gradient"
+        generator.manual_seed(0)
+        parts = lesson.get_samples(
+            chain_policy(transitions), *inputs, 4, temperature, top_k, top_p, generator, rows_at_once=700
+        )
+        expect(parts.tokens, samples.tokens, f"the same completions with rows_at_once 700; {cut}, {case}")
 
 
 def test_exercise_sample_token():
     def draw(probs, seed):
-        return lesson.sample_token(probs, torch.Generator().manual_seed(seed))
+        uniform = torch.rand(len(probs), generator=torch.Generator().manual_seed(seed))
+        return lesson.sample_token(probs, uniform)
 
     weights = [0.0, 0.2, 0.0, 1.2, 0.6, 0.0]
     probs = torch.tensor([weights]).expand(4000, -1)
@@ -6930,16 +7003,9 @@ def test_exercise_sample_token():
     expect_frequencies(draw(probs, 0), [0.0, 0.1, 0.0, 0.6, 0.3, 0.0], formula)
     each = draw(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.3, 0.0]]), 0)
     expect(each, [0, 1, 0], "one token a row: the probabilities are [[1, 0], [0, 1], [0.3, 0]]")
-    assert torch.equal(draw(probs, 1), draw(probs, 1)), "expected the same tokens from the same generator"
-    rand = torch.rand
     for uniform in (0.0, 1.0):  # 1 stands for a product that rounds up
-        with unittest.mock.patch.object(
-            torch, "rand", lambda *size, uniform=uniform, **options: rand(*size, **options) * 0 + uniform
-        ):
-            token = int(lesson.sample_token(probs[:1], None))
-        assert token in (1, 3, 4), (
-            f"{formula}; torch.rand gives {uniform}: expected token 1, 3 or 4, got {token}"
-        )
+        token = int(lesson.sample_token(probs[:1], torch.tensor([uniform])))
+        assert token in (1, 3, 4), f"{formula}; uniform is {uniform}: expected token 1, 3 or 4, got {token}"
 
 
 def test_exercise_normalize_reward():
@@ -7310,8 +7376,8 @@ WRONG_ANSWERS = {
     "TransformerWithValueHead.completion_features": [
         ("tokens[:, start:-1], mask[:, :-1]", "tokens[:, start + 1 :], mask"),
         ("tokens[:, start:-1]", "tokens[:, start:]"),
-        ("mask[:, :-1], cache", "mask[:, P - 1 : -1], cache"),
-        ("mask[:, :-1], cache", "mask[:, :-1]"),
+        ("mask[:, :-1]\n", "mask[:, P - 1 : -1]\n"),
+        ("*columns, cache", "*columns"),
         ("tokens[:, : start + 1], mask[:, : start + 1]", "tokens, mask"),
     ],
     "LoRALinear.forward": [
@@ -7333,19 +7399,21 @@ WRONG_ANSWERS = {
         ("probs.gather(1,", "nn.functional.normalize(keep_likeliest(probs, top_k, top_p), 1).gather(1,"),
         ("(probs, top_k, top_p)", "(probs, None, top_p)"),
         ("top_k, top_p)", "top_k, 1.0)"),
-        ("mask[:, t] = alive", "mask[:, t] = alive & (drawn != 0)"),
-        ("alive &= ~torch.isin(drawn,", "alive &= ~torch.isin(tokens[:, t - 1],"),
-        ("alive &= ~torch", "alive = ~torch"),
+        ("mask[rows, t] = alive", "mask[rows, t] = alive & (drawn != 0)"),
+        ("~torch.isin(drawn,", "~torch.isin(tokens[rows, t - 1],"),
+        ("alive & ~torch", "~torch"),
         (".log() * alive", ".log()"),
         ("state_values[:, -1] * alive", "state_values[:, -1]"),
-        ("tokens[:, t] = drawn.where(alive, tokens[:, t])", "tokens[:, t] = drawn"),
-        ("C = t + 1 - P", "C = gen_len"),
-        ("mask[:, :t], cache", "mask[:, t - 1 : t], cache"),
+        ("tokens[rows, t] = drawn.where(alive, tokens[rows, t])", "tokens[rows, t] = drawn"),
+        ("max(C, t + 1 - P)", "gen_len"),
+        ("max(C, t + 1 - P)", "t + 1 - P"),
+        ("uniform[rows, t - P]", "uniform[: len(alive), t - P]"),
+        ("start + (rows_at_once or B)", "start + 1"),
+        ("mask[rows], P)", "mask[rows], P - 1)"),
     ],
     "sample_token": [
-        ("uniform * total", "uniform"),
-        ("generator=generator, ", ""),
-        ("len(probs), 1,", "1, 1,"),
+        ("uniform[:, None] * total", "uniform[:, None]"),
+        ("uniform[:, None]", "uniform[:1, None]"),
         (", right=True", ""),
         ("torch.minimum(token, torch.searchsorted(cumulative, total))", "token"),
         ("return torch.minimum", "return probs.argmax(dim=-1)\n    return torch.minimum"),
