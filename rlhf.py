@@ -2359,7 +2359,7 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
         return
     state = {
         "fits": trainer.fingerprint,
-        "trained": {name: weight.data.contiguous() for name, weight in trainer.trained.items()},
+        "trained": trainer.trained,
         "optimizer": trainer.optimizer.state_dict(),
         "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
     }
