@@ -3086,7 +3086,7 @@ def caption(axis, title: str, text: str) -> None:
 
 def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text: str, **looks) -> None:
     """Rows and columns have names; the more there are, the smaller they are written."""
-    axis.figure.colorbar(axis.imshow(values.numpy(), aspect="auto", **looks), ax=axis)
+    axis.figure.colorbar(axis.imshow(values, aspect="auto", **looks))
     axis.grid(False)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks(range(len(columns)), columns)
