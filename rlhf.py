@@ -2976,7 +2976,7 @@ def who_writes_it(axis, readings: tuple[Reading, Reading], texts: Texts) -> None
     """Direct logit attribution for all heads and MLPs, and ablation for those that gained most, since what
     the model computes later may mend what is missing. Both speak of the token's logit above the mean logit of
     the vocabulary: what is added to all logits alike changes no probability, so nobody gets credit for it."""
-    (before, _), (after, _) = (attribute(one, texts) for one in readings)
+    before, after = (attribute(one, texts) for one in readings)
     gain, trained = after - before, readings[1]
     columns = [f"H{head}" for head in range(gain.shape[1] - 1)] + ["MLP"]
     console.print(f"\nwho writes the logit of {texts.token!r}, above the mean logit; L1H0: layer 1, head 0")
@@ -3011,10 +3011,10 @@ def token_logit(logits: Float[Tensor, "B T V"], texts: Texts) -> float:
     return above_mean(logits[texts.where], texts.token_id).mean().item()
 
 
-def attribute(reading: Reading, texts: Texts) -> tuple[Float[Tensor, "L parts"], float]:
+def attribute(reading: Reading, texts: Texts) -> Float[Tensor, "L parts"]:
     """Shares of the token's logit above the mean logit by their writers: a row a layer, its heads and then
-    its MLP; and embeddings and biases together. Means over the places (Elhage et al. 2021, A Mathematical
-    Framework for Transformer Circuits).
+    its MLP; what is missing of the logit, embeddings and biases wrote. Means over the places (Elhage et al.
+    2021, A Mathematical Framework for Transformer Circuits).
 
     The residual stream is a sum x = Σ_c x_c, and with the final norm's scale s held fixed the logit is linear
     in it: Σ_c x_c / s · γ w, plus what the model says of x = 0; w is the token's row of the unembedding less
@@ -3032,15 +3032,13 @@ def attribute(reading: Reading, texts: Texts) -> tuple[Float[Tensor, "L parts"],
     shares = ActivationCache(mean, bridge, has_batch_dim=False).get_full_resid_decomposition(
         expand_neurons=False, apply_ln=True, project_output_onto=direction
     )
-    heads, mlps, rest = shares.tensor_split([L * H, L * H + L])
-    grid = torch.cat([heads.view(L, H), mlps], dim=1)
+    heads, mlps, _ = shares.tensor_split([L * H, L * H + L])
     of_zero = above_mean(bridge.unembed(norm(torch.zeros(1, 1, len(direction)))), texts.token_id)
-    rest = (rest.sum() + of_zero).item()
     require(
-        math.isclose(grid.sum() + rest, token_logit(logits, texts), rel_tol=1e-3, abs_tol=1e-3),
+        math.isclose(shares.sum() + of_zero, token_logit(logits, texts), rel_tol=1e-3, abs_tol=1e-3),
         "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs",
     )
-    return grid, rest
+    return torch.cat([heads.view(L, H), mlps], dim=1)
 
 
 def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> float:
