@@ -2793,19 +2793,19 @@ def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"])
 
 def preferences_reward(source: str, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
     """Learns RUN/reward_model from the file and has it judge; a run that goes on has learned it already."""
-    specs = [spec for spec in (*args.reward, args.gold_reward) if str(spec).startswith("preferences:")]
-    require(len(specs) == 1, "--reward preferences: one a run; give another as classifier:RUN/reward_model")
+    count = sum(str(spec).startswith("preferences:") for spec in (*args.reward, args.gold_reward))
+    require(count == 1, "--reward preferences: one a run; give another as classifier:RUN/reward_model")
     directory = run_dir / "reward_model"
     if args.resume is None and PartialState().is_main_process:
-        train_reward_model(source, args.base_model, directory, device, args.seed)
+        train_reward_model(source, args, directory, device)
     return classifier_reward(str(directory), device)
 
 
-def train_reward_model(source: str | Path, base_model: str, directory: Path, device: str, seed: int) -> None:
+def train_reward_model(source: str | Path, args: RLHFArgs, directory: Path, device: str) -> None:
     """Learns a reward from pairs, tests it on the 15 % held out, and saves it under `directory`."""
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     model, tokenizer = load_classifier(
-        model_name(base_model), f"--base-model {base_model}", device, num_labels=1
+        model_name(args.base_model), f"--base-model {args.base_model}", device, num_labels=1
     )
     pairs = load_preferences(source, tokenizer)
     nn.init.zeros_(model.score.weight)

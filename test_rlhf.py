@@ -789,7 +789,7 @@ def test_the_more_pairs_the_fewer_times_each_is_learned(gpt2, tmp_path, monkeypa
     learned = []
     monkeypatch.setattr(rlhf, "fit", lambda model, batches, *_, **__: learned.extend(batches))
     path = write_preferences(tmp_path / "p.jsonl", rows)
-    rlhf.train_reward_model(path, gpt2, tmp_path / "reward_model", "cpu", 0)
+    rlhf.train_reward_model(path, RLHFArgs(base_model=gpt2), tmp_path / "reward_model", "cpu")
     texts = [text for chosen, _ in learned for text in chosen]
     training = pairs - math.ceil(0.15 * pairs)
     assert len(texts) == epochs * training and len(set(texts)) == training
@@ -4946,7 +4946,7 @@ def learned(gpt2, tmp_path_factory) -> tuple[Path, Path]:  # noqa: F811
         {"prompt": "This is ", "chosen": a + ".", "rejected": b + ","} for a, b in itertools.pairwise(texts)
     ]
     file = write_preferences(path / "p.jsonl", rows)
-    rlhf.train_reward_model(file, gpt2, path / "run" / "reward_model", "cpu", seed=0)
+    rlhf.train_reward_model(file, RLHFArgs(base_model=gpt2), path / "run" / "reward_model", "cpu")
     return file, path / "run" / "reward_model"
 
 
