@@ -1450,31 +1450,32 @@ class RunLog(AbstractContextManager):
     def phase(self, metrics: dict, samples: list[dict]) -> None:
         """The samples into samples.jsonl, the metrics and what the phase cost into metrics.jsonl, and of both
         the most important on the terminal."""
-        trainer, phase = self.trainer, metrics["phase"]
+        trainer = self.trainer
         seconds = metrics["rollout_seconds"] + metrics["learning_seconds"]
-        metrics = metrics | {
+        metrics |= {
             "tokens_per_second": metrics["completion_length"] * trainer.args.batch_size / seconds,
             "peak_memory_mb": peak_memory(trainer.device) / 2**20,
         }
         console.print(
-            f"phase {phase:>3} of {trainer.args.total_phases}  reward {metrics['reward']:.2f}  "
+            f"phase {trainer.phase:>3} of {trainer.args.total_phases}  reward {metrics['reward']:.2f}  "
             f"kl {metrics['kl']:.2f}  entropy {metrics['entropy']:.2f}  "
             f"distinct_2 {metrics['distinct_2']:.2f}  {metrics['tokens_per_second']:.0f} tokens/s"
         )
-        self.samples(phase, samples, shown=1)
+        self.samples(trainer.phase, samples, shown=1)
         if self.is_main:
             self.metrics.append(metrics)
             write_jsonl(trainer.run_dir / "metrics.jsonl", self.metrics)
         if metrics["equal_groups"] == 1:
             console.print("no group's completions were rewarded differently: nothing is learned")
-        trainer.accelerator.log(metrics, step=phase)
+        trainer.accelerator.log(metrics, step=trainer.phase)
 
     def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
         """All of them into samples.jsonl, some on the terminal, each on its line. When: before or after
         training, or the phase."""
-        for sample in samples:
-            reward = None if math.isnan(sample["reward"]) else sample["reward"]  # JSON knows no NaN
-            self.completions.append(sample | {"phase": when, "reward": reward})
+        self.completions += [  # JSON knows no NaN
+            sample | {"phase": when, "reward": None if math.isnan(sample["reward"]) else sample["reward"]}
+            for sample in samples
+        ]
         if self.is_main:
             write_jsonl(self.trainer.run_dir / "samples.jsonl", self.completions)
         for sample in samples[:shown]:
@@ -1563,8 +1564,11 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
 
     def mean(top_k: int | None) -> float:
-        batches = BatchSampler(trainer.held_out, trainer.args.batch_size, drop_last=False)
-        rewards = [one["reward"] for batch in batches for one in showcase(trainer, batch, top_k)]
+        rewards = [
+            one["reward"]
+            for batch in BatchSampler(trainer.held_out, trainer.args.batch_size, drop_last=False)
+            for one in showcase(trainer, batch, top_k)
+        ]
         return torch.tensor(rewards).nanmean().nan_to_num().item()
 
     return {"eval_reward": mean(trainer.args.top_k), "eval_reward_greedy": mean(1)}
