@@ -1414,8 +1414,7 @@ def average_gradients(weights: list[nn.Parameter]) -> None:
     hide the bridge's hooks."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     if PartialState().num_processes > 1:
-        mean = reduce(parameters_to_vector(gradients), "mean")
-        vector_to_parameters(mean, gradients)
+        vector_to_parameters(reduce(parameters_to_vector(gradients), "mean"), gradients)
 
 
 def summarize(metrics: list[dict[str, float]], counts: list[int]) -> dict[str, float]:
@@ -2033,11 +2032,11 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
     sys.path.insert(0, str(file.parent.resolve()))
     if file.suffix == ".py":
         require(file.is_file(), f"--reward {spec}: there is no file {path}")
+        path = file.stem
         require(
-            file.stem not in sys.stdlib_module_names,
+            path not in sys.stdlib_module_names,
             f"--reward {spec}: Python has a module of this name; rename the file",
         )
-        path = file.stem
         sys.modules.pop(path, None)
     with blamed(f"--reward {spec}"):
         function = getattr(importlib.import_module(path), name, None)
@@ -2104,18 +2103,17 @@ def load_classifier(name: str, what: str, device: str, **options):
 
 def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B labels"]:
     """Logits of the labels; of a text longer than the context, the end is kept."""
-    logits = []
-    for batch in BatchSampler((text or tokenizer.pad_token for text in texts), 64, drop_last=False):
-        batch = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
-        logits.append(model(**batch.to(model.device)).logits.float())
-    return torch.cat(logits)
+    inputs = (
+        tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(model.device)
+        for batch in BatchSampler((text or tokenizer.pad_token for text in texts), 64, drop_last=False)
+    )
+    return torch.cat([model(**batch).logits.float() for batch in inputs])
 
 
 def classifier_reward(name: str, device: str) -> RewardFn:
     """Score of a sequence classifier, MODEL[:LABEL], for prompt and completion: the label's probability, or,
     of a reward model with one output, that output."""
-    has_label = ":" in name and not Path(name).is_dir()
-    model, class_name = name.rsplit(":", 1) if has_label else (name, None)
+    model, class_name = name.rsplit(":", 1) if ":" in name and not Path(name).is_dir() else (name, None)
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = [label for _, label in sorted(classifier.config.id2label.items())]
     if class_name is None and len(labels) == 1:
@@ -2311,7 +2309,7 @@ def saved_settings(run_dir: Path) -> RLHFArgs:
     """The settings of the run in this directory, but for the directory."""
     record = read_settings(run_dir)
     require("base_model" in record, f"{run_dir / 'args.json'}: holds no settings")
-    names = record.keys() & RLHFArgs.__dataclass_fields__.keys() - {"run_dir", "resume"}
+    names = (record.keys() & RLHFArgs.__dataclass_fields__) - {"run_dir", "resume"}
     return RLHFArgs(**{name: record[name] for name in names})
 
 
@@ -2519,7 +2517,7 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": model_name(args.base_model),
-        "fan_in_fan_out": any(isinstance(module, Conv1D) for module in policy.bridge.modules()),
+        "fan_in_fan_out": isinstance(stored, Conv1D),  # if one is, all are
         "target_modules": list(ranks),
         "r": args.lora_rank,
         "lora_alpha": args.lora_alpha,
@@ -2604,13 +2602,12 @@ def train_tiny(path: Path, steps: int = 900, width: int = 64) -> None:
     tokens = tokenizer(end + end.join(documents), return_tensors="pt").input_ids[0]
     held_out, tokens = tokens.tensor_split([len(tokens) // 20])
     starts = torch.randint(len(tokens) - width, (steps, 8, 1))
-    config = transformers.GPT2Config(
+    generator.manual_seed(0)  # so the weights do not depend on what was drawn before
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=len(tokenizer), n_positions=256, n_embd=128, n_layer=4, n_head=4,
         bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         initializer_range=0.05, activation_function="gelu_pytorch_tanh",  # gelu_new, fused
-    )  # fmt: skip
-    generator.manual_seed(0)  # so the weights do not depend on what was drawn before
-    model = transformers.GPT2LMHeadModel(config)
+    ))  # fmt: skip
 
     def loss_of(rows: Int[Tensor, "n width"]) -> Float[Tensor, ""]:
         return model(rows, labels=rows).loss
@@ -3148,8 +3145,8 @@ def parse(target: Callable, argv: list[str]):
     except SystemExit as stop:
         if not stop.code:
             raise
-        sentence = re.split("[─-]{4,}", complaint.getvalue())[1]  # between title and advice, behind rules
-        words = re.findall(r"[^\s│╮]+", sentence)
+        # The sentence stands between title and advice, behind rules.
+        words = re.findall(r"[^\s│╮]+", re.split("[─-]{4,}", complaint.getvalue())[1])
         raise SettingError(f"{' '.join(words)} (python rlhf.py --help lists all settings)") from None
 
 
