@@ -1838,7 +1838,7 @@ def load_bridge(
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
-        require_weights(info["missing_keys"], refused)
+        require_weights(info, refused)
         require(not hasattr(model, "peft_config"), f"{refused}: is an adapter; merge it into its model first")
         model.to(device)
         published = model.state_dict(keep_vars=True)
@@ -1873,9 +1873,9 @@ def load_bridge(
     return bridge, tokenizer, stops, published, scale
 
 
-def require_weights(missing: set[str], what: str) -> None:
+def require_weights(info: dict, what: str) -> None:
     """Raises SettingError where a model's files lack weights: transformers would draw them at random."""
-    require(not missing, f"{what}: its files lack {', '.join(sorted(missing)[:3])}")
+    require(not info["missing_keys"], f"{what}: its files lack {', '.join(sorted(info['missing_keys'])[:3])}")
 
 
 def mend_block(block: nn.Module) -> None:
@@ -2091,7 +2091,7 @@ def load_classifier(name: str, what: str, device: str, **options):
         )
         tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
     if "num_labels" not in options:  # of a given number the head is new
-        require_weights(info["missing_keys"], what)
+        require_weights(info, what)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
     context = getattr(model.config, "max_position_embeddings", 2**20)
     if re.search("roberta|camembert|mpnet", model.config.model_type):
@@ -2574,8 +2574,7 @@ def english_prose() -> list[str]:
     outside = set("site-packages dist-packages test tests idlelib lib2to3 pydoc_data encodings".split())
     for path in sorted(library.rglob("*.py")):
         if outside.isdisjoint(path.relative_to(library).parts):
-            source = path.read_text(encoding="utf-8", errors="ignore")
-            texts += re.findall(r'(?sm)^ *r?"""(.*?)"""', source)
+            texts += re.findall(r'(?sm)^ *r?"""(.*?)"""', path.read_text(encoding="utf-8", errors="ignore"))
     quotes = str.maketrans("‘’“”", "''\"\"", "*`")
     is_sentence = re.compile(r"[A-Z](?:(?![a-z][A-Z]|\(\)|--)[A-Za-z ,;:'\"()/-]|\.(?=[,)\"]))+\.").fullmatch
     text_of: dict[str, int] = {}  # for each sentence the number of the text in which it stood first
@@ -2702,13 +2701,15 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
             key = next((key for key in keys if key in "lrsuq"), "q")
             if key == "q":
                 break
+            if key == "s":
+                continue
             if key == "u":  # the pair of the last answer comes again, then this one
-                numbers = itertools.chain((answer["pair"] for answer in answers[-1:]), [number], numbers)
-                write_jsonl(file, answers := answers[:-1])
-            elif key != "s":
+                numbers = itertools.chain([answer["pair"] for answer in answers[-1:]], [number], numbers)
+                answers = answers[:-1]
+            else:
                 chosen, rejected = (left, right) if key == "l" else (right, left)
                 answers.append({"pair": number, "prompt": prompt, "chosen": chosen, "rejected": rejected})
-                write_jsonl(file, answers)
+            write_jsonl(file, answers)
     console.print(f"{len(answers)} answers in {file}; the same command goes on from here")
 
 
