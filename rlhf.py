@@ -1856,7 +1856,7 @@ def load_bridge(
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = DynamicCache()
-        probe(model.base_model, slice(0, 3), cache)
+        probe(model.base_model, slice(3), cache)
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
         declared = np.atleast_1d(model.generation_config.eos_token_id).tolist()
         stops = torch.tensor(list({tokenizer.eos_token_id, *declared} - {None}), device=device)
@@ -1937,7 +1937,7 @@ def can_replay(policy: TransformerWithValueHead) -> bool:
 
 
 @torch.no_grad
-def probe(model: nn.Module, columns: slice = slice(0, 6), cache: Cache | None = None):
+def probe(model: nn.Module, columns: slice = slice(6), cache: Cache | None = None):
     """What a Hugging Face model makes of columns of two rows of six tokens, the first row padded."""
     tokens = torch.arange(12, device=model.device).view(2, 6)
     mask = tokens > 1
