@@ -606,7 +606,7 @@ def get_samples(
     for start in range(0, B, rows_at_once or B):
         rows = slice(start, start + (rows_at_once or B))
         columns = column_by_column(policy, tokens[rows], mask[rows], P)  # policy.features, section 12
-        alive = mask[rows, P - 1]
+        alive = mask[rows, P - 1]  # True: prompts are padded on the left
         for t in range(P, P + gen_len):
             features, state_values = next(columns)  # of column t-1
             probs = (policy.logits(features[:, -1]) / temperature).softmax(dim=-1)
