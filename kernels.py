@@ -1,11 +1,13 @@
 """Two operations where reinforcement learning of a language model spends its memory: from hidden state to
-token log-probability, and the LoRA matmul. Each, but for float32_linear, stands below a reference in plain
-torch, which is its meaning and its test.
+token log-probability, and the LoRA matmul. Each stands below a reference in plain torch, which is its meaning
+and its test. And where it spends its time on a GPU: in Python, between one small kernel and the next.
 
     token_logprobs         log p(token) and H(p), from logits that are read once
     linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, logits h Uᵀ + b in bounded memory
-    float32_linear         x Wᵀ + b in float32: the logits above, for a sampler that needs them whole
     lora_linear            x Wᵀ + b + s (x Aᵀ) Bᵀ, x read once
+    float32_linear         x Wᵀ + b in float32: the logits above, for a sampler that needs them whole
+    RecordedPass           a pass of a model, forward and backward, replayed on a GPU (a CUDA graph)
+    replays                the same of a step that is taken over and over, without gradients
 
     N tokens (all leading axes, flattened)  x, y   logits of policy and reference, over the temperature τ
     n tokens of one chunk, the slice `part` p, q   their softmax; lse(x) = log Σ exp x, so log p = x - lse(x)
@@ -35,6 +37,8 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -57,7 +61,7 @@ except ImportError:  # whoever imports transformers in this directory gets this 
 CUDA = torch.cuda.is_available()
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
-FUSED_OUTPUTS = 2**21  # up to so many numbers one fused launch beats the vendor's three
+FUSED_OUTPUTS = 2**21  # up to so many numbers, in 16 bits, one fused launch beats the vendor's three
 # Tokens whose logits are made at a time: enough of them to be worth reading U. On a CPU GPT-2's are 32 MB:
 # glibc keeps a block of that size for the next chunk, a larger one comes from the system anew, page by page.
 CHUNK_ROWS = 256 if CUDA else 160
@@ -805,7 +809,7 @@ def lora_linear(
 ) -> Float[Tensor, "... d_out"]:
     """`lora_linear_reference` with x read once. The torch path takes a rank above MAX_RANK, more than
     FUSED_OUTPUTS numbers, and float32, in which there are no tensor cores to feed: three products of the
-    vendor's are four times as fast there as the kernel was (1,088 tokens, 1,024², H200).
+    vendor's take a third of the time that the kernel took there (1,088 tokens, 1,024², H200).
 
     >>> one = torch.ones(1, 1)
     >>> lora_linear(one, one, None, 2 * one, 3 * one, 0.5)  # 1 + 0.5 · 2 · 3
@@ -830,6 +834,18 @@ def lora_linear(
 # Replaying what a function launches
 
 
+def watched(function, *inputs: Tensor) -> tuple[tuple, bool]:
+    """What function(*inputs) returns, and whether it can be recorded: not if it makes Python wait for the
+    GPU, to read a number or to copy one there. Some models do (a mixture of experts, rotations that depend on
+    the length), and in the middle of a recording that is an error."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        outputs = function(*inputs)
+    torch.cuda.set_sync_debug_mode("default")
+    return outputs, not any("synchronizing" in str(one.message) for one in caught)
+
+
 class RecordedPass:
     """Calls `function`, which takes tensors and returns a tuple of them, through which gradients flow to the
     parameters that are trained. From the second call in a row with inputs of the same shapes on, all that it
@@ -846,6 +862,9 @@ class RecordedPass:
         shapes = [one.shape for one in inputs]
         if shapes != self.shapes:
             self.shapes, self.replay = shapes, None
+            outputs, self.is_recordable = watched(self.function, *inputs)
+            return outputs
+        if not self.is_recordable:
             return self.function(*inputs)
         if self.replay is None:
             gc.collect()  # frees an older recording, which holds itself
@@ -859,18 +878,20 @@ class RecordedPass:
         return self.replay(*inputs, *self.trained)
 
 
-def recorded(function):
-    """Without gradients: a function that launches again what function() launches on the GPU, on the same
-    tensors, and returns the outputs that it has written over."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
-
-    def replay():
-        graph.replay()
-        return outputs
-
-    return replay
+def replays(step) -> Iterator[tuple[Tensor, ...]]:
+    """What step() returns, again and again, without gradients; from the second time on it is not called, but
+    what it launched is launched again, on the same tensors. What is returned, the next time overwrites."""
+    outputs, is_recordable = watched(step)
+    yield outputs
+    if is_recordable:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = step()
+        while True:
+            graph.replay()
+            yield outputs
+    while True:
+        yield step()
 
 
 # python kernels.py: the report

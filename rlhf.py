@@ -87,7 +87,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_linear, peak_memory, recorded
+from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_linear, peak_memory, replays
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
@@ -392,7 +392,7 @@ class TransformerWithValueHead(nn.Module):
             for weight in self.value_head[-1].parameters():
                 nn.init.zeros_(weight)  # at first the critic has no opinion, and no wrong one
         self.bridge.ln_final.hook_out.add_hook(self.read_values, is_permanent=True)
-        self.learning_pass = RecordedPass(self.features, self.parameters)
+        self.learning_pass = RecordedPass(self.features, self.parameters)  # see completion_features
 
     def read_values(self, normalized_residual: Float[Tensor, "B T D"], hook) -> None:
         """TransformerLens hook on the final normalised residual stream; values are 0 without a critic."""
@@ -462,8 +462,9 @@ class TransformerWithValueHead(nn.Module):
         # columns: to read them again with each completion costs less than a pass of their own.
         start = P - 1 if len(mask) * P > 256 else 0
         columns = samples.tokens[:, start:-1], mask[:, :-1]
+        # On a GPU, one that is like the pass before it is replayed: for small kernels Python is too slow.
         if start == 0 and torch.is_grad_enabled() and can_replay(self):
-            features, values = self.learning_pass(*columns)  # `features`, replayed
+            features, values = self.learning_pass(*columns)
         else:
             cache = self.prompt_cache(samples.tokens[:, : start + 1], mask[:, : start + 1])
             features, values = self.features(*columns, cache)
@@ -605,7 +606,7 @@ def get_samples(
     logprobs, values = uniform.new_zeros(2, B, gen_len)
     for start in range(0, B, rows_at_once or B):
         rows = slice(start, start + (rows_at_once or B))
-        columns = column_by_column(policy, tokens[rows], mask[rows], P)  # policy.features, section 12
+        columns = column_by_column(policy, tokens[rows], mask[rows], P)  # their features: section 12
         alive = mask[rows, P - 1]  # True: prompts are padded on the left
         for t in range(P, P + gen_len):
             features, state_values = next(columns)  # of column t-1
@@ -1171,7 +1172,7 @@ class RLHFTrainer:
         for minibatch in memory.get_minibatches(
             args.batches_per_learning_phase, args.num_minibatches, self.generator
         ):
-            self.optimizer.zero_grad(set_to_none=False)  # what `RecordedPass` returns is added to them
+            self.optimizer.zero_grad(set_to_none=False)  # kept, for a replayed backward pass adds to them
             for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
                 new = self.evaluate(part)
                 loss = -objective_of(new, part, self.kl_coef, args) * gradient_weight(part, minibatch, args)
@@ -1914,18 +1915,13 @@ def column_by_column(
     cache = Cache(layers=[StaticLayer(tokens.shape[1]) for _ in policy.bridge.blocks])
     for i, layer in enumerate(policy.prompt_cache(tokens[:, :P], mask[:, :P]).layers):
         cache.update(layer.keys, layer.values, i)
-    column = torch.tensor([P - 1], device=tokens.device)
+    column = torch.tensor([P - 2], device=tokens.device)
 
     def step():
-        outputs = policy.features(tokens.index_select(1, column), mask, cache)
         column.add_(1)
-        return outputs
+        return policy.features(tokens.index_select(1, column), mask, cache)
 
-    yield step()
-    if can_replay(policy):
-        step = recorded(step)
-    while True:
-        yield step()
+    return replays(step) if can_replay(policy) else iter(step, None)
 
 
 def can_replay(policy: TransformerWithValueHead) -> bool:

@@ -34,6 +34,7 @@ import tty
 import types
 import typing
 import unittest.mock
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -4300,7 +4301,7 @@ def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch):
 
 @needs_triton
 def test_a_large_rank_and_float32_take_the_torch_path(monkeypatch):
-    """In float32 there are no tensor cores, and three products of the vendor's take a quarter of the time."""
+    """In float32 there are no tensor cores, and three products of the vendor's take a third of the time."""
 
     def die(*_):
         raise AssertionError("the kernel was launched")
@@ -6518,6 +6519,7 @@ def test_a_pass_is_recorded_when_its_shapes_come_twice_in_a_row(monkeypatch):
         return replay
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     weights = [torch.ones(3, requires_grad=True), torch.ones(4)]
     run = kernels.RecordedPass(lambda x, y: (x + y,), lambda: weights)
     small, wide = torch.ones(2), torch.ones(5)
@@ -6533,17 +6535,43 @@ def test_a_pass_is_recorded_when_its_shapes_come_twice_in_a_row(monkeypatch):
     assert all(inputs[2] is weights[0] for inputs in replayed)
 
 
-def test_the_sampler_draws_the_same_when_passes_are_replayed(gpt2, monkeypatch):
-    """Here the stand-in for a recording runs the pass again, on the tensors it had."""
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_is_replayed_unless_it_waits_for_the_gpu(monkeypatch, waits):
+    """As a mixture of experts does: within a recording that is an error. The warning is that of torch."""
+    modes, called, replayed, out = [], [], [], torch.zeros(1)
+    graph = types.SimpleNamespace(replay=lambda: replayed.append(1))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *_, **__: replayed.append(1) or step)
+
+    def step(*_):
+        called.append(modes[-1])
+        if waits and modes[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally at …)", stacklevel=1)
+        return (out,)
+
+    for outputs, _ in zip(kernels.replays(step), range(5), strict=False):
+        assert outputs[0] is out
+    assert called == ["warn"] + ["default"] * (4 if waits else 1)
+    assert len(replayed) == (0 if waits else 4)
+    run = kernels.RecordedPass(step, list)
+    called.clear(), replayed.clear()
+    for _ in range(5):
+        assert run(torch.zeros(2))[0] is out
+    assert called == ["warn"] + ["default"] * 4
+    assert len(replayed) == (0 if waits else 1)
+
+
+def test_the_sampler_has_its_steps_replayed_where_that_can_be(gpt2, monkeypatch):
     policy = TransformerWithValueHead(gpt2, has_critic=True)
     inputs = rlhf.tokenize(policy.tokenizer, ["No", "Here is a longer sentence"], "cpu")
-    found = []
-    for replays in (False, True):
-        monkeypatch.setattr(rlhf, "can_replay", lambda policy, replays=replays: replays)
-        recorded = []
-        monkeypatch.setattr(rlhf, "recorded", lambda step, recorded=recorded: recorded.append(0) or step)
+    found, replayed = [], []
+    monkeypatch.setattr(rlhf, "replays", lambda step: replayed.append(0) or (step() for _ in range(9)))
+    for can in (False, True):
+        monkeypatch.setattr(rlhf, "can_replay", lambda policy, can=can: can)
         found.append(rlhf.get_samples(policy, *inputs, 9, generator=torch.Generator().manual_seed(0)))
-        assert len(recorded) == replays
+        assert len(replayed) == can
     assert torch.equal(found[0].tokens, found[1].tokens)
 
 
