@@ -24,8 +24,9 @@ them here, but for the logits of the first rows: these are kept for the backward
 and of a minibatch of reinforcement learning that is usually all.
 
 CUDA tensors take the Triton kernels, all others the torch path, which is as correct and as frugal
-(`path_taken`). Whatever the dtype of what comes in, logits and statistics are float32 (`float32_linear` says
-why), or float64 for gradcheck; a gradient has the dtype of what it is to.
+(`path_taken`; of lora_linear only small products in 16 bits). Whatever the dtype of what comes in, logits and
+statistics are float32 (`float32_linear` says why), or float64 for gradcheck; a gradient has the dtype of what
+it is to.
 Left out: a gradient to W (LoRA freezes it) and to the reference, float8, second derivatives.
 """
 
@@ -268,7 +269,7 @@ def _load_logits(pointers, mask, inv_temperature):
 
 @kernel
 def _below_maximum(x, m):
-    """x̃ = x - m; m, the maximum with these x; and δ, by which it has grown."""
+    """x less the new maximum; that maximum; and δ, by which it has grown."""
     m_new = tl.maximum(m, tl.max(x))
     # nothing to rescale before the first finite logit
     delta = tl.where(m == -float("inf"), 0.0, m_new - m)
@@ -834,16 +835,18 @@ def lora_linear(
 # Replaying what a function launches
 
 
-def watched(function, *inputs: Tensor) -> tuple[tuple, bool]:
-    """What function(*inputs) returns, and whether it can be recorded: not if it makes Python wait for the
-    GPU, to read a number or to copy one there. Some models do (a mixture of experts, rotations that depend on
-    the length), and in the middle of a recording that is an error."""
-    torch.cuda.set_sync_debug_mode("warn")
+def call_watched(function, *inputs: Tensor) -> tuple[tuple, bool]:
+    """What function(*inputs) returns, and whether it can be recorded: not if Python waited in it for the GPU,
+    to read a number or to copy one there. Some models do (a mixture of experts, rotations that depend on the
+    length), and in the middle of a recording that is an error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        outputs = function(*inputs)
-    torch.cuda.set_sync_debug_mode("default")
-    return outputs, not any("synchronizing" in str(one.message) for one in caught)
+        torch.cuda.set_sync_debug_mode("warn")  # says, too, that it is a prototype and may miss some
+        try:
+            outputs = function(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return outputs, not any("called a synchronizing" in str(one.message) for one in caught)
 
 
 class RecordedPass:
@@ -852,7 +855,9 @@ class RecordedPass:
     launches on the GPU, forward and backward, is recorded once and replayed (a CUDA graph): of a small kernel
     Python's part takes ten times as long as the GPU's.
 
-    What a call returns, the next one overwrites, gradients too: they are to be added to others, not kept.
+    What a call returns, the next one overwrites, gradients too: they are to be added to others, not kept, and
+    each call's backward pass comes before the next call. While it records, no autograd graph that reaches the
+    parameters may be alive.
     """
 
     def __init__(self, function, parameters):
@@ -861,13 +866,14 @@ class RecordedPass:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         shapes = [one.shape for one in inputs]
         if shapes != self.shapes:
-            self.shapes, self.replay = shapes, None
-            outputs, self.is_recordable = watched(self.function, *inputs)
+            self.shapes = self.replay = None
+            gc.collect()  # frees the older recording, which holds itself
+            outputs, self.is_recordable = call_watched(self.function, *inputs)
+            self.shapes = shapes
             return outputs
         if not self.is_recordable:
             return self.function(*inputs)
         if self.replay is None:
-            gc.collect()  # frees an older recording, which holds itself
             self.trained = [one for one in self.parameters() if one.requires_grad]
             self.replay = torch.cuda.make_graphed_callables(
                 lambda *tensors: self.function(*tensors[: len(inputs)]),
@@ -879,19 +885,18 @@ class RecordedPass:
 
 
 def replays(step) -> Iterator[tuple[Tensor, ...]]:
-    """What step() returns, again and again, without gradients; from the second time on it is not called, but
-    what it launched is launched again, on the same tensors. What is returned, the next time overwrites."""
-    outputs, is_recordable = watched(step)
+    """What step() returns, again and again, without gradients. After the second time it is not called any
+    more, but what it launched is launched again, on the same tensors, and overwrites what was returned."""
+    outputs, is_recordable = call_watched(step)
     yield outputs
+    again = step
     if is_recordable:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = step()
-        while True:
-            graph.replay()
-            yield outputs
+        again = graph.replay
     while True:
-        yield step()
+        yield again() or outputs
 
 
 # python kernels.py: the report
@@ -919,18 +924,18 @@ def _error(results: list | tuple, truth: list | tuple) -> float:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truth, strict=True))
 
 
-def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int, L: int) -> None:
+def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int) -> None:
     """Prints error against float64, time and rate of each operation, each beside those of its reference; of
-    lora_linear with N = d_in = d_out = L."""
+    lora_linear with N = d_in = d_out = D, which on a GPU takes the kernel."""
     draw = functools.partial(torch.randn, device=device, dtype=dtype)
     tokens, logits = torch.randint(V, (N,), device=device), draw(N, V)
     head = {"hidden": draw(N, D), "unembed": draw(V, D) / D**0.5, "tokens": tokens}
-    layer = {"x": draw(L, L), "weight": draw(L, L) / L**0.5, "bias": None, "scale": 2.0}
-    layer |= {"lora_a": draw(16, L) / L**0.5, "lora_b": draw(L, 16)}
-    cases = [  # operation, its inputs, the trained ones; work forward, how much more backward, and its unit
+    layer = {"x": draw(D, D), "weight": draw(D, D) / D**0.5, "bias": None, "scale": 2.0}
+    layer |= {"lora_a": draw(16, D) / D**0.5, "lora_b": draw(D, 16)}
+    cases = [  # operation, its inputs, the trained ones; work forward, times what with backward, and its unit
         ("token_logprobs", {"logits": logits, "tokens": tokens}, ["logits"], logits.nbytes / 1e9, 3, "GB/s"),
         ("linear_token_logprobs", head, ["hidden"], 2e-12 * N * V * D, 2, "TFLOP/s"),
-        ("lora_linear", layer, ["x", "lora_a", "lora_b"], 2e-12 * L**3, 2, "TFLOP/s"),
+        ("lora_linear", layer, ["x", "lora_a", "lora_b"], 2e-12 * D**3, 2, "TFLOP/s"),
     ]
     print(f"\n{device}, {dtype}; in brackets plain torch")
     for name, inputs, trainable, forward, more, unit in cases:
@@ -1004,6 +1009,6 @@ if __name__ == "__main__":
     else:
         report_memory()  # first: a child process starts from its parent's peak
         if CUDA:
-            report_speed("cuda", torch.bfloat16, 8192, 50257, 1024, 4096)
+            report_speed("cuda", torch.bfloat16, 8192, 50257, 1024)
         else:
-            report_speed("cpu", torch.float32, 256, 50257, 768, 1024)
+            report_speed("cpu", torch.float32, 256, 50257, 768)

@@ -297,7 +297,7 @@ class Samples:
         return type(self)(*(field[rows] for field in vars(self).values()))
 
     def parts(self, size: int | None) -> Iterator["Samples"]:
-        """At most so many rows after so many; None: all of them."""
+        """All rows, at most `size` at a time; None: all at once."""
         size = size or len(self.tokens)
         return (self[start : start + size] for start in range(0, len(self.tokens), size))
 
@@ -419,7 +419,7 @@ class TransformerWithValueHead(nn.Module):
     ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
         """What the output layer sees, the final residual stream, normalised; and the values. The KV cache
         keeps keys and values of attention, so that of all columns only the new ones need be computed; the
-        mask is of all, or of as many as the cache has room for."""
+        mask is of all. Or, of one new column, of as many as the cache has room for."""
         LoRALinear.in_pass = True  # see section 4
         try:
             output = self.bridge.original_model.base_model(
@@ -427,6 +427,7 @@ class TransformerWithValueHead(nn.Module):
                 attention_mask=attention_mask.long(),
                 position_ids=positions(attention_mask)[:, -tokens.shape[1] :],
                 past_key_values=cache,
+                use_cache=cache is not None,
             )
         finally:
             LoRALinear.in_pass = False
@@ -458,16 +459,14 @@ class TransformerWithValueHead(nn.Module):
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
         P, C, mask = samples.prompt_width, samples.logprobs.shape[1], samples.attention_mask
-        # From column `start` on, each row is computed by itself. Where prompts hold few tokens, that is all
-        # columns: to read them again with each completion costs less than a pass of their own.
-        start = P - 1 if len(mask) * P > 256 else 0
-        columns = samples.tokens[:, start:-1], mask[:, :-1]
-        # On a GPU, one that is like the pass before it is replayed: for small kernels Python is too slow.
-        if start == 0 and torch.is_grad_enabled() and can_replay(self):
-            features, values = self.learning_pass(*columns)
-        else:
-            cache = self.prompt_cache(samples.tokens[:, : start + 1], mask[:, : start + 1])
-            features, values = self.features(*columns, cache)
+        if len(mask) * P > 256:
+            cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
+            return self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
+        # Where prompts hold few tokens, to read them again with each completion costs less than a pass of
+        # their own. On a GPU a pass of the same shapes as the last is then launched again as it was recorded
+        # (kernels.py): for kernels as small as these Python is too slow.
+        compute = self.learning_pass if torch.is_grad_enabled() and can_replay(self) else self.features
+        features, values = compute(samples.tokens[:, :-1], mask[:, :-1])
         return features[:, -C:], values[:, -C:]
 
     def get_logprobs(
@@ -537,7 +536,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         if not self.enabled:
             return self.base(x)
-        # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T; in Triton with x read once
+        # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T; small and in 16 bits, in Triton
         return lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)
 
     @property
@@ -602,10 +601,12 @@ def get_samples(
     # What is filled in place here is the sampler's own.
     tokens = pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
     mask = pad(prompt_mask, (0, gen_len))
+    # All drawn ahead, so that no row's numbers depend on rows_at_once, nor on where others end.
     uniform = torch.rand(B, gen_len, generator=generator, device=mask.device)
     logprobs, values = uniform.new_zeros(2, B, gen_len)
-    for start in range(0, B, rows_at_once or B):
-        rows = slice(start, start + (rows_at_once or B))
+    rows_at_once = rows_at_once or B
+    for start in range(0, B, rows_at_once):
+        rows = slice(start, start + rows_at_once)
         columns = column_by_column(policy, tokens[rows], mask[rows], P)  # their features: section 12
         alive = mask[rows, P - 1]  # True: prompts are padded on the left
         for t in range(P, P + gen_len):
@@ -619,7 +620,9 @@ def get_samples(
             alive = alive & ~torch.isin(drawn, policy.stops)
             if not alive.any():
                 break
-        C = max(C, t + 1 - P)  # columns that no completion has reached are cut off
+        C = max(C, t + 1 - P)
+        del columns  # and their keys and values, before the next ones
+    # Columns that no completion has reached are cut off.
     return Samples(tokens[:, : P + C], mask[:, : P + C], logprobs[:, :C], values[:, :C])
 
 
@@ -1130,8 +1133,9 @@ class RLHFTrainer:
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
         # is the policy, its adapters off (the output layer has none); else a copy.
         with adapters_off():
-            parts = samples.parts(args.micro_batch_size)
-            ref_features = torch.cat([self.reference.completion_features(part)[0] for part in parts])
+            ref_features = torch.cat(
+                [self.reference.completion_features(part)[0] for part in samples.parts(args.micro_batch_size)]
+            )
         ref_logprobs, _, _ = self.reference.get_logprobs(ref_features, samples.completion, args.temperature)
         # 4. Rewards. A group may be spread over processes: so those of all are gathered, and what else
         # advantages need. From here to step 6 rows are those of all processes.
@@ -1172,14 +1176,14 @@ class RLHFTrainer:
         for minibatch in memory.get_minibatches(
             args.batches_per_learning_phase, args.num_minibatches, self.generator
         ):
-            self.optimizer.zero_grad(set_to_none=False)  # kept, for a replayed backward pass adds to them
+            self.optimizer.zero_grad(set_to_none=False)  # else what a replay overwrites would become .grad
             for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
                 new = self.evaluate(part)
                 loss = -objective_of(new, part, self.kl_coef, args) * gradient_weight(part, minibatch, args)
                 loss.backward()  # of minus the objective, for AdamW goes downhill
                 metrics.append(minibatch_metrics(new, part, args))
                 counts.append(part.mask.sum().item())
-                del new, loss  # no graph of an earlier pass may be alive while one is recorded
+                del new, loss  # autograd's graph must be gone when the next pass is recorded
             average_gradients(weights)
             norms.append(clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
@@ -1259,10 +1263,10 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     """
     base, head = {"params": [], "peak_lr": args.base_lr}, {"params": [], "peak_lr": args.head_lr}
     for name, weight in trained.items():
-        # GPT-2's q, k and v are views of one matrix: a pass over one of them would run into the others.
+        # GPT-2's q, k and v are interleaved views of one matrix, and `fused` goes through memory end to end.
         weight.data = weight.data.contiguous()
         (head if "value_head" in name else base)["params"].append(weight)
-    return torch.optim.AdamW([base, head], weight_decay=0.0, fused=True)  # one pass over each weight
+    return torch.optim.AdamW([base, head], weight_decay=0.0, fused=True)  # all of AdamW in one kernel
 
 
 def lr_scale(phase: int, args: RLHFArgs) -> float:
@@ -1638,9 +1642,9 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
                     np.array([[metrics.get(metric, math.nan) for metrics in phase] for phase in phases])
                     for metric in (over, key)
                 )  # [phases, runs]
-                (line,) = axis.plot(x.mean(1), y.mean(1), marker="o", markevery=[-1])
+                axis.plot(x.mean(1), y.mean(1), marker="o", markevery=[-1])
                 if over == "phase":
-                    axis.fill_between(x[:, 0], y.min(1), y.max(1), color=line.get_color(), alpha=0.2)
+                    axis.fill_between(x[:, 0], y.min(1), y.max(1), alpha=0.2)  # in the same order of colours
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
                 axis.set_ylim(bottom=0)
@@ -1852,7 +1856,9 @@ def load_bridge(
             mend_block(block)
         # Behind its original context a Phi-3 of 128k encodes all positions otherwise; cached keys stay.
         bridge.cfg.n_ctx = min(
-            bridge.cfg.n_ctx, getattr(model.config, "original_max_position_embeddings", math.inf)
+            bridge.cfg.n_ctx,
+            getattr(model.config, "original_max_position_embeddings", math.inf),
+            getattr(model.config, "window_size", math.inf),
         )
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
@@ -1925,9 +1931,9 @@ def column_by_column(
 
 
 def can_replay(policy: TransformerWithValueHead) -> bool:
-    """On a GPU; not under autocast, whose casts of the weights are new in every pass, nor where a hook beside
-    `read_values` is to see every pass."""
-    if not policy.stops.is_cuda or torch.is_autocast_enabled("cuda"):
+    """On a GPU; not under autocast, whose casts of the weights are new in every pass, nor with adapters off,
+    nor where a hook of TransformerLens beside `read_values` is to see every pass."""
+    if not policy.stops.is_cuda or torch.is_autocast_enabled("cuda") or not LoRALinear.enabled:
         return False
     return sum(len(point.fwd_hooks + point.bwd_hooks) for point in policy.bridge.hook_dict.values()) == 1
 
@@ -2164,7 +2170,8 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
     if device == "auto":
         device = str(accelerator.device)
     with explained(f"--device {device}: not available here"):
-        torch.empty(1, device=device)
+        if (x := torch.empty(1, device=device)).is_cuda:
+            torch.cuda.set_device(x.device)  # where passes are recorded, and Triton launches
     return accelerator, device
 
 
@@ -3082,7 +3089,7 @@ def caption(axis, title: str, text: str) -> None:
 
 def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text: str, **looks) -> None:
     """Rows and columns have names; the more there are, the smaller they are written."""
-    axis.figure.colorbar(axis.imshow(values, aspect="auto", **looks))
+    axis.figure.colorbar(axis.imshow(values.numpy(), aspect="auto", **looks))
     axis.grid(False)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks(range(len(columns)), columns)

@@ -4583,7 +4583,7 @@ def test_torch_brings_its_own_triton():
 
 def test_the_report_names_each_operation_beside_its_reference(monkeypatch, capsys):
     """`python kernels.py`, on small sizes: errors against float64, and figures that are some."""
-    kernels.report_speed("cpu", torch.float32, 8, 60, 16, 16)
+    kernels.report_speed("cpu", torch.float32, 8, 60, 16)
     title, *lines = capsys.readouterr().out.strip().splitlines()
     assert title == "cpu, torch.float32; in brackets plain torch"
     operations = ("token_logprobs", "linear_token_logprobs", "lora_linear")
@@ -6539,7 +6539,7 @@ def test_a_pass_is_recorded_when_its_shapes_come_twice_in_a_row(monkeypatch):
 def test_a_step_is_replayed_unless_it_waits_for_the_gpu(monkeypatch, waits):
     """As a mixture of experts does: within a recording that is an error. The warning is that of torch."""
     modes, called, replayed, out = [], [], [], torch.zeros(1)
-    graph = types.SimpleNamespace(replay=lambda: replayed.append(1))
+    graph = types.SimpleNamespace(replay=lambda: replayed.append(1))  # and returns None, as torch's
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
@@ -6551,7 +6551,7 @@ def test_a_step_is_replayed_unless_it_waits_for_the_gpu(monkeypatch, waits):
             warnings.warn("called a synchronizing CUDA operation (Triggered internally at …)", stacklevel=1)
         return (out,)
 
-    for outputs, _ in zip(kernels.replays(step), range(5), strict=False):
+    for _, outputs in zip(range(5), kernels.replays(step), strict=False):
         assert outputs[0] is out
     assert called == ["warn"] + ["default"] * (4 if waits else 1)
     assert len(replayed) == (0 if waits else 4)
@@ -6586,6 +6586,46 @@ def test_nothing_is_replayed_without_a_gpu_or_with_a_hook_of_yours_or_under_auto
     assert not rlhf.can_replay(policy)
     policy.bridge.reset_hooks()
     assert rlhf.can_replay(policy)
+    with rlhf.adapters_off():
+        assert not rlhf.can_replay(policy)
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    """Passes are recorded on the current GPU: of another one the recording would be empty."""
+    made, current = torch.empty, []
+    stand_in = types.SimpleNamespace(is_cuda=True, device="cuda:1")
+    monkeypatch.setattr(torch, "empty", lambda *size, **named: stand_in if "device" in named else made(*size))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert rlhf.pick_device("cuda:1")[1] == "cuda:1" and current == ["cuda:1"]
+
+
+def test_a_call_that_fails_leaves_nothing_to_be_replayed(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *_, **__: pytest.fail("recorded"))
+
+    def fails(x):
+        if len(x) == 3:
+            raise MemoryError
+        return (x,)
+
+    run = kernels.RecordedPass(fails, list)
+    run(torch.zeros(2))
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            run(torch.zeros(3))
+        assert modes[-1] == "default"
+    assert len(run(torch.zeros(2))[0]) == 2
+
+
+def test_behind_its_window_gpt_neo_draws_nothing(tmp_path):
+    """Its local layers count the window from the end of the cache, which has room for tokens to come."""
+    config = transformers.GPTNeoConfig(**GPT_NEO, attention_types=[[["local", "global"], 1]], window_size=12)
+    trainer = RLHFTrainer(small_args(save_model(tmp_path, config), algo="grpo", gen_len=7))
+    memory, *_ = trainer.rollout_phase()
+    torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.logprobs, atol=1e-4, rtol=0)
+    with pytest.raises(SettingError, match="12"):
+        RLHFTrainer(small_args(str(tmp_path), algo="grpo", gen_len=12))
 
 
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -6877,6 +6917,7 @@ def test_exercise_completion_features():
 
         def __init__(self):
             nn.Module.__init__(self)
+            self.cache, self.stops = None, torch.tensor([0])
 
         def prompt_cache(self, tokens, mask):
             self.cache, self.prompt = transformers.DynamicCache(), tokens
@@ -6889,15 +6930,15 @@ def test_exercise_completion_features():
             )
             return tokens[..., None].float(), tokens + 100.0
 
-    B = 65  # so many that the prompt of each would be worth a cache
-    zeros = torch.zeros(B, 3)  # C = 3
-    mask = torch.ones(B, 7).bool()
-    samples = lesson.Samples(torch.arange(7).expand(B, 7), mask, logprobs=zeros, values=zeros)
-    columns = Columns()
-    features, values = columns.completion_features(samples)
     formula = "column t speaks of token t + 1: tokens P to T-1 are scored by columns P-1 to T-2; P = 4, T = 7"
-    expect(features, [[[3.0], [4.0], [5.0]]] * B, f"features: {formula}")
-    expect(values, [[103.0, 104.0, 105.0]] * B, f"values (100 + column): {formula}")
+    for B in (2, 65):  # so many that the prompt of each is worth a cache
+        zeros = torch.zeros(B, 3)  # C = 3
+        mask = torch.ones(B, 7).bool()
+        samples = lesson.Samples(torch.arange(7).expand(B, 7), mask, logprobs=zeros, values=zeros)
+        columns = Columns()
+        features, values = columns.completion_features(samples)
+        expect(features, [[[3.0], [4.0], [5.0]]] * B, f"features: {formula}")
+        expect(values, [[103.0, 104.0, 105.0]] * B, f"values (100 + column): {formula}")
     expect(columns.prompt, [[0, 1, 2, 3]] * B, "prompt_cache gets the prompt: columns 0 to P-1")
 
 
@@ -7400,11 +7441,14 @@ WRONG_ANSWERS = {
         ("tokens.clamp(min=0)", "tokens.clamp(min=0).roll(1, -1)"),
     ],
     "TransformerWithValueHead.completion_features": [
-        ("tokens[:, start:-1], mask[:, :-1]", "tokens[:, start + 1 :], mask"),
-        ("tokens[:, start:-1]", "tokens[:, start:]"),
-        ("mask[:, :-1]\n", "mask[:, P - 1 : -1]\n"),
-        ("*columns, cache", "*columns"),
-        ("tokens[:, : start + 1], mask[:, : start + 1]", "tokens, mask"),
+        ("tokens[:, P - 1 : -1], mask[:, :-1]", "tokens[:, P:], mask"),
+        ("tokens[:, P - 1 : -1]", "tokens[:, P - 1 :]"),
+        ("mask[:, :-1], cache", "mask[:, P - 1 : -1], cache"),
+        ("mask[:, :-1], cache", "mask[:, :-1]"),
+        ("tokens[:, :P], mask[:, :P]", "tokens, mask"),
+        ("tokens[:, :-1], mask[:, :-1])", "tokens[:, 1:], mask[:, 1:])"),
+        ("features[:, -C:]", "features[:, :C]"),
+        ("values[:, -C:]", "values[:, :C]"),
     ],
     "LoRALinear.forward": [
         ("self.lora_a, self.lora_b,", "self.lora_b, self.lora_a,"),
@@ -7434,7 +7478,7 @@ WRONG_ANSWERS = {
         ("max(C, t + 1 - P)", "gen_len"),
         ("max(C, t + 1 - P)", "t + 1 - P"),
         ("uniform[rows, t - P]", "uniform[: len(alive), t - P]"),
-        ("start + (rows_at_once or B)", "start + 1"),
+        ("start + rows_at_once", "start + 1"),
         ("mask[rows], P)", "mask[rows], P - 1)"),
     ],
     "sample_token": [
