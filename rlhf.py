@@ -298,8 +298,9 @@ class Samples:
 
     def parts(self, size: int | None) -> Iterator["Samples"]:
         """All rows, at most `size` at a time; None: all at once."""
-        size = size or len(self.tokens)
-        return (self[start : start + size] for start in range(0, len(self.tokens), size))
+        B = len(self.tokens)
+        size = size or B
+        return (self[start : start + size] for start in range(0, B, size))
 
     @property
     def prompt_width(self) -> int:
@@ -1456,7 +1457,7 @@ class RunLog(AbstractContextManager):
         the most important on the terminal."""
         trainer = self.trainer
         seconds = metrics["rollout_seconds"] + metrics["learning_seconds"]
-        metrics |= {
+        metrics = metrics | {
             "tokens_per_second": metrics["completion_length"] * trainer.args.batch_size / seconds,
             "peak_memory_mb": peak_memory(trainer.device) / 2**20,
         }
