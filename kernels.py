@@ -393,10 +393,10 @@ def _run_rows(
 # Token log-probability: either path, forward and backward
 
 
-def _slices(N: int, step: int) -> list[slice]:
+def row_slices(N: int, step: int) -> list[slice]:
     """Rows 0 to N, at most `step` (and at least one) at a time, in parts as equal as can be.
 
-    >>> _slices(7, 3)
+    >>> row_slices(7, 3)
     [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
     """
     count = -(-N // max(1, step))
@@ -435,7 +435,7 @@ def _statistics(
     if path_taken(logits) == "triton":
         _run_rows(token_logprobs_forward_kernel, logits, ref_logits, temperature, tokens, rows)
         return rows
-    for part in _slices(N, BLOCK_NUMBERS // V):  # as the kernel above computes them, and in its symbols
+    for part in row_slices(N, BLOCK_NUMBERS // V):  # as the kernel above computes them, and in its symbols
         x, e, s, rows[3:5, part] = _exponentials(logits[part], temperature)
         log_s = rows[4, part]
         rows[0, part] = x.gather(1, tokens[part, None].clamp(min=0)).squeeze(1) - log_s
@@ -474,7 +474,7 @@ def _write_gradient(
         _run_rows(token_logprobs_backward_kernel, logits, ref_logits, temperature, *tensors)
         return
     N, V = logits.shape
-    for part in _slices(N, BLOCK_NUMBERS // V):
+    for part in row_slices(N, BLOCK_NUMBERS // V):
         g_l, a, g_H, g_KL = coefficients[:, part, None]
         log_p = _less(logits[part], temperature, *rows[3:5, part]).clamp_(min=-1e30)  # no 0·∞ below
         p = log_p.exp()
@@ -556,7 +556,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         ctx.temperature, ctx.kept = temperature, {}
         sides = 1 if reference[0] is None else 2
         to_keep = KEPT_NUMBERS // (sides * len(unembed)) if any(ctx.needs_input_grad) else 0
-        for part in _slices(N, CHUNK_ROWS):
+        for part in row_slices(N, CHUNK_ROWS):
             logits = _logits_of(part, hidden, unembed, bias, *reference)
             rows[:, part] = _statistics(*logits, tokens[part], temperature)
             if part.stop <= to_keep:
@@ -573,7 +573,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden) if wants_hidden else None
         dunembed = torch.zeros_like(unembed, dtype=rows.dtype) if wants_unembed else None
         dbias = torch.zeros_like(bias, dtype=rows.dtype) if wants_bias else None
-        for part in _slices(len(hidden), CHUNK_ROWS):
+        for part in row_slices(len(hidden), CHUNK_ROWS):
             logits, ref_logits = ctx.kept.pop(part.start, None) or _logits_of(
                 part, hidden, unembed, bias, *reference
             )
@@ -729,7 +729,7 @@ def _lora_launch(rank: int) -> dict:
     """
     return {
         "RANK": rank,
-        "BLOCK_RANK": max(16, 1 << (rank - 1).bit_length()),
+        "BLOCK_RANK": max(16, triton.next_power_of_2(rank)),
         "BLOCK_N": 64,
         "BLOCK_OUT": 64,
         "BLOCK_IN": 64 if rank <= 16 else 32,

@@ -87,7 +87,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_linear, peak_memory, replays
+from kernels import (
+    RecordedPass,
+    float32_linear,
+    linear_token_logprobs,
+    lora_linear,
+    peak_memory,
+    replays,
+    row_slices,
+)
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
@@ -299,8 +307,7 @@ class Samples:
     def parts(self, size: int | None) -> Iterator["Samples"]:
         """All rows, at most `size` at a time; None: all at once."""
         B = len(self.tokens)
-        size = size or B
-        return (self[start : start + size] for start in range(0, B, size))
+        return (self[rows] for rows in row_slices(B, size or B))
 
     @property
     def prompt_width(self) -> int:
@@ -605,9 +612,7 @@ def get_samples(
     # All drawn ahead, so that no row's numbers depend on rows_at_once, nor on where others end.
     uniform = torch.rand(B, gen_len, generator=generator, device=mask.device)
     logprobs, values = uniform.new_zeros(2, B, gen_len)
-    rows_at_once = rows_at_once or B
-    for start in range(0, B, rows_at_once):
-        rows = slice(start, start + rows_at_once)
+    for rows in row_slices(B, rows_at_once or B):
         columns = column_by_column(policy, tokens[rows], mask[rows], P)  # their features: section 12
         alive = mask[rows, P - 1]  # True: prompts are padded on the left
         for t in range(P, P + gen_len):
@@ -1075,12 +1080,12 @@ for switch, *cells in switches:
 
 
 # ---- 10 Objective to update --------------------------------------------------------------------------------
-# In: the settings. Out: a trained policy. All state but the switches of LoRALinear lives in the trainer, and
-# nothing here asks for --algo, only for its switches. Several processes may share the work by rows, each with
-# its part of the batch. On one, read own_share, gather_rows and average_gradients as "the same",
-# gradient_weight as 1 (of a micro-batch its share), summarize as a mean. What was not defined so far is in
-# the workshop: several processes and logging at its start, prompts, models and rewards in section 12, files
-# in 13.
+# In: the settings. Out: a trained policy. All state lives in the trainer, but the switches of LoRALinear and
+# what a GPU replays, and nothing here asks for --algo, only for its switches. Several processes may share the
+# work by rows, each with its part of the batch. On one, read own_share, gather_rows and average_gradients as
+# "the same", gradient_weight as 1 (of a micro-batch its share), summarize as a mean. What was not defined so
+# far is in the workshop: several processes and logging at its start, prompts, models and rewards in section
+# 12, files in 13.
 
 
 class RLHFTrainer:
@@ -1856,6 +1861,7 @@ def load_bridge(
         for block in bridge.blocks:
             mend_block(block)
         # Behind its original context a Phi-3 of 128k encodes all positions otherwise; cached keys stay.
+        # GPT-Neo counts its window from the end of the cache, which has room for columns to come.
         bridge.cfg.n_ctx = min(
             bridge.cfg.n_ctx,
             getattr(model.config, "original_max_position_embeddings", math.inf),
