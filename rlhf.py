@@ -434,7 +434,7 @@ class TransformerWithValueHead(nn.Module):
                 input_ids=tokens,
                 attention_mask=attention_mask.long(),
                 position_ids=positions(attention_mask)[:, -tokens.shape[1] :],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=cache is not None,
             )
         finally:
@@ -1322,7 +1322,6 @@ import sysconfig
 import tempfile
 import textwrap
 import traceback
-import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stderr, suppress
@@ -1348,8 +1347,6 @@ from torch.utils.data import BatchSampler, DataLoader, random_split
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import StaticLayer
 
-# transformers 5.24 warns of the name by which older ones take a KV cache.
-warnings.filterwarnings("ignore", "`past_key_values` is deprecated")
 # What a model writes is no markup, and a terminal breaks lines by itself.
 # A notebook gets plain text, in one piece: for a line that moves, rich would want ipywidgets there.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
@@ -1954,7 +1951,7 @@ def probe(model: nn.Module, columns: slice = slice(6), cache: Cache | None = Non
         tokens[:, columns],
         attention_mask=mask[:, : columns.stop].long(),
         position_ids=positions(mask)[:, columns],
-        past_key_values=cache,
+        cache=cache,
     )
 
 
