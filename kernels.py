@@ -738,53 +738,44 @@ def _lora_launch(rank: int) -> dict:
     }
 
 
-def _lora_triton(
-    x: Float[Tensor, "N d_in"],
-    weight: Float[Tensor, "d_out d_in"],
-    bias: Float[Tensor, "d_out"] | None,
-    lora_a: Float[Tensor, "rank d_in"],
-    lora_b: Float[Tensor, "d_out rank"],
-    scale: float,
-) -> tuple[Float[Tensor, "N d_out"], Float[Tensor, "N rank"]]:
-    """The kernel's two results: the output, and x Aᵀ."""
-    (N, d_in), d_out, rank = x.shape, len(weight), len(lora_a)
-    out, xa = x.new_empty(N, d_out), x.new_empty(N, rank)
-    config = _lora_launch(rank)
-    grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(d_out, config["BLOCK_OUT"]),)
-    with torch.cuda.device_of(x):
-        lora_linear_kernel[grid](
-            x.contiguous(),
-            weight,
-            x if bias is None else bias.contiguous(),
-            lora_a.contiguous(),
-            lora_b.contiguous(),
-            out,
-            xa,
-            N,
-            d_in,
-            d_out,
-            *weight.stride(),
-            scale,
-            HAS_BIAS=bias is not None,
-            **config,
-        )
-    return out, xa
-
-
 class _LoraLinear(torch.autograd.Function):
-    """Saves x, in memory anyway, and x Aᵀ. Backward is plain matmuls: with g = s dy B, of width rank,
+    """The kernel. Saves x, in memory anyway, and x Aᵀ. Backward is plain matmuls: with g = s dy B, of width
+    rank,
 
     dx = dy W + g A,   dA = gᵀ x,   dB = s dyᵀ (x Aᵀ): what has the rank in it is too small to fuse.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scale):
-        is_small = len(lora_a) <= MAX_RANK and len(x) * len(weight) <= FUSED_OUTPUTS
-        if path_taken(x) == "triton" and is_small and x.dtype != torch.float32:
-            out, xa = _lora_triton(x, weight, bias, lora_a, lora_b, scale)
-        else:
-            xa = x @ lora_a.t()
-            out = linear(x, weight, bias).addmm_(xa, lora_b.t(), alpha=scale)
+    def forward(
+        ctx,
+        x: Float[Tensor, "N d_in"],
+        weight: Float[Tensor, "d_out d_in"],
+        bias: Float[Tensor, "d_out"] | None,
+        lora_a: Float[Tensor, "rank d_in"],
+        lora_b: Float[Tensor, "d_out rank"],
+        scale: float,
+    ):
+        (N, d_in), d_out, rank = x.shape, len(weight), len(lora_a)
+        out, xa = x.new_empty(N, d_out), x.new_empty(N, rank)
+        config = _lora_launch(rank)
+        grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(d_out, config["BLOCK_OUT"]),)
+        with torch.cuda.device_of(x):
+            lora_linear_kernel[grid](
+                x.contiguous(),
+                weight,
+                x if bias is None else bias.contiguous(),
+                lora_a.contiguous(),
+                lora_b.contiguous(),
+                out,
+                xa,
+                N,
+                d_in,
+                d_out,
+                *weight.stride(),
+                scale,
+                HAS_BIAS=bias is not None,
+                **config,
+            )
         ctx.scale = scale
         ctx.save_for_backward(x, weight, lora_a, lora_b, xa)
         return out
@@ -808,9 +799,9 @@ def lora_linear(
     lora_b: Float[Tensor, "d_out rank"],
     scale: float,
 ) -> Float[Tensor, "... d_out"]:
-    """`lora_linear_reference` with x read once. The torch path takes a rank above MAX_RANK, more than
-    FUSED_OUTPUTS numbers, and float32, in which there are no tensor cores to feed: three products of the
-    vendor's take a third of the time that the kernel took there (1,088 tokens, 1,024², H200).
+    """`lora_linear_reference` with x read once, or added up in place. The torch path takes a rank above
+    MAX_RANK, more than FUSED_OUTPUTS numbers, and float32, in which there are no tensor cores to feed: three
+    products of the vendor's take a third of the time that the kernel took there (1,088 tokens, 1,024², H200).
 
     >>> one = torch.ones(1, 1)
     >>> lora_linear(one, one, None, 2 * one, 3 * one, 0.5)  # 1 + 0.5 · 2 · 3
@@ -828,8 +819,13 @@ def lora_linear(
         if one is not None and one.requires_grad:
             raise ValueError(f"{name}: requires a gradient, expected to be frozen")
     d_out, d_in = weight.shape
-    matrices = weight, bias, lora_a.to(x.dtype), lora_b.to(x.dtype)
-    return _LoraLinear.apply(x.reshape(-1, d_in), *matrices, scale).view(*x.shape[:-1], d_out)
+    rows, lora_a, lora_b = x.reshape(-1, d_in), lora_a.to(x.dtype), lora_b.to(x.dtype)
+    is_small = len(lora_a) <= MAX_RANK and len(rows) * d_out <= FUSED_OUTPUTS
+    if path_taken(x) == "triton" and is_small and x.dtype != torch.float32:
+        out = _LoraLinear.apply(rows, weight, bias, lora_a, lora_b, scale)
+    else:
+        out = linear(rows, weight, bias).addmm_(rows @ lora_a.t(), lora_b.t(), alpha=scale)
+    return out.view(*x.shape[:-1], d_out)
 
 
 # Replaying what a function launches

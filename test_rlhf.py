@@ -4270,7 +4270,7 @@ def test_first_and_last_token_of_the_vocabulary(path):
 def test_the_path_taken(monkeypatch):
     if kernels.triton is not None:
         launched = []
-        monkeypatch.setattr(kernels, "_lora_triton", lambda *_: launched.append(1))
+        monkeypatch.setattr(kernels, "_lora_launch", launched.append)
         lora_linear(torch.ones(1, 2), torch.ones(3, 2), None, torch.ones(1, 2), torch.ones(3, 1), 1.0)
         assert not launched
     assert kernels.path_taken(torch.zeros(1)) == "torch"
@@ -4306,7 +4306,7 @@ def test_a_large_rank_and_float32_take_the_torch_path(monkeypatch):
     def die(*_):
         raise AssertionError("the kernel was launched")
 
-    monkeypatch.setattr(kernels, "_lora_triton", die)
+    monkeypatch.setattr(kernels, "_lora_launch", die)
     cases = itertools.product((kernels.MAX_RANK, kernels.MAX_RANK + 1), (torch.float16, torch.float32))
     for R, dtype in cases:
         x, weight, a, b = (
@@ -4476,6 +4476,8 @@ def test_backward_inside_of_autocast_gives_the_gradients_of_backward_outside(pat
         (token_logprobs, logits, ["logits"]),
         (lora_linear, lora, ["x", "lora_a", "lora_b"]),
     ):
+        if function is lora_linear and not forward_inside:
+            continue  # in float32 it is plain torch, and its backward pass is cast as that of nn.Linear
         leaves = [inputs[name].requires_grad_() for name in wanted]
         with on_path(path):
             with torch.autocast(device, torch.bfloat16, enabled=forward_inside):
