@@ -444,7 +444,7 @@ class TransformerWithValueHead(nn.Module):
 
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
         """The output layer: one matrix, in some models times a scale. In float32 even where the weights are
-        not, as in `get_logprobs`: else sampler and learner would disagree on π_old by their rounding."""
+        not, as in `get_logprobs`: else its rounding would have sampler and learner disagree on π_old."""
         return float32_linear(features, *self.output_layer).mul_(self.logit_scale)
 
     @property
@@ -821,8 +821,8 @@ def group_relative(
 ) -> Float[Tensor, "B C"]:
     """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2), r_i the
     sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide: `scale_rewards none`. With `--kl-in
-    reward` the penalty is divided, too: where it alone differs within a group, its noise counts in full; take
-    another `--scale-rewards` there.
+    reward` the penalty is divided, too: where it alone differs within a group, its noise counts in full (in
+    the first phase, when the policy is still the reference, rounding); take another `--scale-rewards` there.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
@@ -1055,6 +1055,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 # - rloo: REINFORCE, and so is the surrogate while ρ = 1, in a phase's first step; later steps are clipped.
 #   `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
 # - dapo: its clip and its average, without dynamic sampling and overlong reward shaping.
+# - gspo: so narrow that bfloat16 leaves it: there sampler and learner differ by about 0.004 in such a ρ.
 # - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is of ScaleRL 2510.13786.
 
 ALGORITHM_TABLE = """
@@ -1142,7 +1143,7 @@ class RLHFTrainer:
             ref_features = torch.cat(
                 [self.reference.completion_features(part)[0] for part in samples.parts(args.micro_batch_size)]
             )
-        ref_logprobs, _, _ = self.reference.get_logprobs(ref_features, samples.completion, args.temperature)
+        ref_logprobs, *_ = self.reference.get_logprobs(ref_features, samples.completion, args.temperature)
         # 4. Rewards. A group may be spread over processes: so those of all are gathered, and what else
         # advantages need. From here to step 6 rows are those of all processes.
         scores = get_rewards(self.rewards, examples, texts, **trl_extras(self, samples)).to(self.device)
@@ -1525,7 +1526,7 @@ def rollout_metrics(
         "phase": trainer.phase + 1,
         "reward": rewards.nanmean().nan_to_num().item(),
         "reward_std": deviation(centered(rewards)).item(),
-        "equal_groups": are_equal.float().mean().item(),  # the share whose rewards teach nothing
+        "equal_groups": are_equal.float().mean().item(),  # the share of groups whose rewards teach nothing
         "completion_length": mask.sum().item() / len(mask),
         "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
         "distinct_2": distinct_2(unpad(drawn, mask)),
@@ -1847,7 +1848,10 @@ def load_bridge(
             name, dtype=dtype, output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
         require_weights(info, refused)
+        config = model.config
         require(not hasattr(model, "peft_config"), f"{refused}: is an adapter; merge it into its model first")
+        # Falcon's: with the attention that the model is exported for, it would be another one.
+        require(not getattr(config, "alibi", False), f"{refused}: eager attention adds its ALiBi twice")
         model.to(device)
         published = model.state_dict(keep_vars=True)
         truth = probe(model).logits[:, 3:]
@@ -1857,13 +1861,11 @@ def load_bridge(
         bridge.cfg.default_prepend_bos = bool(tokenizer.begin)  # of texts that the bridge itself is given
         for block in bridge.blocks:
             mend_block(block)
-        # Behind its original context a Phi-3 of 128k encodes all positions otherwise; cached keys stay.
         # GPT-Neo counts its window from the end of the cache, which has room for columns to come.
-        bridge.cfg.n_ctx = min(
-            bridge.cfg.n_ctx,
-            getattr(model.config, "original_max_position_embeddings", math.inf),
-            getattr(model.config, "window_size", math.inf),
-        )
+        bridge.cfg.n_ctx = min(bridge.cfg.n_ctx, getattr(config, "window_size", math.inf))
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # behind this all positions turn otherwise; cached keys stay
+            bridge.cfg.n_ctx = rope["original_max_position_embeddings"]
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
         # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
         cache = DynamicCache()
@@ -1871,7 +1873,7 @@ def load_bridge(
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
         declared = np.atleast_1d(model.generation_config.eos_token_id).tolist()
         stops = torch.tensor(list({tokenizer.eos_token_id, *declared} - {None}), device=device)
-        scale = getattr(model.config, "logit_scale", None) or 1 / getattr(model.config, "logits_scaling", 1.0)
+        scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         error = (scale * bridge.unembed(features) - truth).abs().max() / truth.abs().max()
     require(
         error < max(torch.finfo(model.dtype).eps ** 0.5, 1e-3),
@@ -2948,7 +2950,7 @@ def where_they_differ(axis, readings: tuple[Reading, Reading], texts: Texts) -> 
     """KL(trained ‖ base) over the whole vocabulary at each of the completion's tokens, mean over rows that
     reach it."""
     base, trained = readings
-    _, _, kl = get_logprobs(trained.logits, texts.predicted, ref_logits=base.logits)
+    *_, kl = get_logprobs(trained.logits, texts.predicted, ref_logits=base.logits)
     rows = (texts.predicted >= 0).sum(dim=0)
     kl = (kl.sum(dim=0) / rows)[rows > 0]
     console.print(

@@ -3072,14 +3072,18 @@ def test_an_adapter_is_no_base_model(tmp_path):
 
 
 @pytest.mark.parametrize("gen_len, fits", [(10, True), (11, False)])
-def test_positions_that_change_the_others_are_out_of_context(tmp_path, gen_len, fits):
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_positions_that_change_the_others_are_out_of_context(tmp_path, family, gen_len, fits):
     """Phi-3's long versions encode all positions otherwise as soon as one is behind the original context:
-    the sampler's cached keys were of the short encoding, and training sees the long one."""
+    the sampler's cached keys were of the short encoding, and training sees the long one. Any
+    model's rotations may be of this kind."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
-    config = transformers.Phi3Config(
-        **SHAPE, pad_token_id=0, original_max_position_embeddings=16, rope_parameters=rope
-    )
+    config = transformers.LlamaConfig(**SHAPE, rope_parameters=rope | {"factor": 4.0})
+    if family == "phi3":
+        config = transformers.Phi3Config(
+            **SHAPE, pad_token_id=0, original_max_position_embeddings=16, rope_parameters=rope
+        )
     base = save_model(tmp_path, config)
     prefix = "This is"
     P = len(rlhf.token_ids(rlhf.load_tokenizer(base, "auto"), prefix))
@@ -3402,6 +3406,7 @@ REFUSED_FAMILIES = {
     "Falcon's new decoder": lambda: transformers.FalconConfig(
         **FALCON, num_kv_heads=2, new_decoder_architecture=True
     ),
+    "Falcon with ALiBi": lambda: transformers.FalconConfig(**FALCON, alibi=True),
     "OPT-350m": lambda: transformers.OPTConfig(
         **OPT, **PAD, word_embed_proj_dim=16, do_layer_norm_before=False
     ),
