@@ -1,10 +1,12 @@
-"""Two operations where reinforcement learning of a language model spends its memory: from hidden state to
-token log-probability, and the LoRA matmul. Each stands below a reference in plain torch, which is its meaning
-and its test. And where it spends its time on a GPU: in Python, between one small kernel and the next.
+"""Reinforcement learning of a language model spends its memory in two operations: from hidden state to token
+log-probability, and the LoRA matmul. Each stands here below a reference in plain torch, which is its meaning
+and its test. And on a GPU it spends its time in Python, between one small kernel and the next: so passes are
+recorded.
 
     token_logprobs         log p(token) and H(p), from logits that are read once
-    linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, logits h Uᵀ + b in bounded memory
-    lora_linear            x Wᵀ + b + s (x Aᵀ) Bᵀ, x read once
+    linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, logits h Uᵀ + b in bounded memory;
+                           h and U are rlhf.py's features and output layer, and this is what it calls
+    lora_linear            x Wᵀ + b + s (x Aᵀ) Bᵀ, as one kernel where that pays
     float32_linear         x Wᵀ + b in float32: the logits above, for a sampler that needs them whole
     RecordedPass           a pass of a model, forward and backward, replayed on a GPU (a CUDA graph)
     replays                the same of a step that is taken over and over, without gradients
@@ -95,7 +97,8 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _check(**arguments: tuple) -> None:
-    """Each argument is its tensor (or None), axes as in the signatures, and dtypes. A letter has one size."""
+    """Each argument is its tensor (or None), axes as in the signatures, and dtypes. A letter stands for the
+    same size wherever it occurs."""
     device, sizes = None, {}
     for name, (tensor, axes, dtypes) in arguments.items():
         if tensor is None:

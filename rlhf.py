@@ -54,8 +54,8 @@ Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RL
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
            differs and why.
 Left out   because it would hide the idea: a reward function for each token, a critic of its own (the value
-           head shares the policy's trunk) and a phase for it alone, clipping of values, dual clip, dropout in
-           the policy, samples of older phases.
+           head shares the policy's blocks) and a phase for it alone, clipping of values, dual clip, dropout
+           in the policy, samples of older phases.
 
     python rlhf.py --algo grpo --lora          trains the built-in toy model, in two minutes on a laptop
     python rlhf.py --kl-coef 0                 PPO without its leash: mode collapse
@@ -105,7 +105,7 @@ RewardFn = Callable[..., list[float | None]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
 Repeatable = Annotated[tuple[RewardSpec, ...], tyro.conf.UseAppendAction]  # --reward A --reward B
 Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class RLHFArgs:
     prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer; GPT-2, Pythia: yes
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
-    # The algorithm: None is what ALGORITHM_TABLE (section 9) has for --algo. (critic): matters with one only
+    # The algorithm: what is None comes from ALGORITHM_TABLE (section 9). (critic): matters only with a critic
     advantage: Literal["critic", "group", "others"] | None = None  # reward less value, group's, others' mean
     scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation; critic: group = none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
@@ -141,7 +141,7 @@ class RLHFArgs:
     loss_average: Literal["sequence", "token", "constant"] | None = None  # over what losses are averaged
     kl_in: Literal["loss", "reward"] | None = None  # where the penalty is; in reward: log π_old - log π_ref
     kl_coef: NonNegativeFloat | None = None  # β: price of leaving the reference, the model as it was; 0: none
-    gae_lambda: Share | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
+    gae_lambda: Fraction | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
 
     # Rollout phase: completions are drawn and judged
     total_phases: Annotated[int, Field(ge=1, lt=10**5)] = 50  # rollout phase, learning phase, so many times
@@ -157,11 +157,11 @@ class RLHFArgs:
     batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs; the name is the course's)
     num_minibatches: Count = 4  # optimizer steps in each pass
     micro_batch_size: Count | None = None  # completions computed at a time: less memory, the same result
-    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # exact, or as in section 9
+    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # in the loss; see section 9
     kl_target: PositiveFloat | None = None  # adapt β from phase to phase until the KL is this, nats a token
     ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: NonNegativeFloat = 0.15  # weight of the value loss (critic)
-    gamma: Share = 1.0  # discount (critic)
+    gamma: Fraction = 1.0  # discount (critic)
 
     # What is trained, and how fast
     base_lr: NonNegativeFloat = 5e-4  # learning rate of the transformer, or of its adapters
@@ -234,9 +234,10 @@ class RLHFArgs:
 
 
 def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
-    """The token ids of a prompt. Of a text: `tokenizer.begin`, which is BOS or nothing, and the text. Of a
-    conversation: as the model's chat template writes it, to where the assistant is to speak, or to go on, if
-    the last message is its own. The last `tokenizer.room` of them. (begin and room: section 12.)"""
+    """The token ids of a prompt. For a text: `tokenizer.begin`, which is BOS or nothing, then the text. For a
+    conversation: what the model's chat template makes of it, up to where the assistant is to speak, or to go
+    on, if the last message is its own. Only the last `tokenizer.room` ids are kept. (begin and room are set
+    by this file: section 12.)"""
     if isinstance(prompt, list):
         is_open = prompt[-1]["role"] == "assistant"
         ids = tokenizer.apply_chat_template(
@@ -343,9 +344,10 @@ def get_logprobs(
 
     All are 0 where the token is masked.
 
-    >>> logprobs, entropy, kl = get_logprobs(torch.zeros(4), torch.tensor(2), ref_logits=torch.ones(4))
-    >>> [round(x.item(), 2) for x in (logprobs, entropy, kl)]  # equal chances: -log 4, log 4, no distance
-    [-1.39, 1.39, 0.0]
+    >>> reference = torch.tensor([0.0, 1.0])  # chances of 0.27 and 0.73
+    >>> logprobs, entropy, kl = get_logprobs(torch.zeros(2), torch.tensor(1), ref_logits=reference)
+    >>> [round(x.item(), 2) for x in (logprobs, entropy, kl)]  # equal chances: -log 2, log 2
+    [-0.69, 0.69, 0.12]
     """
     log_pi = (logits.float() / temperature).log_softmax(dim=-1)
     mask = tokens != -100
@@ -426,8 +428,9 @@ class TransformerWithValueHead(nn.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
         """What the output layer sees, the final residual stream, normalised; and the values. The KV cache
-        keeps keys and values of attention, so that of all columns only the new ones need be computed; the
-        mask is of all. Or, of one new column, of as many as the cache has room for."""
+        keeps keys and values of attention, so that only the new columns need be computed. The mask covers old
+        and new ones or, with a cache of fixed size and one new column, all that it has room for: those not
+        written yet are False, so that the last position is that of the new column."""
         LoRALinear.in_pass = True  # see section 4
         try:
             output = self.bridge.original_model.base_model(
@@ -470,9 +473,9 @@ class TransformerWithValueHead(nn.Module):
         if len(mask) * P > 256:
             cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
             return self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
-        # Where prompts hold few tokens, to read them again with each completion costs less than a pass of
-        # their own. On a GPU a pass of the same shapes as the last is then launched again as it was recorded
-        # (kernels.py): for kernels as small as these Python is too slow.
+        # Where prompts hold few tokens (256 by measurement), to read them again with each completion costs
+        # less than a pass of their own. On a GPU a pass of the same shapes as the last is then launched again
+        # as it was recorded (kernels.py): for kernels as small as these Python is too slow.
         compute = self.learning_pass if torch.is_grad_enabled() and can_replay(self) else self.features
         features, values = compute(samples.tokens[:, :-1], mask[:, :-1])
         return features[:, -C:], values[:, -C:]
@@ -522,7 +525,7 @@ class LoRALinear(nn.Linear):
 
     # Switches of all adapters at once, since they belong to the class.
     in_pass = False  # within `features`: TransformerLens reads `weight` in every pass, for its dtype alone
-    enabled = True  # but within adapters_off
+    enabled = True  # except within adapters_off
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a W of its own
@@ -544,7 +547,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         if not self.enabled:
             return self.base(x)
-        # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T; small and in 16 bits, in Triton
+        # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T; small and in 16 bits, one kernel
         return lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)
 
     @property
@@ -555,8 +558,8 @@ class LoRALinear(nn.Linear):
 
 def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
     """Freezes all of the model but what is to be trained: adapters of all blocks or the last few, or the
-    weights of the last few and the final norm. Without --lora and --train-layers it freezes nothing that
-    computes.
+    weights of the last few and the final norm. Without --lora and --train-layers all is trained, but a fused
+    matrix of q, k and v, with which the bridge does not compute.
 
     A LoRALinear takes the place of each target matrix inside of its hooks, so that they see what LoRA adds.
     """
@@ -600,13 +603,13 @@ def get_samples(
     generator: torch.Generator | None = None,
     rows_at_once: int | None = None,
 ) -> Samples:
-    """Draws a completion of up to gen_len tokens for each prompt, one column at a time; with rows_at_once the
-    same completions, so many after so many, in less memory.
+    """Draws a completion of up to gen_len tokens for each prompt, one column at a time. With rows_at_once
+    they are the same, drawn for so many prompts at a time, in less memory.
 
     C is the length of the longest completion drawn, at most gen_len.
     """
     (B, P), C = prompt_tokens.shape, 0
-    # What is filled in place here is the sampler's own.
+    # Filled in place below; `pad` has made copies, so the caller's tensors stay as they are.
     tokens = pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
     mask = pad(prompt_mask, (0, gen_len))
     # All drawn ahead, so that no row's numbers depend on rows_at_once, nor on where others end.
@@ -636,8 +639,8 @@ def sample_token(probs: Float[Tensor, "B V"], uniform: Float[Tensor, "B"]) -> In
     """One token a row, by inverting the cumulative distribution: one random number a row, from 0 to 1, where
     torch.multinomial draws V of them (16 against 179 ms for 128 rows of GPT-2). Rows need not add up to 1.
 
-    >>> sample_token(torch.tensor([[1.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([0.6, 0.7])).tolist()
-    [1, 1]
+    >>> sample_token(torch.tensor([[1.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([0.6, 0.8])).tolist()
+    [1, 2]
     """
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:].contiguous()
@@ -649,8 +652,9 @@ def sample_token(probs: Float[Tensor, "B V"], uniform: Float[Tensor, "B"]) -> In
 
 
 def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float) -> Float[Tensor, "B V"]:
-    """Sets to 0 all but the top_k likeliest tokens, and all behind those that have probability top_p together
-    (nucleus sampling, 1904.09751). That is probability among all V tokens: top_k cuts, and rescales nothing.
+    """Keeps the top_k likeliest tokens, and of these the fewest that have probability top_p together (nucleus
+    sampling, 1904.09751); all others become 0. Probability is among all V tokens: after top_k nothing is
+    rescaled, as transformers does.
 
     >>> keep_likeliest(torch.tensor([[0.2, 0.5, 0.3]]), top_k=None, top_p=0.6)
     tensor([[0.0000, 0.5000, 0.3000]])
@@ -736,8 +740,9 @@ def total_reward(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> Float[T
 
 
 def centered(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
-    """Less their mean; what is NaN stays so, and does not count. The largest is taken off before: so equal
-    numbers become exactly 0, not a rounding error that a division by their deviation would blow up."""
+    """x less its mean over the last axis; what is NaN stays so, and does not count. The largest is taken off
+    first: so equal numbers become exactly 0, not a rounding error that a division by their deviation would
+    blow up."""
     x = x - x.nan_to_num(nan=-math.inf).amax(dim=-1, keepdim=True)
     return x - x.nanmean(dim=-1, keepdim=True)
 
@@ -802,9 +807,9 @@ def gae(
     After the last token there is no state, V = 0. With γ = λ = 1 the sum of the δ telescopes: Â_t is the sum
     of the rewards from t on, less V_t. λ = 0 gives the one-step estimate δ_t.
 
-    >>> values, mask, args = torch.tensor([[0.5, 0.2]]), torch.ones(1, 2).bool(), RLHFArgs(gae_lambda=0.0)
-    >>> gae(torch.tensor([[0.0, 1.0]]), values, mask, args)  # 0.2 - 0.5 and 1 - 0.2
-    tensor([[-0.3000,  0.8000]])
+    >>> values, mask, args = torch.tensor([[0.5, 0.2]]), torch.ones(1, 2).bool(), RLHFArgs(gae_lambda=0.5)
+    >>> gae(torch.tensor([[0.0, 1.0]]), values, mask, args)  # from the right: 1 - 0.2; 0.2 - 0.5 + 0.5 * 0.8
+    tensor([[0.1000, 0.8000]])
     """
     values = values * mask  # so that V and Â are 0 past the end, and the recursion below needs no cases
     advantages = torch.zeros_like(values)
@@ -821,8 +826,9 @@ def group_relative(
 ) -> Float[Tensor, "B C"]:
     """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2), r_i the
     sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide: `scale_rewards none`. With `--kl-in
-    reward` the penalty is divided, too: where it alone differs within a group, its noise counts in full (in
-    the first phase, when the policy is still the reference, rounding); take another `--scale-rewards` there.
+    reward` the penalty is divided, too: where all rewards of a group are equal, its noise alone comes to full
+    size (in the first phase, when the policy is still the reference, that is rounding); take another
+    `--scale-rewards` there.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
@@ -840,7 +846,7 @@ def leave_one_out(
 ) -> Float[Tensor, "B C"]:
     """Â_i = r_i - mean of the other rewards of the group = n/(n-1) (r_i - mean(r)) (RLOO 2402.14740, section
     2.2), n of the K having a reward; of one alone it is NaN, which teaches nothing. The baseline does not
-    hold r_i, so it leaves the gradient unbiased.
+    hold r_i, so it leaves the gradient unbiased (unless `--scale-rewards group` divides, as in GRPO).
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
@@ -879,14 +885,14 @@ class ReplayMemory(Samples):
         self, passes: int, count: int, generator: torch.Generator
     ) -> Iterator["ReplayMemory"]:
         """Goes through all rows `passes` times, each time in a new order and in `count` parts. Rows are
-        shuffled, then those of a prompt move up to the first of them, for in one minibatch they share the
-        prompt's computation.
+        shuffled, then those of a prompt are put next to each other, where the first of them is: in one
+        minibatch they share the prompt's computation.
 
-        >>> zeros, tokens = torch.zeros(4, 1), torch.zeros(4, 2).long()
-        >>> samples = tokens, tokens == 0, zeros, zeros
+        >>> zeros, tokens = torch.zeros(4, 1), torch.tensor([[5, 0], [6, 0], [5, 0], [6, 0]])
+        >>> samples = tokens, tokens >= 0, zeros, zeros
         >>> memory = ReplayMemory(*samples, torch.arange(4.0)[:, None], zeros[..., None], zeros)
         >>> [m.advantages.T.tolist() for m in memory.get_minibatches(1, 2, torch.Generator().manual_seed(0))]
-        [[[0.0, 1.0]], [[3.0, 2.0]]]
+        [[[0.0, 2.0]], [[1.0, 3.0]]]
         """
         P = self.prompt_width
         _, prompt_of = distinct_prompts(self.tokens[:, :P], self.attention_mask[:, :P])
@@ -920,11 +926,11 @@ def clip_range(args: RLHFArgs) -> tuple[float, float]:
 def importance_ratio(
     logprobs: Float[Tensor, "b C"], old_logprobs: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"], per: str
 ) -> Float[Tensor, "b C"]:
-    """ρ = π_θ / π_old of each token; or of each completion, at all of its tokens: the geometric mean, so that
-    long and short ones can be clipped alike (GSPO 2507.18071, eq. 7).
+    """ρ = π_θ / π_old of each token; or of each completion, one number for all its tokens: the geometric
+    mean, so that long and short ones can be clipped alike (GSPO 2507.18071, eq. 7).
 
-    >>> doubled, mask = torch.tensor([[2.0, 1.0]]).log(), torch.ones(1, 2).bool()
-    >>> importance_ratio(doubled, torch.zeros(1, 2), mask, per="sequence")  # √2
+    >>> old, new = torch.tensor([[0.4, 0.5]]).log(), torch.tensor([[0.8, 0.5]]).log()
+    >>> importance_ratio(new, old, torch.ones(1, 2).bool(), per="sequence")  # √(2 · 1)
     tensor([[1.4142, 1.4142]])
     """
     log_ratio = logprobs - old_logprobs
@@ -936,12 +942,12 @@ def importance_ratio(
 def clipped_surrogate(
     ratio: Float[Tensor, "b C"], advantages: Float[Tensor, "b C"], low: float, high: float
 ) -> Float[Tensor, "b C"]:
-    """min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â), token by token (PPO 1707.06347, eq. 7).
+    """min(ρ Â, clip(ρ, low, high) Â), token by token (PPO 1707.06347, eq. 7).
 
-    Why clip: the advantages were measured on the old policy's completions; beyond 1 ± ε there is nothing to
-    gain, so the gradient is 0 and the policy stays near. Why the minimum too: where ρ has gone the wrong way,
-    say up with Â < 0, clip alone would have gradient 0 as well and never bring it back; the minimum takes
-    the worse of the two, ρ Â.
+    Why clip: the advantages were measured on the old policy's completions; once ρ is beyond 1 ± ε on the side
+    that Â favours, there is nothing more to gain, so the gradient is 0 and the policy stays near. Why the
+    minimum too: where ρ has gone the wrong way, say up with Â < 0, clip alone would have gradient 0 as well
+    and never bring it back; the minimum takes the worse of the two, ρ Â.
 
     >>> clipped_surrogate(torch.tensor([[1.5, 1.5]]), torch.tensor([[1.0, -1.0]]), low=0.8, high=1.2)
     tensor([[ 1.2000, -1.5000]])
@@ -957,20 +963,21 @@ def kl_estimate(
 
         k1 = - log q      k2 = (log q)² / 2      k3 = q - 1 - log q
 
-    For tokens drawn from π_θ, are they right on average?
+    For tokens drawn from π_θ itself, so in a phase's first step, are they right on average?
 
-                              value    gradient, where it is in the loss
-        k1                    yes      no: it is 0, and holds nothing; its place is the reward
-        k2                    no       yes
-        k3                    yes      no: that of KL(π_ref ‖ π_θ)
-        full, weighted_k3     yes      yes
+                        value    gradient, where it is in the loss
+        k1              yes      no: it is 0, and holds nothing; its place is the reward
+        k2              no       yes
+        k3              yes      no: that of KL(π_ref ‖ π_θ)
+        weighted_k3     yes      yes; both in later steps, too, whose tokens are drawn from π_old
+        full            yes      yes, always: it is get_logprobs' exact sum over the vocabulary
 
-    `full` is get_logprobs' exact sum over the vocabulary; weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556);
-    `RLHFTrainer.evaluate` multiplies by ρ. "Yes" is of each state visited: that early tokens lead to other
-    states later is left out of all these gradients. A penalty in the reward has that too, and is noisier.
-    Beyond log q = 10 all are cut off: q may be infinite.
+    weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556); `RLHFTrainer.evaluate` multiplies by ρ. All this holds
+    state by state: that early tokens lead to other states later is missing from each of these gradients. A
+    penalty in the reward includes it, but is noisier. Beyond log q = 10 all are cut off: q may be infinite.
 
-    >>> [round(kl_estimate(torch.zeros(1, 1), torch.ones(1, 1), k).item(), 3) for k in ("k1", "k2", "k3")]
+    >>> one, other = torch.tensor([[-1.0]]), torch.tensor([[0.0]])
+    >>> [round(kl_estimate(one, other, estimator).item(), 3) for estimator in ("k1", "k2", "k3")]
     [-1.0, 0.5, 0.718]
     """
     log_q = (ref_logprobs - logprobs).clamp(max=10)
@@ -1011,7 +1018,7 @@ def policy_objective(
     ratio, bounds = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio), clip_range(args)
     if args.clip == "minimum":
         surrogate = clipped_surrogate(ratio, advantages, *bounds)
-    else:  # CISPO 2506.13585, eq. 4: where the minimum stops a token's gradient, a weight bounds it
+    else:  # CISPO 2506.13585, eq. 4 and 5: no token's gradient is 0, as with the minimum; a weight bounds it
         surrogate = ratio.clamp(*bounds).detach() * advantages * new.logprobs
     beta = kl_coef if args.kl_in == "loss" else 0.0
     per_token = surrogate - beta * new.kl + args.ent_coef * new.entropy
@@ -1047,15 +1054,15 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 
 
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
-# line wins over the cell. All have an entropy bonus, as PPO, and the exact KL, as the course; as published
-# they have `--ent-coef 0`, but for PPO, and GRPO `--kl-estimator k3`. ε, β and λ are this file's choice,
-# except: ε of DAPO, GSPO and CISPO; β = 0, where the paper does without a reference; λ = 0, the course's
-# one-step advantage.
+# line wins over the cell. All have an entropy bonus, as PPO, and a KL in the loss is the exact one, as in the
+# course. As published they have `--ent-coef 0` (except PPO and the course) and GRPO has `--kl-estimator k3`.
+# ε, β and λ are this file's choice, except: ε of DAPO, GSPO and CISPO; β = 0, where the paper does without a
+# reference; λ = 0, the course's one-step advantage.
 # - `-`: the upper end is 1 + clip_coef.
-# - rloo: REINFORCE, and so is the surrogate while ρ = 1, in a phase's first step; later steps are clipped.
-#   `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
+# - rloo: REINFORCE, whose gradient the surrogate has while ρ = 1, in a phase's first step; later ones are
+#   clipped. `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
 # - dapo: its clip and its average, without dynamic sampling and overlong reward shaping.
-# - gspo: so narrow that bfloat16 leaves it: there sampler and learner differ by about 0.004 in such a ρ.
+# - gspo: so narrow that bfloat16's rounding alone, about 0.004 in such a ρ, leaves it.
 # - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is of ScaleRL 2510.13786.
 
 ALGORITHM_TABLE = """
@@ -1081,12 +1088,12 @@ for switch, *cells in switches:
 
 
 # ---- 10 Objective to update --------------------------------------------------------------------------------
-# In: the settings. Out: a trained policy. All state lives in the trainer, but the switches of LoRALinear and
-# what a GPU replays, and nothing here asks for --algo, only for its switches. Several processes may share the
-# work by rows, each with its part of the batch. On one, read own_share, gather_rows and average_gradients as
-# "the same", gradient_weight as 1 (of a micro-batch its share), summarize as a mean. What was not defined so
-# far is in the workshop: several processes and logging at its start, prompts, models and rewards in section
-# 12, files in 13.
+# In: the settings. Out: a trained policy. All state lives in the trainer, but LoRALinear's `in_pass` and
+# `enabled` and what a GPU replays, and nothing here asks for --algo, only for the settings that it stands
+# for. Several processes may share the work by rows, each with its part of the batch. With a single one
+# own_share, gather_rows and average_gradients do nothing, gradient_weight is 1 (or a micro-batch's share of
+# its minibatch), and summarize takes a mean. What was not defined so far is in the workshop: several
+# processes and logging at its start, prompts, models and rewards in section 12, files in 13.
 
 
 class RLHFTrainer:
@@ -1101,7 +1108,7 @@ class RLHFTrainer:
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
-            is_due = True  # as long as there is nothing new to save
+            is_due = True  # so that nothing is saved where no phase is left to run
             while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
                 start = perf_counter()
                 # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
@@ -1138,14 +1145,15 @@ class RLHFTrainer:
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
         samples, texts = complete(self.policy, examples, args, self.generator, args.top_k)
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
-        # is the policy, its adapters off (the output layer has none); else a copy.
+        # is the policy with its adapters off (the output layer, used below, has none); else a second copy.
         with adapters_off():
             ref_features = torch.cat(
                 [self.reference.completion_features(part)[0] for part in samples.parts(args.micro_batch_size)]
             )
         ref_logprobs, *_ = self.reference.get_logprobs(ref_features, samples.completion, args.temperature)
-        # 4. Rewards. A group may be spread over processes: so those of all are gathered, and what else
-        # advantages need. From here to step 6 rows are those of all processes.
+        # 4. Rewards, and what their functions log: `self.logged`, `self.extra`. A group may be spread over
+        # processes: so the rewards of all are gathered, and what else advantages need. From here to step 6
+        # rows are those of all processes.
         scores = get_rewards(self.rewards, examples, texts, **trl_extras(self, samples)).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
         scores, drawn, values, k1 = gather_rows(scores, samples.completion, samples.values, k1)
@@ -1172,9 +1180,9 @@ class RLHFTrainer:
         return memory, metrics, records(examples, texts, own_share(rewards), self.extra)
 
     def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
-        """Goes through the memory batches_per_learning_phase times, then on to the next phase; returns
-        metrics: means over all tokens that are not masked, of all minibatches; the gradient's norm before it
-        is shortened, base_lr as it was and β. With learns=False it takes no step."""
+        """Goes through the memory batches_per_learning_phase times, then on to the next phase. Returns
+        metrics: means over the tokens of all minibatches, the norm of the gradient before it is shortened,
+        the learning rate and the β that were used. With learns=False it takes no step."""
         args, metrics, counts, norms = self.args, [], [], []
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
@@ -1291,12 +1299,12 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
 
 # ---- 11 Update to log --------------------------------------------------------------------------------------
 # In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here is the one
-# number that is new to you; the others are in the workshop: `rollout_metrics` and `minibatch_metrics`.
+# metric that you may not know; the others are in the workshop: `rollout_metrics` and `minibatch_metrics`.
 
 
 def distinct_2(completions: list[list[int]]) -> float:
-    """Distinct bigrams over all bigrams: mode collapse as a number (Li et al., 1510.03055). 0 without any
-    bigram.
+    """Distinct bigrams over all bigrams: mode collapse as a number (after Li et al. 1510.03055, who divide by
+    the number of tokens). 0 without any bigram.
 
     >>> distinct_2([[1, 2, 1, 2], [3, 4]])   # (1, 2), (2, 1), (3, 4) of four
     0.75
@@ -1551,7 +1559,7 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
         "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
         "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
         "entropy": new.entropy,
-        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),  # outside, if clipped or not
+        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),  # outside, whether clipped or not
     }
     if args.has_critic:
         per_token["value_loss"] = (new.values - old.returns).square()
@@ -1657,7 +1665,8 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
 
 
 # ---- 12 What the user brings -------------------------------------------------------------------------------
-# In: settings, files and names. Out: examples, a model, rewards, or one line that says why not.
+# In: settings, files and names. Out: examples, rewards, a model, and how it is run column by column; or one
+# line that says why not.
 
 
 Turns = str | list[dict]  # a text, or a conversation: [{"role": "user", "content": "Hello!"}, ...]
@@ -1794,8 +1803,8 @@ def decode(samples: Samples, tokenizer) -> list[str]:
 
 
 def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs) -> list[dict]:
-    """The examples, if the model can read their prompts, and writing gen_len tokens leaves room for them;
-    --long-prompts says what becomes of others."""
+    """The examples whose prompts the model can read, and which leave room for gen_len tokens; --long-prompts
+    says what becomes of those that are too long."""
     context, V = policy.bridge.cfg.n_ctx, len(policy.output_layer[0])
     require(args.gen_len < context, f"--gen-len {args.gen_len}: must be less than the context of {context}")
     if args.long_prompts == "cut":
@@ -2796,8 +2805,10 @@ def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
 def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"]) -> Float[Tensor, ""]:
     """-E[ log σ(r_chosen - r_rejected) ] (Christiano 1706.03741, eq. 1; InstructGPT 2203.02155, eq. 1).
 
-    >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))   # log 2: no opinion
+    >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))  # log 2: no opinion
     tensor(0.6931)
+    >>> bradley_terry_loss(torch.tensor([2.0]), torch.tensor([1.0]))
+    tensor(0.3133)
     """
     return -nn.functional.logsigmoid(chosen - rejected).mean()
 

@@ -7212,6 +7212,10 @@ def test_exercise_get_minibatches():
     assert runs[0] == runs[1], f"expected the same orders from the same seed, got {runs[0]} and {runs[1]}"
     assert runs[0] != runs[2], f"expected other orders from another seed, got twice {runs[0]}"
     assert len(set(map(tuple, runs[0]))) > 1, f"expected each pass in a new order; {case}, got {runs[0]}"
+    memory.tokens[::2, 0] = 5  # the prompts of even rows; those of odd ones stay
+    for one in memory.get_minibatches(passes, count, torch.Generator().manual_seed(0)):
+        prompts = one.tokens[:, 0].unique()
+        assert len(prompts) == 1, f"expected rows of a prompt together; 2 prompts, {case}, got {one.tokens}"
 
 
 def test_prompts_stay_together_in_minibatches():
@@ -7542,6 +7546,7 @@ WRONG_ANSWERS = {
         ("range(passes)", "range(1)"),
         (".chunk(count)", ".split(count)"),
         ("generator=generator,", "generator=generator.manual_seed(generator.initial_seed()),"),
+        ("order[first.argsort(stable=True)]", "order"),
     ],
     "importance_ratio": [
         ("logprobs - old_logprobs", "old_logprobs - logprobs"),
