@@ -1163,8 +1163,8 @@ class RLHFTrainer:
             rewards -= (~ended).float()
         # 5. Advantages; where no reward applies they are NaN, and become 0.
         scaled = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
-        kl_penalty = self.kl_coef * (args.kl_in == "reward") * k1
-        per_token = token_rewards(scaled, kl_penalty, mask)
+        beta = self.kl_coef if args.kl_in == "reward" else 0.0
+        per_token = token_rewards(scaled, beta * k1, mask)
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         metrics = rollout_metrics(self, drawn, ended, scores, rewards, advantages, values)
         # 6. Of all this our own rows, as wide as our own completions. What no reward applies to teaches
