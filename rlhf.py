@@ -1525,7 +1525,8 @@ def rollout_metrics(
     values: Float[Tensor, "B C"],
 ) -> dict:
     """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
-    args, mask = trainer.args, drawn != -100
+    args = trainer.args
+    mask = drawn != -100
     K = len(rewards) if args.has_critic else args.samples_per_prompt  # who is compared with whom
     are_equal = (centered(rewards.view(-1, K)).nan_to_num() == 0).all(dim=1)
     # A critic learns of equal rewards, too: they are compared with its values.
@@ -1678,7 +1679,9 @@ def check_types(args: RLHFArgs) -> None:
     what contradicts the run."""
     saved = {} if args.resume is None else vars(saved_settings(Path(args.resume)))
     for field in fields(args):
-        name, value, flag = field.name, getattr(args, field.name), f"--{field.name.replace('_', '-')}"
+        name = field.name
+        value = getattr(args, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
             value = (value,)
         try:
@@ -1698,7 +1701,9 @@ def check_types(args: RLHFArgs) -> None:
 
 def check_settings(args: RLHFArgs) -> None:
     """Raises SettingError for the first combination of settings that cannot work, whatever the model."""
-    batch, group, terms = args.batch_size, args.samples_per_prompt, len(args.reward) or 1
+    batch = args.batch_size
+    group = args.samples_per_prompt
+    terms = len(args.reward) or 1
     divisible = f"--batch-size {batch}: must be divisible by"
     require(batch % args.num_minibatches == 0, f"{divisible} --num-minibatches {args.num_minibatches}")
     require(batch % group == 0, f"{divisible} --group-size {group}")
@@ -1787,7 +1792,8 @@ def as_text(turns: Turns, tokenizer=None) -> str:
 def examples_of(trainer: RLHFTrainer) -> list[dict]:
     """The B rows of a phase: B / K prompts, each K times in a row. The file is gone through again and again,
     each time in another seeded order."""
-    args, size = trainer.args, len(trainer.examples)
+    args = trainer.args
+    size = len(trainer.examples)
     numbers = (np.arange(args.batch_size) + trainer.phase * args.batch_size) // args.samples_per_prompt
     order = lru_cache(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(size))
     return [trainer.examples[order(number // size)[number % size]] for number in numbers]
@@ -1805,7 +1811,8 @@ def decode(samples: Samples, tokenizer) -> list[str]:
 def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs) -> list[dict]:
     """The examples whose prompts the model can read, and which leave room for gen_len tokens; --long-prompts
     says what becomes of those that are too long."""
-    context, V = policy.bridge.cfg.n_ctx, len(policy.output_layer[0])
+    context = policy.bridge.cfg.n_ctx
+    V = len(policy.output_layer[0])
     require(args.gen_len < context, f"--gen-len {args.gen_len}: must be less than the context of {context}")
     if args.long_prompts == "cut":
         policy.tokenizer.room = context - args.gen_len
@@ -1986,7 +1993,8 @@ def load_tokenizer(name: str, prepend_bos: str) -> transformers.PreTrainedTokeni
     if prepend_bos == "yes" or tokenizer.bos_token_id == tokenizer.eos_token_id:
         begin = begin or [tokenizer.bos_token_id]
     require(begin != [None], f"--prepend-bos yes: the tokenizer of {name} has no such token")
-    tokenizer.begin, tokenizer.room = [] if prepend_bos == "no" else begin, 2**30
+    tokenizer.begin = [] if prepend_bos == "no" else begin
+    tokenizer.room = 2**30
     return tokenizer
 
 
@@ -2077,7 +2085,8 @@ def as_in_trl(function: RewardFn) -> RewardFn:
 def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
     """What TRL offers to reward functions beside the columns. What they log is in `trainer.logged`, a number
     each, and `trainer.extra`, a column each."""
-    trainer.logged, trainer.extra = {}, {}
+    trainer.logged = {}
+    trainer.extra = {}
     return {
         "completion_ids": unpad(samples.completion, samples.mask),
         "trainer_state": transformers.TrainerState(
@@ -2156,7 +2165,8 @@ def call_reward(reward: Reward, columns: dict) -> list[float]:
     for a count that is off and, naming the completion, for NaN and 1e15 or more; and, `blamed`, for what the
     function itself raises or what is no number.
     """
-    where, completions = f"reward function {reward.name.removeprefix('reward/')}", columns["completions"]
+    where = f"reward function {reward.name.removeprefix('reward/')}"
+    completions = columns["completions"]
     with blamed(where):
         scores = [None if score is None else float(score) for score in reward.function(**columns)]
     require(
@@ -2192,7 +2202,8 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
 
 def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
     """Raises SettingError where launched processes did not find each other, or cannot share the work."""
-    launched, found = int(os.environ.get("WORLD_SIZE") or 1), accelerator.num_processes
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    found = accelerator.num_processes
     require(
         launched == found, f"{launched} processes were launched, but {found} found each other; check --device"
     )
@@ -2220,7 +2231,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".unfinished", f"{path.name}.", path.parent) as directory:
-            new, old = Path(directory, path.name), Path(directory, "old")
+            new = Path(directory, path.name)
+            old = Path(directory, "old")
             write(new)
             if new.is_file():
                 with open(new, "rb+") as file:
@@ -2255,7 +2267,8 @@ def only_one(path: Path, seconds: int = 0) -> AbstractContextManager:
 def read_rows(source: str | Path) -> list[tuple[str, dict]]:
     """The rows of a file or, as hub:NAME:SPLIT:SUBSET, of a data set on the hub, each behind the words that
     say where it stands; of a text file each line, as "prompt". Raises SettingError where there are none."""
-    source, kind = str(source), Path(source).suffix.lower()[1:]
+    source = str(source)
+    kind = Path(source).suffix.lower()[1:]
     table = {"split": "train"}
     if source.startswith("hub:"):
         table |= zip("path split name".split(), source.split(":")[1:], strict=False)
@@ -2443,7 +2456,8 @@ def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
 
 def start_tracker(trainer: RLHFTrainer) -> None:
     """Opens what --track names, through accelerate; with --resume the run goes on there, too."""
-    args, run_dir = trainer.args, trainer.run_dir
+    args = trainer.args
+    run_dir = trainer.run_dir
     if args.track is None:
         return
     # tensorboard wants its directory before it is chosen
@@ -2523,7 +2537,8 @@ def export_model(policy: TransformerWithValueHead, path: Path) -> None:
 @torch.no_grad
 def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path) -> None:
     """A PEFT directory. On a fused matrix the adapters of q, k and v become one, block-diagonal."""
-    tensors, ranks = {}, {}
+    tensors = {}
+    ranks = {}
     for (name, stored), parts in trained_layers(policy).items():
         rows, layers = zip(*parts, strict=True)
         ranks[name] = args.lora_rank * len(layers)
@@ -2588,7 +2603,8 @@ def english_prose() -> list[str]:
     """
     from pydoc_data.topics import topics
 
-    library, texts = Path(sysconfig.get_path("stdlib")), list(topics.values())
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = list(topics.values())
     outside = set("site-packages dist-packages test tests idlelib lib2to3 pydoc_data encodings".split())
     for path in sorted(library.rglob("*.py")):
         if outside.isdisjoint(path.relative_to(library).parts):
@@ -2709,7 +2725,8 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
 
     A skipped pair does not come again; only one skipped behind the last answer does, in the next session.
     """
-    answers, keys = read_answers(file), keypresses()
+    answers = read_answers(file)
+    keys = keypresses()
     numbers = itertools.count(1 + max((answer["pair"] for answer in answers), default=-1))
     with suppress(KeyboardInterrupt):
         while len(answers) < pairs:
@@ -2746,7 +2763,8 @@ def show_pair(prompt: Turns, left: str, right: str, title: str) -> None:
     """Two columns that share the terminal's width, the prompt, and the keys."""
     table = Table("left", "right", title=title, expand=True)
     for column in table.columns:
-        column.ratio, column.overflow = 1, "fold"
+        column.ratio = 1
+        column.overflow = "fold"
     table.add_row(*(printable(text) or "(nothing)" for text in (left, right)))
     console.print(table, f"after: {printable(as_text(prompt))}", KEYS, sep="\n", soft_wrap=False)
 
@@ -2780,7 +2798,8 @@ def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
     """Texts, better and worse, of rows with "chosen", "rejected" and, unless both begin with it, "prompt"; of
     conversations as the tokenizer's template writes them. Ties, also of what the context holds of them, are
     left out."""
-    pairs, rows = [], read_rows(source)
+    pairs = []
+    rows = read_rows(source)
     for where, row in rows:
         with explained(f"{where}: cannot be made tokens"):
             both = [turns_of(where, row, key) for key in ("chosen", "rejected")]
@@ -2842,7 +2861,8 @@ def train_reward_model(source: str | Path, args: RLHFArgs, directory: Path, devi
         fit(model, batches, lambda batch: bradley_terry_loss(*rewards(*batch)), "reward model", lr=1e-3)
     with torch.no_grad():
         chosen, rejected = rewards(*zip(*held_out, strict=True))
-    right, loss = (chosen > rejected).float().mean(), bradley_terry_loss(chosen, rejected)
+    right = (chosen > rejected).float().mean()
+    loss = bradley_terry_loss(chosen, rejected)
     console.print(f"reward model: {len(training)} pairs learned; of {len(held_out)} held out "
                   f"{right:.0%} right, loss {loss:.2f} (0.69 is no opinion)")  # fmt: skip
     write_whole(directory, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
@@ -2999,7 +3019,8 @@ def who_writes_it(axis, readings: tuple[Reading, Reading], texts: Texts) -> None
     the model computes later may mend what is missing. Both speak of the token's logit above the mean logit of
     the vocabulary: what is added to all logits alike changes no probability, so nobody gets credit for it."""
     before, after = (attribute(one, texts) for one in readings)
-    gain, trained = after - before, readings[1]
+    gain = after - before
+    trained = readings[1]
     columns = [f"H{head}" for head in range(gain.shape[1] - 1)] + ["MLP"]
     console.print(f"\nwho writes the logit of {texts.token!r}, above the mean logit; L1H0: layer 1, head 0")
     console.print(f"{'':12}{'base':>9}{'trained':>9}{'gain':>9}  drop when ablated")
@@ -3046,7 +3067,9 @@ def attribute(reading: Reading, texts: Texts) -> Float[Tensor, "L parts"]:
     from transformer_lens import ActivationCache
 
     _, bridge, logits, cache = reading
-    L, H, norm = bridge.cfg.n_layers, bridge.cfg.n_heads, bridge.ln_final
+    L = bridge.cfg.n_layers
+    H = bridge.cfg.n_heads
+    norm = bridge.ln_final
     gain = norm.weight + norm.uses_weight_offset  # γ; some models store γ - 1
     direction = gain * above_mean(bridge.W_U, texts.token_id)
     weights = 1 / cache["ln_final.hook_scale"][texts.where].T  # [1, n]
@@ -3078,7 +3101,8 @@ def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> flo
 def what_moved(axis, readings: tuple[Reading, Reading]) -> None:
     """‖ΔW‖ / ‖W‖ (Frobenius), the size of the update of every matrix of the blocks."""
     base, trained = ([*map(block_matrices, one.bridge.blocks)] for one in readings)
-    names, L = [*base[0]], len(base)
+    names = [*base[0]]
+    L = len(base)
     moved = torch.tensor(
         [
             [(new[name].weight - old[name].weight).norm() / old[name].weight.norm() for name in names]
@@ -3128,7 +3152,8 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
         output: the picture
     """
     require(runs, "compare: expected at least one run directory")
-    names, groups = {}, defaultdict(list)
+    names = {}
+    groups = defaultdict(list)
     for run in runs:
         # What may differ in a group counts for nothing.
         settings = read_settings(run) | dict.fromkeys("run_dir seed resume save_every track".split())
