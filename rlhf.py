@@ -469,7 +469,9 @@ class TransformerWithValueHead(nn.Module):
 
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
-        P, C, mask = samples.prompt_width, samples.logprobs.shape[1], samples.attention_mask
+        P = samples.prompt_width
+        C = samples.logprobs.shape[1]
+        mask = samples.attention_mask
         if len(mask) * P > 256:
             cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
             return self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
@@ -608,7 +610,8 @@ def get_samples(
 
     C is the length of the longest completion drawn, at most gen_len.
     """
-    (B, P), C = prompt_tokens.shape, 0
+    B, P = prompt_tokens.shape
+    C = 0  # of the longest completion so far
     # Filled in place below; `pad` has made copies, so the caller's tensors stay as they are.
     tokens = pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
     mask = pad(prompt_mask, (0, gen_len))
@@ -817,7 +820,8 @@ def gae(
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + args.gamma * next_value - values[:, t]
         advantages[:, t] = delta + args.gamma * args.gae_lambda * next_advantage
-        next_value, next_advantage = values[:, t], advantages[:, t]
+        next_value = values[:, t]
+        next_advantage = advantages[:, t]
     return advantages
 
 
@@ -854,9 +858,9 @@ def leave_one_out(
     >>> leave_one_out(rewards, rewards, mask, args).T  # 0 - 4/3, 1 - 3/3, 1 - 3/3, 2 - 2/3
     tensor([[-1.3333,  0.0000,  0.0000,  1.3333]])
     """
-    advantages, K = group_relative(rewards, values, mask, args), args.samples_per_prompt
+    K = args.samples_per_prompt
     n = rewards.sum(dim=1).isfinite().view(-1, K).sum(dim=1).repeat_interleave(K)[:, None]
-    return n / (n - 1) * advantages
+    return n / (n - 1) * group_relative(rewards, values, mask, args)
 
 
 ADVANTAGES = {"critic": gae, "group": group_relative, "others": leave_one_out}
@@ -997,7 +1001,8 @@ def masked_mean(
     >>> [masked_mean(x, mask, average, gen_len=2).item() for average in ("sequence", "token", "constant")]
     [3.75, 3.0, 2.25]
     """
-    x, count = x * mask, mask.sum(dim=1)
+    x = x * mask
+    count = mask.sum(dim=1)
     if average == "sequence":
         return (x.sum(dim=1) / count.clamp(min=1)).sum() / (count > 0).sum().clamp(min=1)
     return x.sum() / (count.sum().clamp(min=1) if average == "token" else len(x) * gen_len)
@@ -1015,7 +1020,8 @@ def policy_objective(
     """J = E[ min(ρ Â, clip(ρ) Â) - β KL + c_ent H ] (DeepSeekMath 2402.03300, eq. 3; the entropy bonus is
     that of PPO 1707.06347, eq. 9). E is masked_mean. With the KL in the reward, Â has it and β is 0 here."""
     advantages = whitened(old.advantages, old.mask) if args.whiten == "minibatch" else old.advantages
-    ratio, bounds = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio), clip_range(args)
+    ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
+    bounds = clip_range(args)
     if args.clip == "minimum":
         surrogate = clipped_surrogate(ratio, advantages, *bounds)
     else:  # CISPO 2506.13585, eq. 4 and 5: no token's gradient is 0, as with the minimum; a weight bounds it
@@ -1104,7 +1110,8 @@ class RLHFTrainer:
 
     def train(self) -> None:
         """All phases that are still to come."""
-        args, examples = self.args, (self.examples * 8)[:8]  # to show before and after; few are repeated
+        args = self.args
+        examples = (self.examples * 8)[:8]  # to show before and after; few are repeated
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args.top_k))
@@ -1157,7 +1164,8 @@ class RLHFTrainer:
         scores = get_rewards(self.rewards, examples, texts, **trl_extras(self, samples)).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
         scores, drawn, values, k1 = gather_rows(scores, samples.completion, samples.values, k1)
-        rewards, mask = total_reward(scores, self.rewards), drawn != -100
+        rewards = total_reward(scores, self.rewards)
+        mask = drawn != -100
         ended = torch.isin(drawn, self.policy.stops).any(dim=1)
         if args.truncated == "penalty":
             rewards -= (~ended).float()
@@ -1183,7 +1191,10 @@ class RLHFTrainer:
         """Goes through the memory batches_per_learning_phase times, then on to the next phase. Returns
         metrics: means over the tokens of all minibatches, the norm of the gradient before it is shortened,
         the learning rate and the β that were used. With learns=False it takes no step."""
-        args, metrics, counts, norms = self.args, [], [], []
+        args = self.args
+        metrics = []
+        counts = []
+        norms = []
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = param_group["peak_lr"] * lr_scale(self.phase, args)
@@ -1263,7 +1274,9 @@ class RLHFTrainer:
         }
         self.optimizer = get_optimizer(self.trained, args)
         self.generator = torch.Generator(self.device)
-        self.phase, self.kl_coef, self.last_kl = 0, args.kl_coef, 0.0
+        self.phase = 0
+        self.kl_coef = args.kl_coef
+        self.last_kl = 0.0
         self.stopped_by = signal.SIGINT
         self.fingerprint = fingerprint(self)  # which a checkpoint must match
         if args.resume:
@@ -1276,7 +1289,8 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     No weight decay: it would pull full fine-tuning towards zero weights, and the KL term pulls to the
     reference.
     """
-    base, head = {"params": [], "peak_lr": args.base_lr}, {"params": [], "peak_lr": args.head_lr}
+    base = {"params": [], "peak_lr": args.base_lr}
+    head = {"params": [], "peak_lr": args.head_lr}
     for name, weight in trained.items():
         # GPT-2's q, k and v are interleaved views of one matrix, and `fused` goes through memory end to end.
         weight.data = weight.data.contiguous()

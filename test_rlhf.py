@@ -7576,7 +7576,7 @@ WRONG_ANSWERS = {
         ("ref_logprobs - logprobs", "ref_logprobs - logprobs.detach()"),
     ],
     "masked_mean": [
-        ("x, count = x * mask,", "x, count = x * 1,"),
+        ("x = x * mask", "x = x * 1"),
         ("(x.sum(dim=1) / count.clamp(min=1)).sum()", "x.mean(dim=1).sum()"),
         ("(count > 0).sum()", "torch.tensor(len(x))"),
         ("count.sum().clamp(min=1) if average", "mask.numel() if average"),
