@@ -671,14 +671,10 @@ def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float)
 
 
 def complete(
-    policy: TransformerWithValueHead,
-    examples: list[dict],
-    args: RLHFArgs,
-    generator: torch.Generator,
-    top_k: int | None,
+    policy: TransformerWithValueHead, examples: list[dict], args: RLHFArgs, generator: torch.Generator
 ) -> tuple[Samples, list[str]]:
     """From examples, dicts with a "prompt", to a completion of each, as tokens and as text (`decode`: section
-    12). top_k is the one of args, or 1 for greedy completions of held-out prompts."""
+    12)."""
     tokens, mask = tokenize(policy.tokenizer, [one["prompt"] for one in examples], generator.device)
     samples = get_samples(
         policy,
@@ -686,7 +682,7 @@ def complete(
         mask,
         args.gen_len,
         args.temperature,
-        top_k,
+        args.top_k,
         args.top_p,
         generator,
         args.micro_batch_size,
@@ -1114,7 +1110,7 @@ class RLHFTrainer:
         examples = (self.examples * 8)[:8]  # to show before and after; few are repeated
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
-                log.samples("before", showcase(self, examples, args.top_k))
+                log.samples("before", showcase(self, examples, args))
             is_due = True  # so that nothing is saved where no phase is left to run
             while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
                 start = perf_counter()
@@ -1139,7 +1135,7 @@ class RLHFTrainer:
                 save_checkpoint(self)
             export(self)
             if self.phase >= args.total_phases:
-                log.samples("after", showcase(self, examples, args.top_k))
+                log.samples("after", showcase(self, examples, args))
 
     @torch.no_grad
     def rollout_phase(self) -> tuple[ReplayMemory, dict, list[dict]]:
@@ -1150,7 +1146,7 @@ class RLHFTrainer:
         # 1. Prompts, each K times in a row; of these the share of this process.
         examples = own_share(examples_of(self))
         # 2. Completions, with π_old and the critic's values from the sampling pass itself.
-        samples, texts = complete(self.policy, examples, args, self.generator, args.top_k)
+        samples, texts = complete(self.policy, examples, args, self.generator)
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
         # is the policy with its adapters off (the output layer, used below, has none); else a second copy.
         with adapters_off():
@@ -1581,12 +1577,12 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
     return {name: masked_mean(x.float(), old.mask).item() for name, x in per_token.items()}
 
 
-def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> list[dict]:
+def showcase(trainer: RLHFTrainer, examples: list[dict], args: RLHFArgs) -> list[dict]:
     """A completion of each, drawn with the same random numbers before, during and after training; its reward
     is without the penalty of --truncated."""
-    generator = torch.Generator(trainer.device).manual_seed(trainer.args.seed)
+    generator = torch.Generator(trainer.device).manual_seed(args.seed)
     with trainer.accelerator.autocast():  # as in the rollout phase
-        samples, texts = complete(trainer.policy, examples, trainer.args, generator, top_k)
+        samples, texts = complete(trainer.policy, examples, args, generator)
         scores = get_rewards(trainer.rewards, examples, texts, **trl_extras(trainer, samples))
     return records(examples, texts, total_reward(scores, trainer.rewards), trainer.extra)
 
@@ -1594,15 +1590,16 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], top_k: int | None) -> l
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
 
-    def mean(top_k: int | None) -> float:
+    def mean(args: RLHFArgs) -> float:
         rewards = [
             one["reward"]
-            for batch in BatchSampler(trainer.held_out, trainer.args.batch_size, drop_last=False)
-            for one in showcase(trainer, batch, top_k)
+            for batch in BatchSampler(trainer.held_out, args.batch_size, drop_last=False)
+            for one in showcase(trainer, batch, args)
         ]
         return torch.tensor(rewards).nanmean().nan_to_num().item()
 
-    return {"eval_reward": mean(trainer.args.top_k), "eval_reward_greedy": mean(1)}
+    greedy = replace(trainer.args, top_k=1, resume=None)  # resume would have it compared with the run
+    return {"eval_reward": mean(trainer.args), "eval_reward_greedy": mean(greedy)}
 
 
 def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
@@ -2726,7 +2723,7 @@ def draw_pair(
     example = examples[number % len(examples)]
     generator = torch.Generator(policy.bridge.cfg.device).manual_seed(seed_of(args.seed, number))
     for _ in range(20):
-        _, (left, right) = complete(policy, [example, example], args, generator, args.top_k)
+        _, (left, right) = complete(policy, [example, example], args, generator)
         if left != right:
             return example["prompt"], left, right
     raise SettingError(
@@ -2978,7 +2975,7 @@ def draw_texts(model: TransformerWithValueHead, examples: list[dict], args: RLHF
     """Completions of one prompt, so no row is padded on the left, and the right no causal model sees."""
     with explained(f"--token {token!r}: must be a single token; a leading space may matter"):
         token_id = model.bridge.to_single_token(token)
-    drawn, _ = complete(model, examples, args, torch.Generator().manual_seed(args.seed), args.top_k)
+    drawn, _ = complete(model, examples, args, torch.Generator().manual_seed(args.seed))
     predicted = pad(drawn.completion, (drawn.prompt_width - 1, 1), value=-100)
     where = predicted == token_id
     return Texts(drawn.tokens, predicted, where if where.any() else predicted >= 0, token, token_id)

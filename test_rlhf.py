@@ -2435,7 +2435,7 @@ def one_update_each(base: str, out: Path) -> dict[str, tuple[dict, dict]]:
         def share_of_one_batch(
             policy, _examples, args, *_, complete=complete, generator=generator, world=world, rank=rank
         ):
-            drawn, texts = complete(policy, [{"prompt": "This is"}] * 12, args, generator, None)
+            drawn, texts = complete(policy, [{"prompt": "This is"}] * 12, args, generator)
             assert drawn.mask[:6].sum() != drawn.mask[6:].sum()  # one process has more tokens than the other
             mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
             return rlhf.Samples(*(x[mine] for x in vars(drawn).values())), texts[mine]
