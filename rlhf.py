@@ -75,15 +75,12 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
@@ -256,7 +253,7 @@ def tokenize(
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
     # Padded with -1, which is no token; EOS may stand in a prompt, too.
-    tokens = pad_sequence(rows, True, -1, padding_side="left").to(device)
+    tokens = nn.utils.rnn.pad_sequence(rows, True, -1, padding_side="left").to(device)
     mask = tokens >= 0
     return tokens.where(mask, tokenizer.eos_token_id), mask
 
@@ -1352,8 +1349,8 @@ from importlib.metadata import version
 from io import BytesIO, StringIO
 
 import transformers
-from accelerate import PartialState
-from accelerate.utils import gather, gather_object, pad_across_processes, reduce
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather, gather_object, pad_across_processes, reduce
 from filelock import FileLock, Timeout
 from matplotlib import style
 from matplotlib.figure import Figure
