@@ -3204,18 +3204,6 @@ def parse(target: Callable, argv: list[str]):
         raise SettingError(f"{' '.join(words)} (python rlhf.py --help lists all settings)") from None
 
 
-def train(args: RLHFArgs) -> int:
-    """Trains; returns the exit status."""
-    trainer = RLHFTrainer(args)
-    trainer.train()
-    if trainer.phase >= args.total_phases:
-        return 0
-    console.print(
-        f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}"
-    )
-    return 128 + trainer.stopped_by
-
-
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status, 2 for bad input."""
     commands = {"label": label, "inspect": inspect, "compare": compare}
@@ -3223,7 +3211,14 @@ def main(argv: list[str]) -> int:
         if argv and argv[0] in commands:
             parse(commands[argv[0]], argv[1:])
             return 0
-        return train(parse(RLHFArgs, argv))
+        trainer = RLHFTrainer(parse(RLHFArgs, argv))
+        trainer.train()
+        if trainer.phase >= trainer.args.total_phases:
+            return 0
+        console.print(
+            f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}"
+        )
+        return 128 + trainer.stopped_by
     except (SettingError, OSError) as error:
         print(f"rlhf.py: {one_line(str(error))}", file=sys.stderr)
         return 2

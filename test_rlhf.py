@@ -3457,7 +3457,7 @@ def test_an_interrupt_outside_of_training_is_no_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    for command in ("train", "parse"):
+    for command in ("RLHFTrainer", "parse"):
         with monkeypatch.context() as patch:
             patch.setattr(rlhf, command, interrupted)
             assert rlhf.main([]) == 130
@@ -4856,7 +4856,7 @@ def test_two_processes_do_not_write_the_same(gpt2, tmp_path, type_keys, monkeypa
         ours()
         ours()  # what has ended, in this process or another, keeps nobody out
 
-    refused_meanwhile([*flags, "--run-dir", str(run)], lambda: rlhf.train(RLHFArgs(resume=run)))
+    refused_meanwhile([*flags, "--run-dir", str(run)], lambda: RLHFTrainer(RLHFArgs(resume=run)).train())
     assert [row["phase"] for row in metrics_of(run)] == [1, 2]
     draw = rlhf.draw_pair
 
