@@ -467,7 +467,6 @@ class TransformerWithValueHead(nn.Module):
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
         P = samples.prompt_width
-        C = samples.logprobs.shape[1]
         mask = samples.attention_mask
         if len(mask) * P > 256:
             cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
@@ -477,7 +476,7 @@ class TransformerWithValueHead(nn.Module):
         # as it was recorded (kernels.py): for kernels as small as these Python is too slow.
         compute = self.learning_pass if torch.is_grad_enabled() and can_replay(self) else self.features
         features, values = compute(samples.tokens[:, :-1], mask[:, :-1])
-        return features[:, -C:], values[:, -C:]
+        return features[:, P - 1 :], values[:, P - 1 :]
 
     def get_logprobs(
         self,

@@ -7458,8 +7458,8 @@ WRONG_ANSWERS = {
         ("mask[:, :-1], cache", "mask[:, :-1]"),
         ("tokens[:, :P], mask[:, :P]", "tokens, mask"),
         ("tokens[:, :-1], mask[:, :-1])", "tokens[:, 1:], mask[:, 1:])"),
-        ("features[:, -C:]", "features[:, :C]"),
-        ("values[:, -C:]", "values[:, :C]"),
+        ("features[:, P - 1 :]", "features[:, : 1 - P]"),
+        ("values[:, P - 1 :]", "values[:, : 1 - P]"),
     ],
     "LoRALinear.forward": [
         ("self.lora_a, self.lora_b,", "self.lora_b, self.lora_a,"),
