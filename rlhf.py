@@ -1063,7 +1063,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 # - gspo: so narrow that bfloat16's rounding alone, about 0.004 in such a ρ, leaves it.
 # - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is of ScaleRL 2510.13786.
 
-ALGORITHM_TABLE = """
+ALGORITHM_TABLE = """\
                ppo       grpo      dr_grpo   dapo      gspo      cispo     rloo      course
 advantage      critic    group     group     group     group     group     others    critic
 scale_rewards  batch     group     none      group     group     group     none      batch
@@ -1077,7 +1077,7 @@ kl_in          loss      loss      loss      loss      loss      loss      rewar
 kl_coef        0.12      0.12      0         0         0.12      0         0.12      0.12
 gae_lambda     1         1         1         1         1         1         1         0
 """
-algorithm_names, *switches = (line.split() for line in ALGORITHM_TABLE.strip().splitlines())
+algorithm_names, *switches = (line.split() for line in ALGORITHM_TABLE.splitlines())
 ALGORITHMS = {name: {} for name in algorithm_names}
 for switch, *cells in switches:
     for name, cell in zip(algorithm_names, cells, strict=True):
