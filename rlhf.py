@@ -1962,9 +1962,12 @@ def column_by_column(
 def can_replay(policy: TransformerWithValueHead) -> bool:
     """On a GPU; not under autocast, whose casts of the weights are new in every pass, nor with adapters off,
     nor where a hook of TransformerLens beside `read_values` is to see every pass."""
-    if not policy.stops.is_cuda or torch.is_autocast_enabled("cuda") or not LoRALinear.enabled:
-        return False
-    return sum(len(point.fwd_hooks + point.bwd_hooks) for point in policy.bridge.hook_dict.values()) == 1
+    return (
+        policy.stops.is_cuda
+        and not torch.is_autocast_enabled("cuda")
+        and LoRALinear.enabled
+        and sum(len(point.fwd_hooks + point.bwd_hooks) for point in policy.bridge.hook_dict.values()) == 1
+    )
 
 
 @torch.no_grad
