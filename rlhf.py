@@ -350,10 +350,10 @@ def get_logprobs(
     mask = tokens != -100
     logprobs = log_pi.gather(-1, tokens.clamp(min=0)[..., None]).squeeze(-1) * mask
     entropy = -(log_pi.exp() * log_pi).sum(dim=-1) * mask
-    if ref_logits is None:
-        return logprobs, entropy, None
-    log_ref = (ref_logits.float() / temperature).log_softmax(dim=-1)
-    kl = (log_pi.exp() * (log_pi - log_ref)).sum(dim=-1) * mask
+    kl = None
+    if ref_logits is not None:
+        log_ref = (ref_logits.float() / temperature).log_softmax(dim=-1)
+        kl = (log_pi.exp() * (log_pi - log_ref)).sum(dim=-1) * mask
     return logprobs, entropy, kl
 
 
