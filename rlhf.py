@@ -3026,9 +3026,10 @@ def who_writes_it(axis, readings: tuple[Reading, Reading], texts: Texts) -> None
     """Direct logit attribution for all heads and MLPs, and ablation for those that gained most, since what
     the model computes later may mend what is missing. Both speak of the token's logit above the mean logit of
     the vocabulary: what is added to all logits alike changes no probability, so nobody gets credit for it."""
-    before, after = (attribute(one, texts) for one in readings)
+    base, trained = readings
+    before = attribute(base, texts)
+    after = attribute(trained, texts)
     gain = after - before
-    trained = readings[1]
     columns = [f"H{head}" for head in range(gain.shape[1] - 1)] + ["MLP"]
     console.print(f"\nwho writes the logit of {texts.token!r}, above the mean logit; L1H0: layer 1, head 0")
     console.print(f"{'':12}{'base':>9}{'trained':>9}{'gain':>9}  drop when ablated")
@@ -3113,10 +3114,13 @@ def what_moved(axis, readings: tuple[Reading, Reading]) -> None:
     L = len(base)
     moved = torch.tensor(
         [
-            [(new[name].weight - old[name].weight).norm() / old[name].weight.norm() for name in names]
-            for old, new in zip(base, trained, strict=True)
+            [
+                (new[name].weight - old[name].weight).norm() / old[name].weight.norm()
+                for old, new in zip(base, trained, strict=True)
+            ]
+            for name in names
         ]
-    ).T
+    )
     row, layer = divmod(moved.argmax().item(), L)
     console.print(f"moved most: {names[row]} of layer {layer}, by {moved.max():.1%} of its size")
     heatmap(
