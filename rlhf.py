@@ -2918,7 +2918,6 @@ class Texts:
 class Reading(NamedTuple):
     """What one model makes of the texts."""
 
-    name: str  # base or trained
     bridge: nn.Module
     logits: Float[Tensor, "B T V"]
     cache: "ActivationCache"  # of TransformerLens
@@ -2958,7 +2957,7 @@ def inspect(
         f"on its own {samples} completions of {example['prompt']!r};",
         f"the logit of {token!r} is read before {texts.where.sum()} of {(texts.predicted >= 0).sum()} tokens",
     )
-    readings = read("base", base.bridge, texts), read("trained", trained.bridge, texts)
+    readings = read(base.bridge, texts), read(trained.bridge, texts)
     with picture(run / "inspect.png", height=7.5) as figure:
         where, when, who, what = figure.subplots(2, 2).flat
         where_they_differ(where, readings, texts)
@@ -2978,11 +2977,11 @@ def draw_texts(model: TransformerWithValueHead, examples: list[dict], args: RLHF
     return Texts(drawn.tokens, predicted, where if where.any() else predicted >= 0, token, token_id)
 
 
-def read(name: str, bridge: nn.Module, texts: Texts) -> Reading:
+def read(bridge: nn.Module, texts: Texts) -> Reading:
     """Logits, and the activations that the rest of this section looks at."""
     wanted = "resid_pre resid_post _z mlp_out hook_embed pos_embed final.hook_scale".split()
     results = bridge.run_with_cache(texts.tokens, names_filter=lambda hook: hook.endswith(tuple(wanted)))
-    return Reading(name, bridge, *results)
+    return Reading(bridge, *results)
 
 
 def where_they_differ(axis, readings: tuple[Reading, Reading], texts: Texts) -> None:
@@ -3011,9 +3010,9 @@ def when_it_is_decided(axis, readings: tuple[Reading, Reading], texts: Texts) ->
     blocks, of both models; means over the places."""
     for one in readings:
         lens = one.cache.logit_lens(targets=texts.token_id, positions=None, return_type="log_probs")
-        axis.plot(lens.values[:, texts.where].mean(dim=(1, 2)), marker=".", label=one.name)
+        axis.plot(lens.values[:, texts.where].mean(dim=(1, 2)), marker=".")
     axis.locator_params("x", integer=True)
-    axis.legend()
+    axis.legend(["base", "trained"])
     caption(
         axis,
         f"Logit lens: log-probability of {texts.token!r}",
@@ -3075,7 +3074,7 @@ def attribute(reading: Reading, texts: Texts) -> Float[Tensor, "L parts"]:
     """
     from transformer_lens import ActivationCache
 
-    _, bridge, logits, cache = reading
+    bridge, logits, cache = reading
     L = bridge.cfg.n_layers
     H = bridge.cfg.n_heads
     norm = bridge.ln_final

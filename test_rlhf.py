@@ -5121,7 +5121,7 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
     tokens = torch.randint(1, 250, (3, 9))
     where = torch.rand(3, 9) < 0.5
     texts = rlhf.Texts(tokens, tokens, where, "?", token_id)
-    reading = rlhf.read("base", bridge, texts)
+    reading = rlhf.read(bridge, texts)
     grid = rlhf.attribute(reading, texts)  # where it is refused, the shares and the rest are not the logit
     with torch.no_grad():
         logits = model(tokens).logits[where]
@@ -5156,12 +5156,12 @@ def test_what_all_logits_share_is_nobodys(tmp_path):
     bridge = rlhf.load_bridge(save_model(tmp_path, ARCHITECTURES["qwen"]()), "cpu")[0]
     tokens, where = torch.randint(1, 250, (3, 9)), torch.rand(3, 9) < 0.5
     texts = rlhf.Texts(tokens, tokens, where, "?", 17)
-    reading = rlhf.read("base", bridge, texts)
+    reading = rlhf.read(bridge, texts)
     grid = rlhf.attribute(reading, texts)
     ablated = [rlhf.logit_without(1, part, bridge, texts) for part in range(5)]
     weight = bridge.unembed.original_component.weight.data
     weight += torch.randn(weight.shape[1])
-    shifted = rlhf.read("base", bridge, texts)
+    shifted = rlhf.read(bridge, texts)
     assert (shifted.logits - reading.logits).abs().mean() > 1
     torch.testing.assert_close(shifted.logits.softmax(-1), reading.logits.softmax(-1), atol=1e-4, rtol=0)
     torch.testing.assert_close(rlhf.attribute(shifted, texts), grid, atol=1e-4, rtol=0)
@@ -5210,10 +5210,7 @@ def read_both(base: str, run: Path, token: str = ".", samples: int = 4, gen_len:
     models = [rlhf.TransformerWithValueHead(str(path)) for path in (base, run / "model")]
     examples, settings = [{"prompt": "This is"}] * samples, RLHFArgs(gen_len=gen_len)
     texts = rlhf.draw_texts(models[1], examples, settings, token)
-    names = "base", "trained"
-    return texts, tuple(
-        rlhf.read(name, model.bridge, texts) for name, model in zip(names, models, strict=True)
-    )
+    return texts, tuple(rlhf.read(model.bridge, texts) for model in models)
 
 
 @pytest.mark.parametrize("token", [".", "$"])  # the second never comes: all places count
@@ -5231,9 +5228,11 @@ def test_lens_and_kl_by_brute_force(collapsed, gpt2, token):  # noqa: F811
                 a, b = (x[row, P - 1 + position].double().softmax(-1) for x in (p, base.logits))
                 values.append(float((a * (a / b).log()).sum()))
         assert kl[position].item() == pytest.approx(sum(values) / len(values), rel=1e-3)
+    axis = Figure().subplots()
     rlhf.when_it_is_decided(axis, (base, trained), texts)
     *_, lens = (line.get_ydata() for line in axis.lines)
-    assert len(axis.lines) == 3 and axis.lines[2].get_label() == "trained" and len(lens) == 3
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert len(axis.lines) == 2 and labels == ["base", "trained"] and len(lens) == 3
     last = p.log_softmax(-1)[texts.where][:, token_id].mean().item()
     assert lens[-1].item() == pytest.approx(last, abs=1e-4)
     model = transformers.AutoModelForCausalLM.from_pretrained(collapsed / "model")
