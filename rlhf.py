@@ -2640,7 +2640,7 @@ def train_tiny(path: Path, steps: int = 900, width: int = 64) -> None:
     documents = [" ".join(eight) for eight in BatchSampler(prose, 8, drop_last=False)]
     tokenizer = transformers.GPT2Tokenizer().train_new_from_iterator(documents, 1200, show_progress=False)
     tokenizer.pad_token = end = tokenizer.eos_token  # <|endoftext|>, of id 0, begins a document too
-    tokens = tokenizer(end + end.join(documents), return_tensors="pt").input_ids[0]
+    tokens = torch.tensor(tokenizer.encode(end + end.join(documents)))
     held_out, tokens = tokens.tensor_split([len(tokens) // 20])
     starts = torch.randint(len(tokens) - width, (steps, 8, 1))
     generator.manual_seed(0)  # so the weights do not depend on what was drawn before
