@@ -2748,7 +2748,7 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
                 continue
             if key == "u":  # the pair of the last answer comes again, then this one
                 numbers = itertools.chain([answer["pair"] for answer in answers[-1:]], [number], numbers)
-                answers = answers[:-1]
+                del answers[-1:]
             else:
                 chosen, rejected = (left, right) if key == "l" else (right, left)
                 answers.append({"pair": number, "prompt": prompt, "chosen": chosen, "rejected": rejected})
@@ -2863,7 +2863,7 @@ def train_reward_model(source: str | Path, args: RLHFArgs, directory: Path, devi
         return classify(model, tokenizer, [*chosen, *rejected]).view(2, -1)
 
     held_out, training = random_split(pairs, [0.15, 0.85])
-    epochs = max(1, min(12, 10_000 // len(training)))  # the more pairs, the fewer times each
+    epochs = np.clip(10_000 // len(training), 1, 12)  # the more pairs, the fewer times each
     batches = [batch for _ in range(epochs) for batch in DataLoader(training, batch_size=4, shuffle=True)]
     with only_one(directory), dropout_and_lora(model):
         fit(model, batches, lambda batch: bradley_terry_loss(*rewards(*batch)), "reward model", lr=1e-3)
