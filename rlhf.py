@@ -1723,14 +1723,14 @@ def check_settings(args: RLHFArgs) -> None:
         "--kl-estimator k1: as a loss its gradient is 0 on average, it holds nothing; give --kl-in reward",
     )
     require(
-        args.micro_batch_size is None or args.whiten == "none",
+        not args.micro_batch_size or args.whiten == "none",
         "--micro-batch-size: --whiten minibatch needs each minibatch as a whole",
     )
     require(
         args.warmup_steps < args.total_phases,
         f"--total-phases {args.total_phases}: must be greater than --warmup-steps {args.warmup_steps}",
     )
-    require(args.kl_target is None or args.kl_coef > 0, "--kl-target: adapts --kl-coef, which is 0")
+    require(not args.kl_target or args.kl_coef > 0, "--kl-target: adapts --kl-coef, which is 0")
     require(
         len(args.reward_weights) in (0, terms),
         f"--reward-weights: {len(args.reward_weights)} given for {terms} rewards; expected one for each",
@@ -2468,7 +2468,7 @@ def start_tracker(trainer: RLHFTrainer) -> None:
     """Opens what --track names, through accelerate; with --resume the run goes on there, too."""
     args = trainer.args
     run_dir = trainer.run_dir
-    if args.track is None:
+    if not args.track:
         return
     # tensorboard wants its directory before it is chosen
     trainer.accelerator.project_configuration.set_directories(str(run_dir))
@@ -2700,7 +2700,7 @@ def label(file: Path, args: tyro.conf.OmitArgPrefixes[RLHFArgs], pairs: int = 20
         file: the preferences, JSON lines; an earlier session goes on behind its last answer
         pairs: stop when the file holds this many answers
     """
-    require(args.resume is None, "label: --resume goes on with training; give --base-model RUN/model")
+    require(not args.resume, "label: --resume goes on with training; give --base-model RUN/model")
     rows = load_examples(args, args.prompts)
     policy = TransformerWithValueHead(
         args.base_model, False, pick_device(args.device)[1], args.dtype, args.prepend_bos
@@ -2845,7 +2845,7 @@ def preferences_reward(source: str, args: RLHFArgs, run_dir: Path, device: str) 
     count = sum(str(spec).startswith("preferences:") for spec in (*args.reward, args.gold_reward))
     require(count == 1, "--reward preferences: one a run; give another as classifier:RUN/reward_model")
     directory = run_dir / "reward_model"
-    if args.resume is None and PartialState().is_main_process:
+    if not args.resume and PartialState().is_main_process:
         train_reward_model(source, args, directory, device)
     return classifier_reward(str(directory), device)
 
