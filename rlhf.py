@@ -2477,9 +2477,10 @@ def start_tracker(trainer: RLHFTrainer) -> None:
     run = {"name": run_dir.name, "resume": "allow" if args.resume else "never"}
     # wandb ends the name of each of its directories with the run's id.
     earlier = max((path.name[-8:] for path in run_dir.glob("wandb/*run-*")), default=None)
-    wandb = run | {"dir": str(run_dir), "id": earlier}
     with explained(f"--track {args.track}: cannot be opened; is it installed?"):
-        trainer.accelerator.init_trackers("rlhf", settings, {"trackio": run, "wandb": wandb})
+        trainer.accelerator.init_trackers(
+            "rlhf", settings, {"trackio": run, "wandb": run | {"dir": str(run_dir), "id": earlier}}
+        )
 
 
 def export(trainer: RLHFTrainer) -> None:
