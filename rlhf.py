@@ -2857,13 +2857,12 @@ def train_reward_model(source: str | Path, args: RLHFArgs, directory: Path, devi
     model, tokenizer = load_classifier(
         model_name(args.base_model), f"--base-model {args.base_model}", device, num_labels=1
     )
-    pairs = load_preferences(source, tokenizer)
     nn.init.zeros_(model.score.weight)
 
     def rewards(chosen: list | tuple, rejected: list | tuple) -> Float[Tensor, "2 b"]:
         return classify(model, tokenizer, [*chosen, *rejected]).view(2, -1)
 
-    held_out, training = random_split(pairs, [0.15, 0.85])
+    held_out, training = random_split(load_preferences(source, tokenizer), [0.15, 0.85])
     epochs = np.clip(10_000 // len(training), 1, 12)  # the more pairs, the fewer times each
     batches = [batch for _ in range(epochs) for batch in DataLoader(training, batch_size=4, shuffle=True)]
     with only_one(directory), dropout_and_lora(model):
