@@ -2483,6 +2483,7 @@ def start_tracker(trainer: RLHFTrainer) -> None:
         )
 
 
+@torch.no_grad
 def export(trainer: RLHFTrainer) -> None:
     """Writes model/ and, with LoRA, adapter/."""
     if trainer.accelerator.is_main_process:
@@ -2525,7 +2526,6 @@ def trained_layers(policy: TransformerWithValueHead) -> dict[tuple[str, nn.Modul
     return table
 
 
-@torch.no_grad
 def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
     """The model's weights as its files name and store them, adapters merged in."""
     weights = dict(policy.published)
@@ -2545,7 +2545,6 @@ def export_model(policy: TransformerWithValueHead, path: Path) -> None:
     policy.tokenizer.save_pretrained(path)
 
 
-@torch.no_grad
 def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path) -> None:
     """A PEFT directory. On a fused matrix the adapters of q, k and v become one, block-diagonal."""
     tensors = {}
