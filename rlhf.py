@@ -2126,6 +2126,8 @@ def load_classifier(name: str, what: str, device: str, **options):
             name, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token_id = model.config.pad_token_id
     if "num_labels" not in options:  # of a given number the head is new
         require_weights(info, what)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
@@ -2148,21 +2150,21 @@ def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B 
 
 def classifier_reward(name: str, device: str) -> RewardFn:
     """Score of a sequence classifier, MODEL[:LABEL], for prompt and completion: the label's probability, or,
-    of a reward model with one output, that output."""
+    of a reward model with one output, and of a regression, that output."""
     model, class_name = name.rsplit(":", 1) if ":" in name and not Path(name).is_dir() else (name, None)
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = [label for _, label in sorted(classifier.config.id2label.items())]
     if class_name is None and len(labels) == 1:
         class_name = labels[0]
     require(class_name in labels, f"--reward classifier:{name}: no such label; it has {', '.join(labels)}")
-    are_independent = classifier.config.problem_type == "multi_label_classification"
+    kind = classifier.config.problem_type
 
     @torch.no_grad
     def score(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
         texts = [as_text(whole, tokenizer) for whole in map(joined, prompts, completions)]
         scores = classify(classifier, tokenizer, texts)
-        if len(labels) > 1:
-            scores = scores.sigmoid() if are_independent else scores.softmax(-1)
+        if len(labels) > 1 and kind != "regression":
+            scores = scores.sigmoid() if kind == "multi_label_classification" else scores.softmax(-1)
         return scores[:, labels.index(class_name)].tolist()
 
     return score
@@ -2989,10 +2991,10 @@ def where_they_differ(axis, readings: tuple[Reading, Reading], texts: Texts) -> 
     base, trained = readings
     *_, kl = get_logprobs(trained.logits, texts.predicted, ref_logits=base.logits)
     rows = (texts.predicted >= 0).sum(dim=0)
+    mean = kl.sum() / rows.sum()
     kl = (kl.sum(dim=0) / rows)[rows > 0]
     console.print(
-        f"KL(trained ‖ base): mean {kl.mean():.3g} nats a token, "
-        f"most at token {kl.argmax() + 1}: {kl.max():.3g}"
+        f"KL(trained ‖ base): mean {mean:.3g} nats a token, most at token {kl.argmax() + 1}: {kl.max():.3g}"
     )
     axis.plot(range(1, len(kl) + 1), kl, marker=".")
     axis.set_ylim(bottom=0)
@@ -3030,12 +3032,12 @@ def who_writes_it(axis, readings: tuple[Reading, Reading], texts: Texts) -> None
     gain = after - before
     columns = [f"H{head}" for head in range(gain.shape[1] - 1)] + ["MLP"]
     console.print(f"\nwho writes the logit of {texts.token!r}, above the mean logit; L1H0: layer 1, head 0")
-    console.print(f"{'':12}{'base':>9}{'trained':>9}{'gain':>9}  drop when ablated")
+    console.print(f"{'':12}{'base':>10}{'trained':>10}{'gain':>10}  drop when ablated")
     for part in gain.flatten().argsort(descending=True)[:6].tolist():
         layer, column = at = divmod(part, len(columns))
         drop = token_logit(trained.logits, texts) - logit_without(layer, column, trained.bridge, texts)
         name = f"L{layer}{columns[column]}"
-        console.print(f"{name:12}{before[at]:9.3g}{after[at]:9.3g}{gain[at]:9.3g}{drop:9.3g}")
+        console.print(f"{name:12}{before[at]:10.3g}{after[at]:10.3g}{gain[at]:10.3g}{drop:10.3g}")
     limit = gain.abs().quantile(0.95) + 1e-6
     heatmap(
         axis,
@@ -3088,7 +3090,7 @@ def attribute(reading: Reading, texts: Texts) -> Float[Tensor, "L parts"]:
     of_zero = above_mean(bridge.unembed(norm(torch.zeros(1, 1, len(direction)))), texts.token_id)
     require(
         math.isclose(shares.sum() + of_zero, token_logit(logits, texts), rel_tol=1e-3, abs_tol=1e-3),
-        "inspect: soft caps or norms after blocks: this logit is no sum of heads and MLPs",
+        "inspect: soft caps, scales, or norms after blocks: this logit is no sum of heads and MLPs",
     )
     return torch.cat([heads.view(L, H), mlps], dim=1)
 
@@ -3101,7 +3103,7 @@ def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> flo
         x[:, :, part if is_head else slice(None)] = 0
         return x
 
-    name = f"blocks.{layer}.{'attn.o.hook_in' if is_head else 'mlp.hook_out'}"
+    name = f"blocks.{layer}.{'attn.o.hook_in' if is_head else 'hook_mlp_out'}"
     return token_logit(bridge.run_with_hooks(texts.tokens, fwd_hooks=[(name, zero)]), texts)
 
 

@@ -2662,6 +2662,31 @@ def test_classifiers_of_independent_labels_and_of_one_output(classifier, gpt2):
     assert rlhf.classifier_reward(f"{classifier}:LABEL_0", "cpu")(**texts) != [1.0]
 
 
+def test_a_regression_of_several_outputs_has_no_probabilities(classifier):
+    config = Path(classifier, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"problem_type": "regression"}))
+    for truth in transformers.pipeline("text-classification", classifier, top_k=None)(["This is a test."])[0]:
+        score = rlhf.classifier_reward(f"{classifier}:{truth['label']}", "cpu")(["This is"], [" a test."])
+        assert score == pytest.approx([truth["score"]], abs=1e-5)
+
+
+def test_a_text_that_ends_in_eos_is_read_to_its_end(gpt2, tmp_path):
+    """The tokenizer has no pad token; the config has one, by which the head finds the last token."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE, num_labels=1, pad_token_id=57)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    model.save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    completions = [" a test" + tokenizer.eos_token, " a longer test, with words"]
+    scores = rlhf.classifier_reward(str(tmp_path), "cpu")(["This is"] * 2, completions)
+    for completion, score in zip(completions, scores, strict=True):
+        tokens = tokenizer("This is" + completion, return_tensors="pt").input_ids
+        assert score == pytest.approx(model.eval()(tokens).logits.item(), abs=1e-5)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
 @pytest.mark.parametrize(
     "suffix, expected", [("", "no such label.*BAD, GOOD"), (":UGLY", "no such label.*BAD, GOOD")]
 )
@@ -5206,6 +5231,20 @@ def test_the_drop_is_what_the_logit_loses(collapsed, gpt2, capsys):  # noqa: F81
 
 
 @torch.no_grad()
+def test_without_an_mlp_the_residual_stream_goes_on(tmp_path):
+    """BLOOM adds it within the MLP's own module."""
+    path = save_model(tmp_path, ALL_FAMILIES["BLOOM"]())
+    tokens = torch.randint(1, 250, (3, 9))
+    texts = rlhf.Texts(tokens, tokens, torch.rand(3, 9) < 0.5, "?", 17)
+    ablated = rlhf.logit_without(1, 4, rlhf.load_bridge(path, "cpu")[0], texts)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    mlp = model.transformer.h[1].mlp.dense_4h_to_h
+    mlp.weight.zero_()
+    mlp.bias.zero_()
+    assert ablated == pytest.approx(rlhf.token_logit(model(tokens).logits, texts), abs=1e-4)
+
+
+@torch.no_grad()
 def read_both(base: str, run: Path, token: str = ".", samples: int = 4, gen_len: int = 6) -> tuple:
     models = [rlhf.TransformerWithValueHead(str(path)) for path in (base, run / "model")]
     examples, settings = [{"prompt": "This is"}] * samples, RLHFArgs(gen_len=gen_len)
@@ -5215,12 +5254,14 @@ def read_both(base: str, run: Path, token: str = ".", samples: int = 4, gen_len:
 
 @pytest.mark.parametrize("token", [".", "$"])  # the second never comes: all places count
 @torch.no_grad()
-def test_lens_and_kl_by_brute_force(collapsed, gpt2, token):  # noqa: F811
+def test_lens_and_kl_by_brute_force(collapsed, gpt2, capsys, token):  # noqa: F811
     texts, (base, trained) = read_both(gpt2, collapsed, token)
+    texts.predicted[:3, -5:] = -100  # rows that ended before the last one
     axis, p, token_id = Figure().subplots(), trained.logits, texts.token_id
     rlhf.where_they_differ(axis, (base, trained), texts)
     kl = axis.lines[0].get_ydata()
     P = texts.tokens.shape[1] - len(kl)
+    of_tokens = []
     for position in range(len(kl)):
         values = []
         for row in range(4):
@@ -5228,6 +5269,9 @@ def test_lens_and_kl_by_brute_force(collapsed, gpt2, token):  # noqa: F811
                 a, b = (x[row, P - 1 + position].double().softmax(-1) for x in (p, base.logits))
                 values.append(float((a * (a / b).log()).sum()))
         assert kl[position].item() == pytest.approx(sum(values) / len(values), rel=1e-3)
+        of_tokens += values
+    printed = float(re.search(r"mean (\S+) nats a token", capsys.readouterr().out)[1])
+    assert printed == pytest.approx(sum(of_tokens) / len(of_tokens), rel=6e-3)
     axis = Figure().subplots()
     rlhf.when_it_is_decided(axis, (base, trained), texts)
     *_, lens = (line.get_ydata() for line in axis.lines)
