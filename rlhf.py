@@ -1866,13 +1866,17 @@ def load_bridge(
     refused = f"--base-model {base_model}: cannot be loaded"
     with explained(refused):
         name = model_name(base_model)
-        tokenizer = load_tokenizer(name, prepend_bos)
+        require(
+            not Path(name).is_dir() or any(Path(name).glob("*config.json")),
+            f"{refused}: holds no config.json; the model of a run is in RUN/model",
+        )
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, attn_implementation="eager"
         )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
         require_weights(info, refused)
         config = model.config
         require(not hasattr(model, "peft_config"), f"{refused}: is an adapter; merge it into its model first")
+        tokenizer = load_tokenizer(name, prepend_bos)
         # Falcon's: with the attention that the model is exported for, it would be another one.
         require(not getattr(config, "alibi", False), f"{refused}: eager attention adds its ALiBi twice")
         model.to(device)

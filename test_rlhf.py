@@ -3091,9 +3091,14 @@ def test_an_adapter_is_no_base_model(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
     with pytest.raises(SettingError, match="adapter: cannot be loaded: is an adapter; merge it"):
-        TransformerWithValueHead(str(tmp_path / "adapter"))
+        TransformerWithValueHead(str(tmp_path / "adapter"))  # which holds no tokenizer
+
+
+def test_a_run_is_no_base_model(tmp_path):
+    (tmp_path / "args.json").write_text("{}")
+    with pytest.raises(SettingError, match="cannot be loaded: holds no config.json; .* RUN/model$"):
+        TransformerWithValueHead(str(tmp_path))
 
 
 @pytest.mark.parametrize("gen_len, fits", [(10, True), (11, False)])
