@@ -652,8 +652,8 @@ def sample_token(probs: Float[Tensor, "B V"], uniform: Float[Tensor, "B"]) -> In
 
 def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float) -> Float[Tensor, "B V"]:
     """Keeps the top_k likeliest tokens, and of these the fewest that have probability top_p together (nucleus
-    sampling, 1904.09751); all others become 0. Probability is among all V tokens: after top_k nothing is
-    rescaled, as transformers does.
+    sampling, 1904.09751); all others become 0. Probability is among all V tokens: nothing is rescaled
+    after top_k (transformers does).
 
     >>> keep_likeliest(torch.tensor([[0.2, 0.5, 0.3]]), top_k=None, top_p=0.6)
     tensor([[0.0000, 0.5000, 0.3000]])
@@ -1016,7 +1016,7 @@ def policy_objective(
     bounds = clip_range(args)
     if args.clip == "minimum":
         surrogate = clipped_surrogate(ratio, advantages, *bounds)
-    else:  # CISPO 2506.13585, eq. 4 and 5: no token's gradient is 0, as with the minimum; a weight bounds it
+    else:  # CISPO 2506.13585, eq. 4 and 5: a bounded weight where the minimum would have gradient 0
         surrogate = ratio.clamp(*bounds).detach() * advantages * new.logprobs
     beta = kl_coef if args.kl_in == "loss" else 0.0
     per_token = surrogate - beta * new.kl + args.ent_coef * new.entropy
@@ -1060,7 +1060,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 # - rloo: REINFORCE, whose gradient the surrogate has while ρ = 1, in a phase's first step; later ones are
 #   clipped. `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
 # - dapo: its clip and its average, without dynamic sampling and overlong reward shaping.
-# - gspo: so narrow that bfloat16's rounding alone, about 0.004 in such a ρ, leaves it.
+# - gspo: an ε so narrow that in bfloat16 rounding alone, about 0.004 in such a ρ, goes beyond it.
 # - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is of ScaleRL 2510.13786.
 
 ALGORITHM_TABLE = """\
