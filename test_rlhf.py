@@ -621,6 +621,22 @@ def test_top_k_and_top_p_restrict_what_is_drawn_and_not_how_it_is_scored(gpt2):
     )
     assert set(samples.tokens[:, -1].tolist()) == set(ordered.indices[:4].tolist())
     torch.testing.assert_close(samples.logprobs[:, 0], logprobs[samples.tokens[:, -1]], atol=1e-5, rtol=1e-5)
+    exactly = rlhf.keep_likeliest(torch.tensor([[0.25, 0.5, 0.25]]), None, 0.5)
+    assert exactly.tolist() == [[0, 0.5, 0]]  # that is all of top_p: the fewest are one
+    p = logprobs.exp()[None]
+    assert rlhf.keep_likeliest(p, p.shape[1] + 1, 1.0).equal(p)  # of more than there are, all
+
+
+def test_each_phase_process_and_seed_draws_its_own_completions(gpt2):
+    """Processes share a group: with equal numbers each of its completions would come twice."""
+    trainer, drawn = RLHFTrainer(small_args(gpt2, algo="grpo", gen_len=12)), {}
+    for seed, phase, process in ((0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 0)):
+        trainer.args, trainer.phase = dataclasses.replace(trainer.args, seed=seed), phase
+        trainer.accelerator = types.SimpleNamespace(process_index=process)
+        tokens, again = (trainer.rollout_phase()[0].tokens.tolist() for _ in range(2))
+        assert tokens == again
+        drawn[seed, phase, process] = {tuple(row) for row in tokens}
+    assert all(a.isdisjoint(b) for a, b in itertools.combinations(drawn.values(), 2))
 
 
 def test_end_of_text_is_an_action_and_what_follows_is_masked(gpt2):
@@ -1155,6 +1171,49 @@ def test_the_readmes_table_of_algorithms_is_the_codes():
     assert found == ours
 
 
+@pytest.mark.parametrize("kl_in, lora", [("reward", True), ("reward", False), ("loss", True)])
+def test_a_penalty_in_the_reward_is_todays_beta_times_the_log_ratio_and_is_paid_once(gpt2, kl_in, lora):
+    args = small_args(gpt2, algo="rloo", kl_in=kl_in, lora=lora, reward=("char:e",), kl_coef=0.5)
+    trainer = RLHFTrainer(args)
+    randomize_adapters(trainer.policy)
+    if not lora:
+        trainer.policy.output_layer[0].data[::2] *= 1.1
+    trainer.kl_coef = 0.3  # as --kl-target has made it
+    memory, _, samples = trainer.rollout_phase()
+    k1 = memory.logprobs - memory.ref_logprobs
+    assert k1.abs().max() > 0.1
+    returns = torch.tensor([one["reward"] for one in samples]) - 0.3 * k1.sum(dim=1) * (kl_in == "reward")
+    expected = (8 / 7 * (returns - returns.mean()))[:, None] * memory.mask
+    torch.testing.assert_close(memory.advantages, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_the_penalty_in_the_loss_is_todays_beta_times_the_kl(gpt2, algo):
+    """Not the one that training began with: --kl-target changes it."""
+    norms = []
+    for beta in (0.0, 0.0, 100.0):
+        args = small_args(gpt2, algo=algo, lora=True, reward=("char:e",), kl_coef=0.1)
+        trainer = RLHFTrainer(args)
+        randomize_adapters(trainer.policy)
+        memory, *_ = trainer.rollout_phase()
+        trainer.kl_coef = beta
+        norms.append(trainer.learning_phase(memory)["grad_norm"])
+    assert norms[0] == norms[1] and norms[2] > 5 * norms[0]
+
+
+@pytest.mark.parametrize("scale", ["batch", "none"])
+def test_a_critics_rewards_are_scaled_by_the_batch_or_not_at_all(gpt2, scale):
+    settings = dict(scale_rewards=scale, reward=("char:e",), batch_size=32, gen_len=20, temperature=2.0)
+    trainer = RLHFTrainer(small_args(gpt2, lora=True, truncated="penalty", **settings))
+    memory, metrics, samples = trainer.rollout_phase()
+    rewards = torch.tensor([one["reward"] for one in samples])  # less 1 where truncated
+    assert 0 < metrics["truncated"] < 1
+    if scale == "batch":
+        rewards = (rewards - rewards.mean()) / rewards.std()
+    expected = rewards[:, None] * memory.mask  # γ = λ = 1, and a new critic says 0
+    torch.testing.assert_close(memory.advantages, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_leash_as_a_loss_by_k1_is_refused(capsys):
     assert rlhf.main(["--kl-estimator", "k1"]) == 2
     complaint = capsys.readouterr().err
@@ -1292,9 +1351,12 @@ def test_kl_estimates_by_enumeration():
     assert mean_gradient["k1"].abs().max() < 1e-12
 
 
-def test_full_kl_of_the_trainer_is_the_sum_over_the_vocabulary(gpt2):
-    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, temperature=0.7))
+@pytest.mark.parametrize("lora", [True, False])
+def test_full_kl_of_the_trainer_is_the_sum_over_the_vocabulary(gpt2, lora):
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=lora, temperature=0.7))
     randomize_adapters(trainer.policy)
+    if not lora:  # then the output layer moves, too, and the reference has one of its own
+        trainer.policy.output_layer[0].data[::2] *= 1.1
     memory, *_ = trainer.rollout_phase()
     new, P = trainer.evaluate(memory), memory.prompt_width
     base = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
@@ -1407,6 +1469,9 @@ def test_minibatch_means_are_weighted_by_tokens():
     assert metrics["kl"] == pytest.approx(new.kl[old.mask].mean().item())
     ratio = (new.logprobs - old.logprobs).exp()[old.mask]
     assert metrics["clip_fraction"] == pytest.approx(((ratio > 1.2) | (ratio < 0.8)).float().mean().item())
+    higher = rlhf.minibatch_metrics(new, old, RLHFArgs(clip_coef=0.2, clip_high=0.05))["clip_fraction"]
+    assert higher == pytest.approx(((ratio > 1.05) | (ratio < 0.8)).float().mean().item())
+    assert higher > metrics["clip_fraction"]
     old_kl = (ratio - 1 - ratio.log()).mean().item()  # of texts of the old policy
     assert metrics["old_kl"] == pytest.approx(old_kl, rel=1e-4)
 
@@ -1498,7 +1563,7 @@ def test_without_a_step_beta_stays(gpt2):
     memory, *_ = trainer.rollout_phase()
     trainer.learning_phase(memory, learns=False)
     assert (trainer.kl_coef, trainer.last_kl) == (trainer.args.kl_coef, 0)
-    trainer.learning_phase(memory)
+    assert trainer.learning_phase(memory)["kl_coef"] == trainer.args.kl_coef  # the one that was used
     assert trainer.kl_coef != trainer.args.kl_coef and trainer.last_kl > 0
 
 
@@ -1511,6 +1576,24 @@ def test_a_gradient_is_shortened_to_its_largest_norm_and_0_shortens_none(gpt2):
         gradients = [one.grad for one in trainer.trained.values() if one.grad is not None]
         moved[largest] = nn.utils.get_total_norm(gradients).item()
     assert moved[0.0] > 0.1 and moved[1e-3] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_norm_that_is_logged_is_the_mean_of_all_minibatches(gpt2, monkeypatch):
+    norms, clip = [], rlhf.clip_grad_norm_
+    monkeypatch.setattr(rlhf, "clip_grad_norm_", lambda *inputs: norms.append(clip(*inputs)) or norms[-1])
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, reward=("char:e",)))
+    memory, *_ = trainer.rollout_phase()
+    logged = trainer.learning_phase(memory)["grad_norm"]
+    assert len(set(norms)) == 4 and logged == pytest.approx(statistics.mean(map(float, norms)))
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_rewards_are_equal_where_all_that_apply_are(gpt2, algo):
+    def every_other(completions, **columns):
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    trainer = RLHFTrainer(small_args(gpt2, algo=algo, reward=every_other))
+    assert trainer.rollout_phase()[1]["equal_groups"] == 1
 
 
 def test_of_two_prompts_one_is_solved(gpt2, tmp_path):
@@ -1648,9 +1731,13 @@ def test_under_autocast_each_step_sees_the_step_before(gpt2, tmp_path):
     with trainer.accelerator.autocast():
         memory, *_ = trainer.rollout_phase()
     assert memory.advantages.dtype == torch.float32
-    seen, evaluate = [], trainer.evaluate
+    seen, evaluate, inside = [], trainer.evaluate, []
     trainer.evaluate = lambda minibatch: seen.append(evaluate(minibatch)) or seen[-1]
+    trainer.policy.bridge.blocks[0].hook_out.add_hook(
+        lambda x, hook: inside.append(torch.is_autocast_enabled("cpu"))
+    )
     trainer.learning_phase(memory)
+    assert inside and all(inside)  # it learns in the precision that it drew in
     trainer.phase = 0
     fresh = evaluate(next(memory.get_minibatches(1, 1, torch.Generator())))
     stale = [one.values.mean().item() for one in seen]
@@ -1946,7 +2033,7 @@ def test_train_layers_trains_only_the_last_blocks(gpt2, lora):
         if not weight.equal(before[name])
     }
     assert moved and all(".h.1." in name or "ln_f" in name for name in moved)
-    assert any("c_attn" in name for name in moved)
+    assert any("c_attn" in name for name in moved) and any("ln_f" in name for name in moved) != lora
 
 
 def test_full_fine_tuning_moves_every_weight(gpt2):
@@ -2438,7 +2525,11 @@ def one_update_each(base: str, out: Path) -> dict[str, tuple[dict, dict]]:
             drawn, texts = complete(policy, [{"prompt": "This is"}] * 12, args, generator)
             assert drawn.mask[:6].sum() != drawn.mask[6:].sum()  # one process has more tokens than the other
             mine = slice(rank * 12 // world, (rank + 1) * 12 // world)
-            return rlhf.Samples(*(x[mine] for x in vars(drawn).values())), texts[mine]
+            drawn.mask[6:, 7:] = False  # and longer completions: each process's are as wide as its own
+            C = int(drawn.mask[mine].sum(dim=1).max())
+            tokens, mask, logprobs, values = (x[mine] for x in vars(drawn).values())
+            T = drawn.prompt_width + C
+            return rlhf.Samples(tokens[:, :T], mask[:, :T], logprobs[:, :C], values[:, :C]), texts[mine]
 
         with unittest.mock.patch.object(rlhf, "complete", share_of_one_batch):
             memory, metrics, _ = trainer.rollout_phase()
@@ -4097,6 +4188,19 @@ def test_no_logits_of_all_tokens_exist_in_either_direction(wanted, reference, mo
     assert plain.largest >= 4 * N * V  # the recorder sees what it is there to see
     # a chunk of 4 rows, or one float64 copy of a weight
     assert ours.largest <= max(4 * 4 * V, 8 * V * (D + 3))
+
+
+@pytest.mark.parametrize("reference", [None, "shared", "own"])
+def test_no_more_logits_are_kept_than_the_budget_allows(reference, monkeypatch):
+    N, D, V, sides = 64, 6, 50, 1 if reference is None else 2
+    in_chunks(monkeypatch, 4, V, kept=0)
+    for chunks, rest in ((0, 3), (5, 0), (5, 3), (99, 0)):  # budgets of so many chunks, and rows of the next
+        monkeypatch.setattr(kernels, "KEPT_NUMBERS", (4 * chunks + rest) * V * sides)
+        inputs = linear_inputs((N,), D, V, torch.float32, 0.7, True, reference, "plain")
+        inputs["hidden"].requires_grad_()
+        (node, _), *_ = linear_token_logprobs(**inputs)[0].grad_fn.next_functions
+        kept = [one for pair in node.kept.values() for one in pair if one is not None]
+        assert sum(one.numel() for one in kept) == min(4 * chunks, N) * V * sides
 
 
 def test_what_asks_for_no_gradient_costs_none():
