@@ -36,6 +36,7 @@ import typing
 import unittest.mock
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -1645,24 +1646,23 @@ def test_truncated_completions_are_kept_left_out_or_charged(gpt2, average):
 def test_held_out_prompts_are_judged_sampled_and_greedy(gpt2, tmp_path):
     path = tmp_path / "held_out.txt"
     path.write_text("This is\nIt has\n")
-    args = small_args(gpt2, algo="grpo", lora=True, eval_prompts=path, save_every=2, run_dir=tmp_path / "run",
-                      reward=("char:e",), base_lr=0.0)  # fmt: skip
-    trainer = RLHFTrainer(args)
-    trainer.train()
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert ["eval_reward" in row for row in rows] == [False, True, False, True]
-    model, tokenizer, counts = trainer.policy.bridge, trainer.policy.tokenizer, []
+    policy, texts = TransformerWithValueHead(gpt2), []
     for prompt in ("This is", "It has"):
-        tokens = torch.tensor([rlhf.token_ids(tokenizer, prompt)])
-        text = []
-        for _ in range(args.gen_len):
-            token = model(tokens)[0, -1].argmax()
-            if token == tokenizer.eos_token_id:
+        tokens, text = torch.tensor([rlhf.token_ids(policy.tokenizer, prompt)]), []
+        for _ in range(6):
+            token = policy.bridge(tokens)[0, -1].argmax()
+            if token == policy.tokenizer.eos_token_id:
                 break
             text.append(int(token))
             tokens = torch.cat([tokens, token[None, None]], 1)
-        counts.append(tokenizer.decode(text).count("e"))
-    assert rows[1]["eval_reward_greedy"] == statistics.mean(counts)
+        texts.append(policy.tokenizer.decode(text))
+    often, count = Counter("".join(texts)).most_common(1)[0]  # not so in what is sampled
+    args = small_args(gpt2, algo="grpo", lora=True, eval_prompts=path, save_every=2, run_dir=tmp_path / "run",
+                      reward=(f"char:{often}",), base_lr=0.0, gen_len=6)  # fmt: skip
+    RLHFTrainer(args).train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["eval_reward" in row for row in rows] == [False, True, False, True]
+    assert rows[1]["eval_reward_greedy"] == count / 2 > rows[1]["eval_reward"]
     for again in ([], ["--eval-prompts", str(path)]):
         assert rlhf.main(["--resume", str(tmp_path / "run"), *again]) == 0
 
