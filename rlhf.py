@@ -80,19 +80,11 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 from transformers import Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from kernels import (
-    RecordedPass,
-    float32_linear,
-    linear_token_logprobs,
-    lora_linear,
-    peak_memory,
-    replays,
-    row_slices,
-)
+from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_linear, row_slices
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
@@ -1358,9 +1350,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import BatchSampler, DataLoader, random_split
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import StaticLayer
+
+from kernels import peak_memory, replays
 
 # What a model writes is no markup, and a terminal breaks lines by itself.
 # A notebook gets plain text, in one piece: for a line that moves, rich would want ipywidgets there.
@@ -1866,20 +1861,9 @@ def load_bridge(
     refused = f"--base-model {base_model}: cannot be loaded"
     with explained(refused):
         name = model_name(base_model)
-        require(
-            not Path(name).is_dir() or any(Path(name).glob("*config.json")),
-            f"{refused}: holds no config.json; the model of a run is in RUN/model",
-        )
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, output_loading_info=True, attn_implementation="eager"
-        )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
-        require_weights(info, refused)
+        model = load_model(name, dtype, refused).to(device)
         config = model.config
-        require(not hasattr(model, "peft_config"), f"{refused}: is an adapter; merge it into its model first")
         tokenizer = load_tokenizer(name, prepend_bos)
-        # Falcon's: with the attention that the model is exported for, it would be another one.
-        require(not getattr(config, "alibi", False), f"{refused}: eager attention adds its ALiBi twice")
-        model.to(device)
         published = model.state_dict(keep_vars=True)
         truth = probe(model).logits[:, 3:]
         bridge = TransformerBridge.boot_transformers(
@@ -1911,6 +1895,23 @@ def load_bridge(
             # Not by setattr, which the bridge hands on to what it wraps.
             vars(part)["forward"] = partial(layer_forward, part, part.get_hooks())
     return bridge, tokenizer, stops, published, scale
+
+
+def load_model(name: str, dtype: str, refused: str) -> transformers.PreTrainedModel:
+    """The Hugging Face model of a hub id or a local directory; raises SettingError for what could be loaded,
+    and yet would not be the model that it is elsewhere."""
+    require(
+        not Path(name).is_dir() or any(Path(name).glob("*config.json")),
+        f"{refused}: holds no config.json; the model of a run is in RUN/model",
+    )
+    model, info = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, output_loading_info=True, attn_implementation="eager"
+    )  # as the hooks need it; another one rounds otherwise, and in bfloat16 that can be half of a logit
+    require_weights(info, refused)
+    require(not hasattr(model, "peft_config"), f"{refused}: is an adapter; merge it into its model first")
+    # Falcon's. Whoever loads what is exported gets another attention, and with it another model.
+    require(not getattr(model.config, "alibi", False), f"{refused}: eager attention adds its ALiBi twice")
+    return model
 
 
 def require_weights(info: dict, what: str) -> None:
@@ -2130,11 +2131,11 @@ def load_classifier(name: str, what: str, device: str, **options):
             name, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left", padding_side="right")
-        if tokenizer.pad_token is None:
+        if tokenizer.pad_token is None:  # the model's own, or EOS: GPT-2 has none
             tokenizer.pad_token_id = model.config.pad_token_id
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if "num_labels" not in options:  # of a given number the head is new
         require_weights(info, what)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2's has none
     context = getattr(model.config, "max_position_embeddings", 2**20)
     if re.search("roberta|camembert|mpnet", model.config.model_type):
         context -= 2  # they begin to count at 2
@@ -2154,7 +2155,7 @@ def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B 
 
 def classifier_reward(name: str, device: str) -> RewardFn:
     """Score of a sequence classifier, MODEL[:LABEL], for prompt and completion: the label's probability, or,
-    of a reward model with one output, and of a regression, that output."""
+    of a reward model with one output or of a regression, that output."""
     model, class_name = name.rsplit(":", 1) if ":" in name and not Path(name).is_dir() else (name, None)
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = [label for _, label in sorted(classifier.config.id2label.items())]
