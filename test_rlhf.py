@@ -6550,7 +6550,8 @@ def test_gelu_new_keeps_its_input_alone_and_is_its_formula(gpt2):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_norm_is_its_formula_with_hooks_and_without(name, tmp_path):
     """And obeys what a hook in it returns, in any pass, and by that keeps more for the backward pass."""
-    norm = TransformerWithValueHead(save_model(tmp_path, ARCHITECTURES[name]())).bridge.blocks[0].ln1
+    model = TransformerWithValueHead(save_model(tmp_path, ARCHITECTURES[name]()))
+    norm = model.bridge.blocks[0].ln1  # which refers to its block weakly: the model must live
     weight, eps = norm.weight.detach().normal_(), 1e-6 if norm.uses_rms_norm else 1e-5
     bias = 0 if norm.uses_rms_norm else norm.original_component.bias.detach().normal_()
     x = torch.randn(3, 5, len(weight), requires_grad=True)
