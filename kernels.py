@@ -860,13 +860,16 @@ class RecordedPass:
     """
 
     def __init__(self, function, parameters):
-        self.function, self.parameters, self.shapes = function, parameters, None
+        self.function, self.parameters = function, parameters
+        self.shapes = self.replay = None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         shapes = [one.shape for one in inputs]
         if shapes != self.shapes:
-            self.shapes = self.replay = None
-            gc.collect()  # frees the older recording, which holds itself
+            self.shapes = None
+            if self.replay:
+                self.replay = None
+                gc.collect()  # frees the older recording, which holds itself
             outputs, self.is_recordable = call_watched(self.function, *inputs)
             self.shapes = shapes
             return outputs

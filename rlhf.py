@@ -391,7 +391,7 @@ class TransformerWithValueHead(nn.Module):
             for weight in self.value_head[-1].parameters():
                 nn.init.zeros_(weight)  # at first the critic has no opinion, and no wrong one
         self.bridge.ln_final.hook_out.add_hook(self.read_values, is_permanent=True)
-        self.learning_pass = RecordedPass(self.features, self.parameters)  # see completion_features
+        self.learning_pass = RecordedPass(self.features_behind, self.parameters)  # see completion_features
 
     def read_values(self, normalized_residual: Float[Tensor, "B T D"], hook) -> None:
         """TransformerLens hook on the final normalised residual stream; values are 0 without a critic."""
@@ -446,28 +446,33 @@ class TransformerWithValueHead(nn.Module):
         layer = self.bridge.unembed.original_component
         return layer.weight, layer._parameters.get("bias")
 
-    def prompt_cache(self, tokens: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]) -> Cache:
-        """Keys and values of columns 0 to P-2. Prompts that are equal are computed once, and the gradients of
-        all their completions flow back through that one computation."""
-        prompts, of_row = distinct_prompts(tokens, mask)
+    def prompt_cache(self, prompts: Int[Tensor, "prompts P"], of_row: Int[Tensor, "B"]) -> Cache:
+        """Keys and values of columns 0 to P-2 of each row, from its distinct_prompts: a prompt is computed
+        once, and the gradients of all its completions flow back through that one computation."""
         cache = DynamicCache()
         if prompts.shape[1] > 1:
             self.features(prompts[:, :-1].clamp(min=0), prompts[:, :-1] >= 0, cache)
             cache.batch_select_indices(of_row)  # a copy for each row that has this prompt
         return cache
 
+    def features_behind(
+        self, tokens: Int[Tensor, "B new"], attention_mask: Bool[Tensor, "B all"], *prompts: Tensor
+    ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
+        """`features`, behind the cache of the distinct_prompts, where they are given."""
+        return self.features(tokens, attention_mask, self.prompt_cache(*prompts) if prompts else None)
+
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2."""
         P = samples.prompt_width
-        mask = samples.attention_mask
+        tokens, mask = samples.tokens[:, :-1], samples.attention_mask[:, :-1]
+        # On a GPU a learning pass of the same shapes as the last is launched again as it was recorded
+        # (kernels.py): for kernels as small as these Python is too slow.
+        compute = self.learning_pass if torch.is_grad_enabled() and can_replay(self) else self.features_behind
         if len(mask) * P > 256:
-            cache = self.prompt_cache(samples.tokens[:, :P], mask[:, :P])
-            return self.features(samples.tokens[:, P - 1 : -1], mask[:, :-1], cache)
+            return compute(tokens[:, P - 1 :], mask, *distinct_prompts(tokens[:, :P], mask[:, :P]))
         # Where prompts hold few tokens (256 by measurement), to read them again with each completion costs
-        # less than a pass of their own. On a GPU a pass of the same shapes as the last is then launched again
-        # as it was recorded (kernels.py): for kernels as small as these Python is too slow.
-        compute = self.learning_pass if torch.is_grad_enabled() and can_replay(self) else self.features
-        features, values = compute(samples.tokens[:, :-1], mask[:, :-1])
+        # less than a pass of their own.
+        features, values = compute(tokens, mask)
         return features[:, P - 1 :], values[:, P - 1 :]
 
     def get_logprobs(
@@ -1953,7 +1958,8 @@ def column_by_column(
     buffers of T columns, where a DynamicCache would copy all of them for each. So all passes launch the same,
     and on a GPU the second is recorded and replayed from then on (a CUDA graph)."""
     cache = Cache(layers=[StaticLayer(tokens.shape[1]) for _ in policy.bridge.blocks])
-    for i, layer in enumerate(policy.prompt_cache(tokens[:, :P], mask[:, :P]).layers):
+    prompts = distinct_prompts(tokens[:, :P], mask[:, :P])
+    for i, layer in enumerate(policy.prompt_cache(*prompts).layers):
         cache.update(layer.keys, layer.values, i)
     column = torch.tensor([P - 2], device=tokens.device)
 

@@ -458,7 +458,8 @@ if {is_installed}:
     from kernels.layer import Mode
     assert Mode is kernels.Mode
 """
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    path = os.environ.get("PYTHONPATH", "")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{path}" if path else str(tmp_path)}
     command, directory = [sys.executable, "-c", program], Path(rlhf.__file__).parent
     run = subprocess.run(command, env=environment, cwd=directory, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -6723,6 +6724,57 @@ def test_a_step_is_replayed_unless_it_waits_for_the_gpu(monkeypatch, waits):
     assert len(replayed) == (0 if waits else 1)
 
 
+class NoWaiting(TorchDispatchMode):
+    """Fails at what makes Python wait for a GPU: a number read back, a shape that depends on numbers."""
+
+    def __torch_dispatch__(self, operation, kinds, arguments=(), named=None):
+        name = str(operation)
+        assert not re.search("local_scalar|item|nonzero|unique|_to_copy.*cpu", name), name
+        return operation(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("b", [2, 12])
+def test_learning_behind_long_prompts_is_recorded_as_behind_short_ones(family, b, tmp_path, monkeypatch):
+    """Three minibatches of one shape, other prompts in each. A stand-in replays as a GPU would: on inputs of
+    its own, into which a call's inputs are copied."""
+
+    def record(function, inputs, **options):
+        def replay(*given):
+            recorded.append(len(given))
+            for own, one in zip(inputs, given, strict=True):
+                own.data.copy_(one.data.clone())
+            with NoWaiting():
+                return function(*inputs)
+
+        return replay
+
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    policy = TransformerWithValueHead(save_model(tmp_path, FAMILIES[family]()), has_critic=True)
+    nn.init.normal_(policy.value_head[-1].weight)
+    weights = [one for one in policy.parameters() if one.requires_grad]
+    P, C = 24, 5
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tokens = torch.randint(1, 250, (b, P + C))
+        tokens[:, :P] = tokens[[0, 1] * (b // 2), :P]
+        padding = torch.randint(0, P, (2,)).repeat(b // 2)
+        mask = torch.arange(P + C) >= padding[:, None]
+        samples = rlhf.Samples(tokens, mask, torch.zeros(b, C), torch.zeros(b, C))
+        found = []
+        for can in (False, True):
+            monkeypatch.setattr(rlhf, "can_replay", lambda policy, can=can: can)
+            features, values = policy.completion_features(samples)
+            loss = features.square().sum() + values.sum()
+            found += [[features, values, *torch.autograd.grad(loss, weights, allow_unused=True)]]
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    prompts = 2 if b * P > 256 else 0  # the distinct ones, and which each row has
+    assert recorded == 2 * [2 + prompts + len(weights)]
+
+
 def test_the_sampler_has_its_steps_replayed_where_that_can_be(gpt2, monkeypatch):
     policy = TransformerWithValueHead(gpt2, has_critic=True)
     inputs = rlhf.tokenize(policy.tokenizer, ["No", "Here is a longer sentence"], "cpu")
@@ -6802,12 +6854,16 @@ needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
         dict(algo="ppo", micro_batch_size=2),
         dict(algo="grpo", lora=True, lora_targets=("q", "out"), micro_batch_size=2),
         dict(algo="ppo", train_layers=1),
+        dict(algo="grpo", lora=True, batch_size=48, prompts="long.txt"),
+        dict(algo="ppo", batch_size=48, prompts="long.txt", group_size=8, micro_batch_size=12),
     ],
 )
 def test_what_is_replayed_is_what_would_be_computed(family, settings, tmp_path, monkeypatch):
     """Four phases: replayed, they draw the same completions as when every pass is made anew, and learn the
     same of them."""
     base = save_model(tmp_path / "base", FAMILIES[family]())
+    monkeypatch.chdir(tmp_path)
+    Path("long.txt").write_text("".join(f"{TEXT[i : i + 80]}\n" for i in range(6)))
     found = []
     for replays in (False, True):
         with monkeypatch.context() as patch:
@@ -7077,10 +7133,10 @@ def test_exercise_completion_features():
 
         def __init__(self):
             nn.Module.__init__(self)
-            self.cache, self.stops = None, torch.tensor([0])
+            self.cache, self.prompt, self.stops = None, torch.empty(0), torch.tensor([0])
 
-        def prompt_cache(self, tokens, mask):
-            self.cache, self.prompt = transformers.DynamicCache(), tokens
+        def prompt_cache(self, prompts, of_row):
+            self.cache, self.prompt = transformers.DynamicCache(), prompts[of_row]
             return self.cache
 
         def features(self, tokens, attention_mask, cache=None):
@@ -7605,12 +7661,15 @@ WRONG_ANSWERS = {
         ("tokens.clamp(min=0)", "tokens.clamp(min=0).roll(1, -1)"),
     ],
     "TransformerWithValueHead.completion_features": [
-        ("tokens[:, P - 1 : -1], mask[:, :-1]", "tokens[:, P:], mask"),
-        ("tokens[:, P - 1 : -1]", "tokens[:, P - 1 :]"),
-        ("mask[:, :-1], cache", "mask[:, P - 1 : -1], cache"),
-        ("mask[:, :-1], cache", "mask[:, :-1]"),
+        ("tokens[:, P - 1 :], mask, ", "samples.tokens[:, P:], samples.attention_mask, "),
+        ("tokens[:, P - 1 :], mask, ", "samples.tokens[:, P - 1 :], mask, "),
+        ("tokens[:, P - 1 :], mask, ", "tokens[:, P - 1 :], mask[:, P - 1 :], "),
+        ("mask, *distinct_prompts(tokens[:, :P], mask[:, :P])", "mask"),
         ("tokens[:, :P], mask[:, :P]", "tokens, mask"),
-        ("tokens[:, :-1], mask[:, :-1])", "tokens[:, 1:], mask[:, 1:])"),
+        (
+            "samples.tokens[:, :-1], samples.attention_mask[:, :-1]",
+            "samples.tokens[:, 1:], samples.attention_mask[:, 1:]",
+        ),
         ("features[:, P - 1 :]", "features[:, : 1 - P]"),
         ("values[:, P - 1 :]", "values[:, : 1 - P]"),
     ],
