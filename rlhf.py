@@ -1191,7 +1191,8 @@ class RLHFTrainer:
         for minibatch in memory.get_minibatches(
             args.batches_per_learning_phase, args.num_minibatches, self.generator
         ):
-            self.optimizer.zero_grad(set_to_none=False)  # else what a replay overwrites would become .grad
+            # Where several parts are to add up, .grad must not be the tensor that the next replay overwrites.
+            self.optimizer.zero_grad(set_to_none=args.micro_batch_size is None)
             for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
                 new = self.evaluate(part)
                 loss = -objective_of(new, part, self.kl_coef, args) * gradient_weight(part, minibatch, args)

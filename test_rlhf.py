@@ -6775,6 +6775,22 @@ def test_learning_behind_long_prompts_is_recorded_as_behind_short_ones(family, b
     assert recorded == 2 * [2 + prompts + len(weights)]
 
 
+def test_gradients_of_micro_batches_add_up_though_a_replay_overwrites_them(gpt2):
+    """As a CUDA graph does, each backward pass of the second phase writes into the tensors of the last."""
+    found = []
+    for overwrites in (False, True):
+        trainer = RLHFTrainer(small_args(gpt2, micro_batch_size=2, batches_per_learning_phase=1))
+        trainer.learning_phase(trainer.rollout_phase()[0])
+        if overwrites:
+            for weight in trainer.trained.values():
+                buffer = torch.zeros_like(weight)
+                weight.register_hook(lambda gradient, buffer=buffer: buffer.copy_(gradient).detach())
+        memory, *_ = trainer.rollout_phase()
+        found.append((trainer.learning_phase(memory), *trainer.trained.values()))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_the_sampler_has_its_steps_replayed_where_that_can_be(gpt2, monkeypatch):
     policy = TransformerWithValueHead(gpt2, has_critic=True)
     inputs = rlhf.tokenize(policy.tokenizer, ["No", "Here is a longer sentence"], "cpu")
