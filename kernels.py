@@ -25,10 +25,10 @@ Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. A
 them here, but for the logits of the first rows: these are kept for the backward pass as far as a budget goes,
 and of a minibatch of reinforcement learning that is usually all.
 
-CUDA tensors take the Triton kernels, all others the torch path, which is as correct and as frugal
-(`path_taken`; of lora_linear only small products in 16 bits). Whatever the dtype of what comes in, logits and
-statistics are float32 (`float32_linear` says why), or float64 for gradcheck; a gradient has the dtype of what
-it is to.
+CUDA tensors take the Triton kernels, all others, and float64, the torch path, which is as correct and as
+frugal (`path_taken`; of lora_linear only small products in 16 bits). Whatever the dtype of what comes in,
+logits and statistics are float32 (`float32_linear` says why), or float64 for gradcheck; a gradient has the
+dtype of what it is to.
 Left out: a gradient to W (LoRA freezes it) and to the reference, float8, second derivatives.
 """
 
@@ -76,7 +76,7 @@ BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so 
 
 
 def path_taken(tensor: Tensor) -> str:
-    """ "triton" or "torch": the one place that decides which path an operation on this tensor takes.
+    """ "triton" or "torch": the one place that decides which path is open to an operation on this tensor.
 
     >>> path_taken(torch.zeros(1))
     'torch'
@@ -837,7 +837,7 @@ def lora_linear(
 def call_watched(function, *inputs: Tensor) -> tuple[tuple, bool]:
     """What function(*inputs) returns, and whether it can be recorded: not if Python waited in it for the GPU,
     to read a number or to copy one there. Some models do (a mixture of experts, rotations that depend on the
-    length), and in the middle of a recording that is an error."""
+    length), and in the middle of a recording that is an error. (A backward pass is not watched.)"""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")  # says, too, that it is a prototype and may miss some
@@ -854,9 +854,9 @@ class RecordedPass:
     launches on the GPU, forward and backward, is recorded once and replayed (a CUDA graph): of a small kernel
     Python's part takes ten times as long as the GPU's.
 
-    What a call returns, the next one overwrites, gradients too: they are to be added to others, not kept, and
-    each call's backward pass comes before the next call. While it records, no autograd graph that reaches the
-    parameters may be alive.
+    What a call returns, the next one overwrites, gradients too: each call's backward pass, and all that is
+    done with its gradients, comes before the next call. While it records, no autograd graph that reaches the
+    parameters may be alive. The memory that a recording works on stays reserved until the next one.
     """
 
     def __init__(self, function, parameters):
@@ -876,6 +876,7 @@ class RecordedPass:
         if not self.is_recordable:
             return self.function(*inputs)
         if self.replay is None:
+            gc.collect()  # frees the recordings of earlier models, too: trainer and model hold each other
             self.trained = [one for one in self.parameters() if one.requires_grad]
             self.replay = torch.cuda.make_graphed_callables(
                 lambda *tensors: self.function(*tensors[: len(inputs)]),

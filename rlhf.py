@@ -1084,11 +1084,11 @@ for switch, *cells in switches:
 
 # ---- 10 Objective to update --------------------------------------------------------------------------------
 # In: the settings. Out: a trained policy. All state lives in the trainer, but LoRALinear's `in_pass` and
-# `enabled` and what a GPU replays, and nothing here asks for --algo, only for the settings that it stands
-# for. Several processes may share the work by rows, each with its part of the batch. With a single one
-# own_share, gather_rows and average_gradients do nothing, gradient_weight is 1 (or a micro-batch's share of
-# its minibatch), and summarize takes a mean. What was not defined so far is in the workshop: several
-# processes and logging at its start, prompts, models and rewards in section 12, files in 13.
+# `enabled`, and nothing here asks for --algo, only for the settings that it stands for. Several processes may
+# share the work by rows, each with its part of the batch. With a single one own_share, gather_rows and
+# average_gradients do nothing, gradient_weight is 1 (or a micro-batch's share of its minibatch), and
+# summarize takes a mean. What was not defined so far is in the workshop: several processes and logging at its
+# start, prompts, models and rewards in section 12, files in 13.
 
 
 class RLHFTrainer:
@@ -1191,8 +1191,10 @@ class RLHFTrainer:
         for minibatch in memory.get_minibatches(
             args.batches_per_learning_phase, args.num_minibatches, self.generator
         ):
-            # Where several parts are to add up, .grad must not be the tensor that the next replay overwrites.
-            self.optimizer.zero_grad(set_to_none=args.micro_batch_size is None)
+            for weight in weights:
+                # Where it is None, the backward pass's own tensor becomes .grad, which on a GPU the next
+                # replay overwrites: so several parts add up in one of ours.
+                weight.grad = torch.zeros_like(weight) if args.micro_batch_size else None
             for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
                 new = self.evaluate(part)
                 loss = -objective_of(new, part, self.kl_coef, args) * gradient_weight(part, minibatch, args)
@@ -1219,7 +1221,8 @@ class RLHFTrainer:
     # What the two phases are made of:
 
     def evaluate(self, minibatch: ReplayMemory) -> PolicyOutput:
-        """What the policy says now of the minibatch's completions; gradients flow."""
+        """What the policy says now of the minibatch's completions; gradients flow. On a GPU the next call
+        may overwrite the values and what the backward pass needs (RecordedPass in kernels.py)."""
         args = self.args
         reference = ()
         if args.kl_estimator == "full":
