@@ -1464,7 +1464,10 @@ class RunLog(AbstractContextManager):
         console.quiet = not self.is_main
         start_tracker(trainer)
         self.metrics, self.completions = open_run_dir(trainer) if self.is_main else ([], [])
-        console.print(f"training {sum(weight.numel() for weight in trainer.trained.values()):,} numbers")
+        console.print(
+            f"training {sum(weight.numel() for weight in trainer.trained.values()):,} numbers; "
+            f"{trainer.phase} of {trainer.args.total_phases} phases are done"
+        )
 
     def __exit__(self, *exception) -> None:
         self.trainer.accelerator.end_training()

@@ -2156,7 +2156,8 @@ def test_resume_of_a_run_that_is_further_than_asked_for(gpt2, tmp_path, capsys):
         "2" if before == "--total-phases" else one for before, one in zip(["", *SMALL], SMALL, strict=False)
     ]
     assert rlhf.main([*two_phases, "--base-model", gpt2, "--run-dir", str(run)]) == 0
-    capsys.readouterr()
+    assert rlhf.main(["--resume", str(run), "--total-phases", "50"]) == 0  # the default: as if not given
+    assert "2 of 2 phases are done" in capsys.readouterr().out
     assert rlhf.main(["--resume", str(run), "--total-phases", "1"]) == 0
     assert "stopped" not in capsys.readouterr().out
     assert len(rlhf.read_rows(run / "metrics.jsonl")) == 2
