@@ -958,7 +958,8 @@ def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int) -> Non
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that were ever in use: of the GPU where there is one, else of this process."""
+    """The most bytes that were ever in use: of this process or, on a GPU, as torch counts what is allocated
+    (not what a recording holds in between)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -28,8 +28,8 @@ From reinforcement learning to language models:
     critic       the value head, a small network on the model's last hidden state: how much reward is to come?
 
 What is different from PPO on CartPole:
-  - The policy can write before it is trained. Left alone it finds the one text that pays most, "......", and
-    writes nothing else: mode collapse. So there is a reference, the model as it was, and a price β on leaving
+  - The policy can write before it is trained. Left alone it finds out what pays most, "......", and writes
+    little else: mode collapse. So there is a reference, the model as it was, and a price β on leaving
     it: the KL penalty, its leash. (The toy reward counts full stops.)
   - Any state can be started from again: K completions of one prompt can be compared, and their mean
     reward can do the critic's work (GRPO, RLOO).
@@ -45,10 +45,12 @@ Notation   B completions in a batch, b in a minibatch   K completions of a promp
            D width of the residual stream   V size of the vocabulary   R reward functions
            In formulas: r reward, Â advantage, V_t the value of a state, ρ = π_θ / π_old the ratio of
            probabilities, ε where it is clipped, β = kl_coef, H entropy, γ and λ those of GAE. log is the
-           natural logarithm: log-probabilities, entropy and KL divergence are in nats.
+           natural logarithm: log-probabilities, entropy and KL divergence are in nats. c_ent is ent_coef, and
+           c_vf is vf_coef.
 Words      residual stream: the D numbers of a column that each block of the transformer reads and adds to
            hook: a function called on a result inside of the model, which it may look at or replace
            TRL, PEFT: Hugging Face's libraries for RLHF, and for LoRA and other adapters
+           TransformerLens: a library that sets hooks into language models
 Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740
            Dr. GRPO 2503.20783   DAPO 2503.14476   GSPO 2507.18071   CISPO 2506.13585   LoRA 2106.09685
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
@@ -57,9 +59,9 @@ Left out   because it would hide the idea: a reward function for each token, a c
            head shares the policy's blocks) and a phase for it alone, clipping of values, dual clip, dropout
            in the policy, samples of older phases.
 
-    python rlhf.py --algo grpo --lora          trains the built-in toy model, in two minutes on a laptop
-    python rlhf.py --kl-coef 0                 PPO without its leash: mode collapse
-    python rlhf.py compare runs/a runs/b       draws the curves of several runs over each other
+    python rlhf.py --algo grpo --lora                trains the built-in toy model, in two minutes on a laptop
+    python rlhf.py --algo grpo --lora --kl-coef 0    the same without its leash: mode collapse
+    python rlhf.py compare runs/a runs/b             draws the curves of several runs over each other
 """
 
 import itertools
@@ -88,7 +90,8 @@ from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_li
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
-# comment the flag's help. Bounds stand in the types, and `check_types` in section 12 enforces them.
+# comment the flag's help. Bounds stand in the types, and `check_types` enforces them: what is called and not
+# defined in sections 1 to 11 is in the workshop behind them.
 
 RewardFn = Callable[..., list[float | None]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
@@ -120,7 +123,7 @@ class RLHFArgs:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: what is None comes from ALGORITHM_TABLE (section 9). (critic): matters only with a critic
-    advantage: Literal["critic", "group", "others"] | None = None  # reward less value, group's, others' mean
+    advantage: Literal["critic", "group", "others"] | None = None  # reward less V, group's or others' mean
     scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation; critic: group = none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
@@ -176,7 +179,7 @@ class RLHFArgs:
         check_types(self)
         for name, value in ALGORITHMS[self.algo].items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # frozen, but only from here on
+                object.__setattr__(self, name, value)  # the record is frozen
         check_settings(self)
 
     @property
@@ -190,6 +193,8 @@ class RLHFArgs:
 
         >>> RLHFArgs(algo="grpo", batch_size=32).samples_per_prompt
         32
+        >>> RLHFArgs(algo="grpo", batch_size=20, prompts="prompts.txt").samples_per_prompt
+        4
         """
         if self.group_size:
             return self.group_size
@@ -245,7 +250,8 @@ def tokenize(
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
     # Padded with -1, which is no token; EOS may stand in a prompt, too.
-    tokens = nn.utils.rnn.pad_sequence(rows, True, -1, padding_side="left").to(device)
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    tokens = padded.to(device)
     mask = tokens >= 0
     return tokens.where(mask, tokenizer.eos_token_id), mask
 
@@ -265,9 +271,10 @@ def distinct_prompts(
 ) -> tuple[Int[Tensor, "prompts P"], Int[Tensor, "B"]]:
     """Each prompt once, -1 where it is padded, and which of them each row has.
 
-    >>> distinct_prompts(torch.tensor([[5, 7], [5, 6], [5, 7]]), torch.ones(3, 2).bool())
-    (tensor([[5, 6],
-            [5, 7]]), tensor([1, 0, 1]))
+    >>> tokens, mask = torch.tensor([[0, 7], [0, 7], [0, 7]]), torch.tensor([[1, 1], [0, 1], [1, 1]]).bool()
+    >>> distinct_prompts(tokens, mask)
+    (tensor([[-1,  7],
+            [ 0,  7]]), tensor([1, 0, 1]))
     """
     return tokens.where(mask, -1).unique(dim=0, return_inverse=True)
 
@@ -349,17 +356,18 @@ def get_logprobs(
     return logprobs, entropy, kl
 
 
-# That is all there is to it; the price is memory, since V numbers a token are made to keep three (in GPT-2 V
-# is 65 times D). So the model below hands on its features, the D numbers a token from which one matrix makes
-# the logits, and its own `get_logprobs` makes of them the same three numbers in bounded memory, however many
-# tokens there are: kernels.py makes a few rows of logits at a time, forward and backward.
+# That is the definition, and all there is to it; the price is memory, since V numbers a token are made to
+# keep three (in GPT-2 V is 65 times D). So the model below hands on its features, the D numbers a token from
+# which one matrix makes the logits, and its own `get_logprobs` makes of them the same three numbers in
+# bounded memory, however many tokens there are: kernels.py makes a few rows of logits at a time, forward and
+# backward.
 #
 # A TransformerBridge is TransformerLens' view of a Hugging Face model, a hook around each of its parts:
 #     bridge.original_model              the Hugging Face model, made of the hooked parts: hooks fire here too
 #     bridge.original_model.base_model   the same without its output layer
 #     bridge.blocks[i].attn.q            a hooked part; .original_component is the nn.Linear or Conv1D inside
 # The value head is such a hook, and any experiment of yours can be another. With a KV cache it sees the new
-# columns alone; those of bridge.unembed never fire in training, which takes its matrix and no more.
+# columns alone; those of bridge.unembed fire only where the bridge itself is run: this file takes its matrix.
 
 
 class TransformerWithValueHead(nn.Module):
@@ -456,9 +464,13 @@ class TransformerWithValueHead(nn.Module):
         return cache
 
     def features_behind(
-        self, tokens: Int[Tensor, "B new"], attention_mask: Bool[Tensor, "B all"], *prompts: Tensor
+        self,
+        tokens: Int[Tensor, "B new"],
+        attention_mask: Bool[Tensor, "B all"],
+        *prompts: Tensor,  # both of distinct_prompts, or none
     ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
-        """`features`, behind the cache of the distinct_prompts, where they are given."""
+        """`features`, behind the prompts' cache, where they are given. All inputs are tensors, so that the
+        pass can be recorded."""
         return self.features(tokens, attention_mask, self.prompt_cache(*prompts) if prompts else None)
 
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
@@ -493,7 +505,8 @@ class TransformerWithValueHead(nn.Module):
 #       logits, values = model(model.bridge.to_tokens("This is"))
 
 # ---- 4 LoRA: what is trained -------------------------------------------------------------------------------
-# In: a model. Out: the same model with its weights frozen and small trained matrices beside some of them:
+# In: a model. Out: the same model with its weights frozen and small trained matrices beside some of them (a
+# value head stays trained):
 #
 #     h = W x + (α/rank) lora_b (lora_a x)     W: [d_out, d_in]   lora_a: [rank, d_in]   lora_b: [d_out, rank]
 #
@@ -511,11 +524,14 @@ def as_rows(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
 
 
 class LoRALinear(nn.Linear):
-    """h = W x + (α/rank) lora_b (lora_a x), W frozen.
+    """h = W x + (α/rank) lora_b (lora_a x), W frozen. (An nn.Linear, for what asks whether a part is one.)
 
     >>> layer = LoRALinear(nn.Linear(3, 2), rank=1, alpha=1.0)
-    >>> torch.equal(layer(torch.ones(3)), layer.base(torch.ones(3)))
+    >>> torch.equal(layer(torch.ones(3)), layer.base(torch.ones(3)))  # lora_b is 0
     True
+    >>> _ = nn.init.ones_(layer.lora_b)
+    >>> torch.equal(layer(torch.ones(3)), layer.base(torch.ones(3)))
+    False
     """
 
     # Switches of all adapters at once, since they belong to the class.
@@ -537,7 +553,7 @@ class LoRALinear(nn.Linear):
         """W plus, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained.
         Within a pass W alone, for the sum would be made for nothing."""
         W = as_rows(self.base)
-        return W if LoRALinear.in_pass else (W + self.update * self.enabled).to(W)
+        return W if self.in_pass or not self.enabled else (W + self.update).to(W)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         if not self.enabled:
@@ -553,8 +569,8 @@ class LoRALinear(nn.Linear):
 
 def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
     """Freezes all of the model but what is to be trained: adapters of all blocks or the last few, or the
-    weights of the last few and the final norm. Without --lora and --train-layers all is trained, but a fused
-    matrix of q, k and v, with which the bridge does not compute.
+    weights of the last few and the final norm. Without --lora and --train-layers all is trained that the
+    bridge computes with.
 
     A LoRALinear takes the place of each target matrix inside of its hooks, so that they see what LoRA adds.
     """
@@ -639,7 +655,7 @@ def sample_token(probs: Float[Tensor, "B V"], uniform: Float[Tensor, "B"]) -> In
     [1, 2]
     """
     cumulative = probs.cumsum(dim=-1)
-    total = cumulative[:, -1:].contiguous()
+    total = cumulative[:, -1:].contiguous()  # searchsorted warns of a view
     # `right` passes over tokens of probability 0; where the product rounds up to the total, the minimum leads
     # back to the last token that has any probability. NaN gives V, which is no token: the remainder makes it
     # one, and the learning phase stops at the NaN.
@@ -714,19 +730,19 @@ class Reward(NamedTuple):
 
 
 def get_rewards(
-    rewards: list[Reward], examples: list[dict], completions: list[str], **extras
+    terms: list[Reward], examples: list[dict], completions: list[str], **extras
 ) -> Float[Tensor, "B R"]:
     """What each of the R reward functions gives each completion; NaN where one does not apply. A function is
     called once for the whole batch, with the columns of the prompts file as lists, and the extras (section
     12) as they are."""
     columns = {key: [example[key] for example in examples] for key in examples[0]} | extras
     columns |= {"prompts": columns.pop("prompt"), "completions": completions}
-    return torch.tensor([call_reward(reward, columns) for reward in rewards]).T
+    return torch.tensor([call_reward(term, columns) for term in terms]).T
 
 
-def total_reward(scores: Float[Tensor, "B R"], rewards: list[Reward]) -> Float[Tensor, "B"]:
+def total_reward(scores: Float[Tensor, "B R"], terms: list[Reward]) -> Float[Tensor, "B"]:
     """The weighted sum of the terms that apply; NaN where none does."""
-    weights = scores.new_tensor([reward.weight for reward in rewards])
+    weights = scores.new_tensor([term.weight for term in terms])
     applies = (scores.isfinite() & (weights != 0)).any(dim=1)  # of weight 0 is what is only logged
     return (scores.nan_to_num() * weights).sum(dim=1).where(applies, math.nan)
 
@@ -753,8 +769,8 @@ def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*gro
     values speak of better or worse than this phase's mean. RLOO and Dr. GRPO divide by no deviation, so there
     β depends on the unit.
 
-    >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0]))
-    tensor([-1.0000,  0.0000,  1.0000])
+    >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0, math.nan]))
+    tensor([-1.0000,  0.0000,  1.0000,     nan])
     """
     rewards = centered(rewards)
     return rewards / (deviation(rewards) + 1e-6)
@@ -803,7 +819,8 @@ def gae(
     >>> gae(torch.tensor([[0.0, 1.0]]), values, mask, args)  # from the right: 1 - 0.2; 0.2 - 0.5 + 0.5 * 0.8
     tensor([[0.1000, 0.8000]])
     """
-    values = values * mask  # so that V and Â are 0 past the end, and the recursion below needs no cases
+    # gather_rows (section 10) pads with -100. V and Â are 0 past the end, so the recursion needs no cases.
+    values = values * mask
     advantages = torch.zeros_like(values)
     next_value = next_advantage = 0.0
     for t in reversed(range(values.shape[1])):
@@ -819,8 +836,8 @@ def group_relative(
 ) -> Float[Tensor, "B C"]:
     """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2), r_i the
     sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide: `scale_rewards none`. With `--kl-in
-    reward` the penalty is divided, too: where all rewards of a group are equal, its noise alone comes to full
-    size (in the first phase, when the policy is still the reference, that is rounding); take another
+    reward` the penalty is divided, too: where all rewards of a group are equal, the penalty's noise is scaled
+    to full size (in the first phase, when the policy is still the reference, that is rounding); take another
     `--scale-rewards` there.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
@@ -839,7 +856,7 @@ def leave_one_out(
 ) -> Float[Tensor, "B C"]:
     """Â_i = r_i - mean of the other rewards of the group = n/(n-1) (r_i - mean(r)) (RLOO 2402.14740, section
     2.2), n of the K having a reward; of one alone it is NaN, which teaches nothing. The baseline does not
-    hold r_i, so it leaves the gradient unbiased (unless `--scale-rewards group` divides, as in GRPO).
+    contain r_i, so it leaves the gradient unbiased (unless `--scale-rewards group` divides, as in GRPO).
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
@@ -884,8 +901,8 @@ class ReplayMemory(Samples):
         >>> zeros, tokens = torch.zeros(4, 1), torch.tensor([[5, 0], [6, 0], [5, 0], [6, 0]])
         >>> samples = tokens, tokens >= 0, zeros, zeros
         >>> memory = ReplayMemory(*samples, torch.arange(4.0)[:, None], zeros[..., None], zeros)
-        >>> [m.advantages.T.tolist() for m in memory.get_minibatches(1, 2, torch.Generator().manual_seed(0))]
-        [[[0.0, 2.0]], [[1.0, 3.0]]]
+        >>> [m.advantages.T.tolist() for m in memory.get_minibatches(1, 2, torch.Generator().manual_seed(3))]
+        [[[2.0, 0.0]], [[3.0, 1.0]]]
         """
         P = self.prompt_width
         _, prompt_of = distinct_prompts(self.tokens[:, :P], self.attention_mask[:, :P])
@@ -969,9 +986,9 @@ def kl_estimate(
     state by state: that early tokens lead to other states later is missing from each of these gradients. A
     penalty in the reward includes it, but is noisier. Beyond log q = 10 all are cut off: q may be infinite.
 
-    >>> one, other = torch.tensor([[-1.0]]), torch.tensor([[0.0]])
-    >>> [round(kl_estimate(one, other, estimator).item(), 3) for estimator in ("k1", "k2", "k3")]
-    [-1.0, 0.5, 0.718]
+    >>> now, ref = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.27, 0.73]]).log()  # V = 2, as above
+    >>> [round((now.exp() * kl_estimate(now, ref, one)).sum().item(), 2) for one in ("k1", "k2", "k3")]
+    [0.12, 0.13, 0.12]
     """
     log_q = (ref_logprobs - logprobs).clamp(max=10)
     return {"k1": -log_q, "k2": log_q.square() / 2, "k3": log_q.exp() - 1 - log_q}[estimator]
@@ -1043,8 +1060,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
     """
     if args.kl_target is None:
         return kl_coef
-    kl, last_kl = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))
-    step = 0.4 * math.log(kl * (kl / last_kl) ** 5)
+    now, before = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))
+    step = 0.4 * math.log(now * (now / before) ** 5)
     return kl_coef * math.exp(np.clip(step, -0.6, 0.6))
 
 
@@ -1087,8 +1104,8 @@ for switch, *cells in switches:
 # `enabled`, and nothing here asks for --algo, only for the settings that it stands for. Several processes may
 # share the work by rows, each with its part of the batch. With a single one own_share, gather_rows and
 # average_gradients do nothing, gradient_weight is 1 (or a micro-batch's share of its minibatch), and
-# summarize takes a mean. What was not defined so far is in the workshop: several processes and logging at its
-# start, prompts, models and rewards in section 12, files in 13.
+# summarize takes a mean. In the workshop several processes and logging come first; prompts, models and
+# rewards are in section 12, files in 13.
 
 
 class RLHFTrainer:
@@ -1111,9 +1128,9 @@ class RLHFTrainer:
                 with saved_on_error(self), self.accelerator.autocast():
                     memory, metrics, completions = self.rollout_phase()
                 middle = perf_counter()
-                # Where every group's rewards are equal, nothing says which completion was better: a step
-                # would follow entropy and KL alone, and stay in AdamW's moments. So none is taken; the pass
-                # is made for its metrics.
+                # Where every group's rewards are equal (with a critic: the batch's), nothing says which
+                # completion was better: a step would follow the other terms alone, and stay in AdamW's
+                # moments. So none is taken; the pass is made for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics |= {"rollout_seconds": middle - start, "learning_seconds": perf_counter() - middle}
                 is_due = self.phase % args.save_every == 0 or self.phase == args.total_phases
@@ -1150,10 +1167,10 @@ class RLHFTrainer:
         # 4. Rewards, and what their functions log: `self.logged`, `self.extra`. A group may be spread over
         # processes: so the rewards of all are gathered, and what else advantages need. From here to step 6
         # rows are those of all processes.
-        scores = get_rewards(self.rewards, examples, texts, **trl_extras(self, samples)).to(self.device)
+        scores = get_rewards(self.terms, examples, texts, **trl_extras(self, samples)).to(self.device)
         k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
         scores, drawn, values, k1 = gather_rows(scores, samples.completion, samples.values, k1)
-        rewards = total_reward(scores, self.rewards)
+        rewards = total_reward(scores, self.terms)
         mask = drawn != -100
         ended = torch.isin(drawn, self.policy.stops).any(dim=1)
         if args.truncated == "penalty":
@@ -1256,7 +1273,7 @@ class RLHFTrainer:
             choose_trained(self.policy.bridge, args)
             trained_layers(self.policy)  # raises SettingError where one could not be exported
             # Last, for it may take minutes to learn a reward model, and writes it.
-            self.rewards = load_rewards(args, self.run_dir, self.device)
+            self.terms = load_rewards(args, self.run_dir, self.device)
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
             reference = TransformerWithValueHead(args.base_model, device=self.device)
@@ -1305,8 +1322,8 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
 
 
 # ---- 11 Update to log --------------------------------------------------------------------------------------
-# In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here is the one
-# metric that you may not know; the others are in the workshop: `rollout_metrics` and `minibatch_metrics`.
+# In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here is the metric
+# that shows mode collapse; the others are in the workshop: `rollout_metrics` and `minibatch_metrics`.
 
 
 def distinct_2(completions: list[list[int]]) -> float:
@@ -1561,7 +1578,7 @@ def rollout_metrics(
         )
         metrics["explained_variance"] = 1 - unforeseen / all_of_it if all_of_it > 1e-10 else 0.0
     means = scores.nanmean(dim=0).nan_to_num().tolist()
-    metrics |= {term.name: mean for term, mean in zip(trainer.rewards, means, strict=True)}
+    metrics |= {term.name: mean for term, mean in zip(trainer.terms, means, strict=True)}
     return trainer.logged | metrics
 
 
@@ -1586,8 +1603,8 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], args: RLHFArgs) -> list
     generator = torch.Generator(trainer.device).manual_seed(args.seed)
     with trainer.accelerator.autocast():  # as in the rollout phase
         samples, texts = complete(trainer.policy, examples, args, generator)
-        scores = get_rewards(trainer.rewards, examples, texts, **trl_extras(trainer, samples))
-    return records(examples, texts, total_reward(scores, trainer.rewards), trainer.extra)
+        scores = get_rewards(trainer.terms, examples, texts, **trl_extras(trainer, samples))
+    return records(examples, texts, total_reward(scores, trainer.terms), trainer.extra)
 
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:

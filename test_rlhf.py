@@ -1607,7 +1607,7 @@ def test_of_two_prompts_one_is_solved(gpt2, tmp_path):
     def reward(prompts, completions, **columns):
         return [1.0 if prompt == "solved" else float(i % 2) for i, prompt in enumerate(prompts)]
 
-    trainer.rewards = [rlhf.Reward("reward/f", reward, 1.0)]
+    trainer.terms = [rlhf.Reward("reward/f", reward, 1.0)]
     memory, metrics, _ = trainer.rollout_phase()
     assert metrics["equal_groups"] == 0.5
     taught = memory.advantages.abs().sum(1) > 0
@@ -1717,9 +1717,7 @@ def test_a_critic_learns_from_prompts_whose_groups_are_equal(gpt2, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("good\nbad\n")
     trainer = RLHFTrainer(small_args(gpt2, algo="ppo", prompts=path, group_size=2, batch_size=4))
-    trainer.rewards = [
-        rlhf.Reward("reward/f", lambda prompts, **_: [float(p == "good") for p in prompts], 1.0)
-    ]
+    trainer.terms = [rlhf.Reward("reward/f", lambda prompts, **_: [float(p == "good") for p in prompts], 1.0)]
     _, metrics, _ = trainer.rollout_phase()
     assert metrics["equal_groups"] == 0
 
@@ -7853,8 +7851,8 @@ WRONG_ANSWERS = {
     "adapt_kl_coef": [
         ("np.clip(step, -0.6, 0.6)", "min(step, 0.6)"),
         ("np.clip(step, -0.6, 0.6)", "max(step, -0.6)"),
-        ("(kl / last_kl) ** 5", "(last_kl / kl) ** 5"),
-        ("math.log(kl * (kl / last_kl) ** 5)", "math.log(kl)"),
+        ("(now / before) ** 5", "(before / now) ** 5"),
+        ("math.log(now * (now / before) ** 5)", "math.log(now)"),
         ("max(one / args.kl_target, 0.01)", "one / args.kl_target"),
         (
             "if args.kl_target is None:\n        return kl_coef\n",
