@@ -248,10 +248,9 @@ def tokenize(
     tokenizer, prompts: list[str | list], device: str | torch.device
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Token ids of the prompts, left-padded, and their mask."""
-    rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
+    rows = [torch.tensor(token_ids(tokenizer, prompt), device=device) for prompt in prompts]
     # Padded with -1, which is no token; EOS may stand in a prompt, too.
-    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
-    tokens = padded.to(device)
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
     mask = tokens >= 0
     return tokens.where(mask, tokenizer.eos_token_id), mask
 
@@ -1016,8 +1015,7 @@ def masked_mean(
 
 def whitened(x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"]) -> Float[Tensor, "b C"]:
     """Mean 0 and standard deviation 1 over all tokens that are not masked."""
-    x = normalize_reward(x.where(mask, math.nan).flatten())
-    return x.nan_to_num().view_as(mask)
+    return normalize_reward(x.where(mask, math.nan).flatten()).nan_to_num().view_as(mask)
 
 
 def policy_objective(
@@ -1124,8 +1122,7 @@ class RLHFTrainer:
             is_due = True  # so that nothing is saved where no phase is left to run
             while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
                 start = perf_counter()
-                # autocast: matrix products in bfloat16, if launched with --mixed_precision bf16
-                with saved_on_error(self), self.accelerator.autocast():
+                with saved_on_error(self):
                     memory, metrics, completions = self.rollout_phase()
                 middle = perf_counter()
                 # Where every group's rewards are equal (with a critic: the batch's), nothing says which
@@ -1155,15 +1152,17 @@ class RLHFTrainer:
         self.generator.manual_seed(seed_of(args.seed, self.phase, self.accelerator.process_index))
         # 1. Prompts, each K times in a row; of these the share of this process.
         examples = own_share(examples_of(self))
-        # 2. Completions, with π_old and the critic's values from the sampling pass itself.
-        samples, texts = complete(self.policy, examples, args, self.generator)
+        # 2. Completions, with π_old and the critic's values from the sampling pass itself. autocast: in the
+        # models, not in the rewards, products are in bfloat16, if launched with --mixed_precision bf16.
+        with self.accelerator.autocast():
+            samples, texts = complete(self.policy, examples, args, self.generator)
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
-        # is the policy with its adapters off (the output layer, used below, has none); else a second copy.
-        with adapters_off():
+        # is the policy with its adapters off; else a second copy.
+        with adapters_off(), self.accelerator.autocast():
             ref_features = torch.cat(
                 [self.reference.completion_features(part)[0] for part in samples.parts(args.micro_batch_size)]
             )
-        ref_logprobs, *_ = self.reference.get_logprobs(ref_features, samples.completion, args.temperature)
+            ref_logprobs, *_ = self.reference.get_logprobs(ref_features, samples.completion, args.temperature)
         # 4. Rewards, and what their functions log: `self.logged`, `self.extra`. A group may be spread over
         # processes: so the rewards of all are gathered, and what else advantages need. From here to step 6
         # rows are those of all processes.
@@ -1478,7 +1477,6 @@ class RunLog(AbstractContextManager):
     def __init__(self, trainer: RLHFTrainer):
         self.trainer = trainer
         self.is_main = trainer.accelerator.is_main_process
-        console.quiet = not self.is_main
         start_tracker(trainer)
         self.metrics, self.completions = open_run_dir(trainer) if self.is_main else ([], [])
         console.print(
@@ -1518,10 +1516,7 @@ class RunLog(AbstractContextManager):
     def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
         """All of them into samples.jsonl, some on the terminal, each on its line. When: before or after
         training, or the phase."""
-        self.completions += [  # JSON knows no NaN
-            sample | {"phase": when, "reward": None if math.isnan(sample["reward"]) else sample["reward"]}
-            for sample in samples
-        ]
+        self.completions += [sample | {"phase": when} for sample in samples]
         if self.is_main:
             write_jsonl(self.trainer.run_dir / "samples.jsonl", self.completions)
         for sample in samples[:shown]:
@@ -1603,7 +1598,7 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], args: RLHFArgs) -> list
     generator = torch.Generator(trainer.device).manual_seed(args.seed)
     with trainer.accelerator.autocast():  # as in the rollout phase
         samples, texts = complete(trainer.policy, examples, args, generator)
-        scores = get_rewards(trainer.terms, examples, texts, **trl_extras(trainer, samples))
+    scores = get_rewards(trainer.terms, examples, texts, **trl_extras(trainer, samples))
     return records(examples, texts, total_reward(scores, trainer.terms), trainer.extra)
 
 
@@ -1711,8 +1706,8 @@ def check_types(args: RLHFArgs) -> None:
     saved = {} if args.resume is None else vars(saved_settings(Path(args.resume)))
     for field in fields(args):
         name = field.name
-        value = getattr(args, field.name)
-        flag = f"--{field.name.replace('_', '-')}"
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')}"
         if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
             value = (value,)
         try:
@@ -1982,8 +1977,7 @@ def column_by_column(
     buffers of T columns, where a DynamicCache would copy all of them for each. So all passes launch the same,
     and on a GPU the second is recorded and replayed from then on (a CUDA graph)."""
     cache = Cache(layers=[StaticLayer(tokens.shape[1]) for _ in policy.bridge.blocks])
-    prompts = distinct_prompts(tokens[:, :P], mask[:, :P])
-    for i, layer in enumerate(policy.prompt_cache(*prompts).layers):
+    for i, layer in enumerate(policy.prompt_cache(*distinct_prompts(tokens[:, :P], mask[:, :P])).layers):
         cache.update(layer.keys, layer.values, i)
     column = torch.tensor([P - 2], device=tokens.device)
 
@@ -2093,7 +2087,7 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
         return preferences_reward(rest, args, run_dir, device)
     path, _, name = spec.rpartition(":" if ".py:" in spec else ".")
     require(
-        path.strip("."),
+        re.fullmatch(r"(.*\w[.]|.+[.]py:)(?!(py|jsonl?|csv)$)\w+", spec),
         f"--reward {spec}: unknown; expected `periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, "
         "`preferences:FILE`, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`; from Python a function",
     )
@@ -2137,7 +2131,7 @@ def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
         "trainer_state": transformers.TrainerState(
             global_step=trainer.phase, max_steps=trainer.args.total_phases
         ),
-        "log_metric": trainer.logged.__setitem__,
+        "log_metric": lambda name, value: trainer.logged.__setitem__(name, float(value)),
         "log_extra": trainer.extra.__setitem__,
     }
 
@@ -2167,7 +2161,7 @@ def load_classifier(name: str, what: str, device: str, **options):
     if "num_labels" not in options:  # of a given number the head is new
         require_weights(info, what)
     context = getattr(model.config, "max_position_embeddings", 2**20)
-    if re.search("roberta|camembert|mpnet", model.config.model_type):
+    if re.search("roberta|camembert|mpnet|longformer|data2vec|ibert", model.config.model_type):
         context -= 2  # they begin to count at 2
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
@@ -2180,7 +2174,7 @@ def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B 
         tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(model.device)
         for batch in BatchSampler((text or tokenizer.pad_token for text in texts), 64, drop_last=False)
     )
-    return torch.cat([model(**batch).logits.float() for batch in inputs])
+    return torch.cat([model(**batch).logits for batch in inputs])
 
 
 def classifier_reward(name: str, device: str) -> RewardFn:
@@ -2191,7 +2185,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     labels = [label for _, label in sorted(classifier.config.id2label.items())]
     if class_name is None and len(labels) == 1:
         class_name = labels[0]
-    require(class_name in labels, f"--reward classifier:{name}: no such label; it has {', '.join(labels)}")
+    require(class_name in labels, f"--reward classifier:{name}: give as :LABEL one of {', '.join(labels)}")
     kind = classifier.config.problem_type
 
     @torch.no_grad
@@ -2239,6 +2233,7 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
     is_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
     with explained("accelerate: was launched wrongly"):
         accelerator = Accelerator(cpu=is_cpu)
+    console.quiet = not accelerator.is_main_process
     if device == "auto":
         device = str(accelerator.device)
     with explained(f"--device {device}: not available here"):
@@ -2318,7 +2313,7 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
     kind = Path(source).suffix.lower()[1:]
     table = {"split": "train"}
     if source.startswith("hub:"):
-        table |= zip("path split name".split(), source.split(":")[1:], strict=False)
+        table |= zip("path split name".split(), re.split(r":(?![^[]*])", source)[1:], strict=False)
     elif kind in "csv json parquet".split():
         table |= {"path": kind, "data_files": glob.escape(source)}
     else:
@@ -2355,8 +2350,9 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     """The file holds these rows, each on a line, or, if this fails, what it held before."""
     with explained(f"{path}: cannot be written"):
-        # tolist: also numbers of numpy and torch
-        lines = [json.dumps(row, ensure_ascii=False, default=lambda x: x.tolist()) + "\n" for row in rows]
+        # tolist: also numbers of numpy and torch; None: JSON knows no NaN
+        rows = json.loads(json.dumps(rows, default=lambda x: x.tolist()), parse_constant=lambda _: None)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_whole(path, lambda new: new.write_text("".join(lines), encoding="utf-8"))
 
 
@@ -2366,7 +2362,7 @@ def choose_run_dir(args: RLHFArgs) -> Path:
         return args.resume
     now = f"{datetime.now():%Y%m%d-%H%M%S.%f}"[:-3]  # milliseconds: several runs may start together
     run_dir = args.run_dir or Path("runs", f"{now}-{args.algo}{'-lora' if args.lora else ''}")
-    is_taken = run_dir.exists() and {path.suffix for path in run_dir.iterdir()} - {".unfinished", ".lock"}
+    is_taken = run_dir.is_file() or {path.suffix for path in run_dir.glob("*")} - {".unfinished", ".lock"}
     require(
         not is_taken,
         f"--run-dir {run_dir}: is not an empty directory; give another, or, if it holds a run already, go on "
@@ -2466,8 +2462,8 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
             return
         except SettingError:
             raise
-        except Exception as error:  # of many kinds
-            console.print(f"{path}: is damaged ({first_line(error)}); trying the one before")
+        except Exception:  # of many kinds
+            console.print(f"{path}: is damaged; trying the one before")
     require(not paths, f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew elsewhere")
 
 
@@ -2983,7 +2979,7 @@ def inspect(
     # Training began with the base rounded to --dtype. Both compute in float32, so that only weights differ.
     base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype).float()
     trained = TransformerWithValueHead(str(run / "model"), prepend_bos=settings.prepend_bos)
-    settings = replace(settings, gen_len=gen_len, seed=seed)
+    settings = replace(settings, gen_len=gen_len, seed=seed, long_prompts="drop")
     if prompt is not None:
         settings = replace(settings, prompts=None, prefix=prompt)
     example, *_ = fitting(trained, load_examples(settings, settings.prompts), settings)
@@ -3108,8 +3104,6 @@ def attribute(reading: Reading, texts: Texts) -> Float[Tensor, "L parts"]:
     the mean of all rows. So the places can be averaged first, with weights 1 / s; of s itself that is the
     harmonic mean, as it should be.
     """
-    from transformer_lens import ActivationCache
-
     bridge, logits, cache = reading
     L = bridge.cfg.n_layers
     H = bridge.cfg.n_heads
@@ -3118,7 +3112,7 @@ def attribute(reading: Reading, texts: Texts) -> Float[Tensor, "L parts"]:
     direction = gain * above_mean(bridge.W_U, texts.token_id)
     weights = 1 / cache["ln_final.hook_scale"][texts.where].T  # [1, n]
     mean = {name: torch.tensordot(weights / weights.sum(), x[texts.where], 1) for name, x in cache.items()}
-    shares = ActivationCache(mean, bridge, has_batch_dim=False).get_full_resid_decomposition(
+    shares = type(cache)(mean, bridge, has_batch_dim=False).get_full_resid_decomposition(
         expand_neurons=False, apply_ln=True, project_output_onto=direction
     )
     heads, mlps, _ = shares.tensor_split([L * H, L * H + L])
