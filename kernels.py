@@ -861,7 +861,7 @@ class RecordedPass:
 
     def __init__(self, function, parameters):
         self.function, self.parameters = function, parameters
-        self.shapes = self.replay = None
+        self.shapes = self.replay = self.trained = None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         shapes = [one.shape for one in inputs]
@@ -876,7 +876,8 @@ class RecordedPass:
         if not self.is_recordable:
             return self.function(*inputs)
         if self.replay is None:
-            gc.collect()  # frees the recordings of earlier models, too: trainer and model hold each other
+            if self.trained is None:
+                gc.collect()  # frees the recordings of earlier models: trainer and model hold each other
             self.trained = [one for one in self.parameters() if one.requires_grad]
             self.replay = torch.cuda.make_graphed_callables(
                 lambda *tensors: self.function(*tensors[: len(inputs)]),

@@ -818,7 +818,8 @@ def gae(
     >>> gae(torch.tensor([[0.0, 1.0]]), values, mask, args)  # from the right: 1 - 0.2; 0.2 - 0.5 + 0.5 * 0.8
     tensor([[0.1000, 0.8000]])
     """
-    # gather_rows (section 10) pads with -100. V and Â are 0 past the end, so the recursion needs no cases.
+    # gather_rows, called in section 10, pads with -100. V and Â are 0 past the end: the recursion needs no
+    # cases.
     values = values * mask
     advantages = torch.zeros_like(values)
     next_value = next_advantage = 0.0
@@ -1275,8 +1276,8 @@ class RLHFTrainer:
             self.terms = load_rewards(args, self.run_dir, self.device)
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
-            reference = TransformerWithValueHead(args.base_model, device=self.device)
-            self.reference = reference.requires_grad_(False)
+            self.reference = TransformerWithValueHead(args.base_model, device=self.device)
+            self.reference.requires_grad_(False)
 
         self.trained = {
             name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad
@@ -1314,10 +1315,9 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
     >>> [round(lr_scale(phase, RLHFArgs(total_phases=5, warmup_steps=1)), 2) for phase in range(5)]
     [0.5, 1.0, 0.7, 0.4, 0.1]
     """
-    warmup = args.warmup_steps
-    last = max(args.total_phases - 1, warmup + 1)
+    last = max(args.total_phases - 1, args.warmup_steps + 1)
     # From 0 in the phase before the first, so that the first one learns, too.
-    return float(np.interp(phase, [-1, warmup, last], [0, 1, args.final_scale]))
+    return float(np.interp(phase, [-1, args.warmup_steps, last], [0, 1, args.final_scale]))
 
 
 # ---- 11 Update to log --------------------------------------------------------------------------------------
@@ -2087,7 +2087,7 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
         return preferences_reward(rest, args, run_dir, device)
     path, _, name = spec.rpartition(":" if ".py:" in spec else ".")
     require(
-        re.fullmatch(r"(.*\w[.]|.+[.]py:)(?!(py|jsonl?|csv)$)\w+", spec),
+        re.fullmatch(r"(.*\w[.](?!(py|jsonl?|csv|parquet|txt)$)|.+[.]py:)[^.:/]+", spec),
         f"--reward {spec}: unknown; expected `periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, "
         "`preferences:FILE`, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`; from Python a function",
     )
@@ -2961,7 +2961,7 @@ def inspect(
     token: str = ".",
     prompt: str | None = None,
     samples: int = 32,
-    gen_len: int = 32,
+    gen_len: int = 0,
     seed: int = 0,
 ) -> None:
     """Compares a run's model with the one it started from: a table, and RUN/inspect.png.
@@ -2971,7 +2971,7 @@ def inspect(
         token: whose logit is taken apart
         prompt: what the completions continue, on which both models are read; by default the run's first
         samples: completions, drawn from the trained model as in training
-        gen_len: tokens in a completion, at most
+        gen_len: tokens in a completion, at most; 0: as many as in training
         seed: of the completions
     """
     settings = saved_settings(run)
@@ -2979,7 +2979,7 @@ def inspect(
     # Training began with the base rounded to --dtype. Both compute in float32, so that only weights differ.
     base = TransformerWithValueHead(settings.base_model, dtype=settings.dtype).float()
     trained = TransformerWithValueHead(str(run / "model"), prepend_bos=settings.prepend_bos)
-    settings = replace(settings, gen_len=gen_len, seed=seed, long_prompts="drop")
+    settings = replace(settings, gen_len=gen_len or settings.gen_len, seed=seed)
     if prompt is not None:
         settings = replace(settings, prompts=None, prefix=prompt)
     example, *_ = fitting(trained, load_examples(settings, settings.prompts), settings)

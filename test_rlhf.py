@@ -3339,6 +3339,7 @@ def test_reward_functions_are_called_as_trl_calls_them(gpt2, tmp_path, monkeypat
         ("my_package.nothing.at_all", "raised ModuleNotFoundError"),
         ("nothing", "unknown; expected `periods`"),
         ("pairs.jsonl", "unknown; expected .* `preferences:FILE`"),
+        ("pairs.txt", "unknown; expected .* `preferences:FILE`"),
         ("T/rewards.py", "unknown; expected .* `FILE.py:FUNCTION`"),
         ("rewards.py:", "unknown; expected .* `FILE.py:FUNCTION`"),
     ]:
@@ -3754,6 +3755,14 @@ def test_logged_numbers_of_any_kind_are_written_and_change_nothing_else(gpt2, tm
     assert [row["seen"] for row in during] == [0, 1, 2] and during[0]["reward"] != "mine"
 
 
+def test_a_reward_function_may_have_any_name_of_python(tmp_path):
+    path = tmp_path / "my rewards.py"
+    for name in ("json", "py", "नाम", "f2"):
+        path.write_text(f"def {name}(prompts, completions, **columns):\n    return [2.0] * len(prompts)\n")
+        function = rlhf.load_reward(f"{path}:{name}", RLHFArgs(), tmp_path, "cpu")
+        assert function(prompts=["This"], completions=[" is"]) == [2.0]
+
+
 def test_a_file_with_the_name_of_a_module_of_python_is_refused(tmp_path):
     path = tmp_path / "math.py"
     path.write_text("def f(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
@@ -3787,14 +3796,18 @@ def test_inspect_passes_over_a_prompt_that_was_dropped(gpt2, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_inspect_asks_for_room_behind_one_prompt_alone(gpt2, tmp_path, capsys):
-    """The second is too long for 32 new tokens, but not for the four of the run."""
+def test_inspect_reads_the_prompts_as_training_did(gpt2, tmp_path, capsys):
+    """The second is too long for 32 new tokens, but not for the four of the run; a long one is cut, as in
+    training."""
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "Here is"}, {"prompt": "This is a test. " * 7}])
     argv = "--algo grpo --lora --batch-size 4 --group-size 2 --gen-len 4 --num-minibatches 2".split()
     argv += ["--total-phases", "1", "--warmup-steps", "0", "--base-model", gpt2, "--prompts", str(path)]
     assert rlhf.main([*argv, "--run-dir", str(tmp_path / "run")]) == 0
     assert rlhf.main(["inspect", str(tmp_path / "run"), "--samples", "2"]) == 0
     assert "completions of 'Here is'" in capsys.readouterr().out
+    write_rows(path, [{"prompt": "This is a test. " * 40}])
+    assert rlhf.main([*argv, "--long-prompts", "cut", "--run-dir", str(tmp_path / "cut")]) == 0
+    assert rlhf.main(["inspect", str(tmp_path / "cut"), "--samples", "2"]) == 0
 
 
 def test_a_data_set_on_the_hub_is_named_with_split_and_subset(monkeypatch):
@@ -5518,7 +5531,7 @@ def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsy
         ([str(tmp_path / "nowhere")], "is no run directory"),
         ([str(tmp_path / "empty")], "holds no settings"),
         ([str(tmp_path)], "model: cannot be loaded"),
-        ([str(collapsed), "--gen-len", "0"], "--gen-len 0: should be greater than or equal to 1"),
+        ([str(collapsed), "--gen-len", "-1"], "--gen-len -1: should be greater than or equal to 1"),
         ([str(collapsed), "--token", "zqj"], "--token 'zqj': must be a single token"),
         ([str(collapsed), "--token", ""], "--token '': must be a single token"),
         ([str(collapsed), "--gen-len", "100"], "context of 64"),
@@ -7926,11 +7939,11 @@ WRONG_ANSWERS = {
         ("math.exp(np", "math.exp(-np"),
     ],
     "lr_scale": [
-        ("[-1, warmup,", "[0, warmup,"),
-        ("[-1, warmup,", "[-1, warmup - 1,"),
+        ("[-1, args.warmup_steps,", "[0, args.warmup_steps,"),
+        ("[-1, args.warmup_steps,", "[-1, args.warmup_steps - 1,"),
         ("[0, 1, args.final_scale]", "[0, 1, 0]"),
         ("args.total_phases - 1", "args.total_phases"),
-        ("max(args.total_phases - 1, warmup + 1)", "args.total_phases - 1"),
+        ("max(args.total_phases - 1, args.warmup_steps + 1)", "args.total_phases - 1"),
     ],
 }
 
