@@ -82,7 +82,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, rnn
 from transformers import Cache, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
@@ -248,9 +248,9 @@ def tokenize(
     tokenizer, prompts: list[str | list], device: str | torch.device
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Token ids of the prompts, left-padded, and their mask."""
-    rows = [torch.tensor(token_ids(tokenizer, prompt), device=device) for prompt in prompts]
+    rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
     # Padded with -1, which is no token; EOS may stand in a prompt, too.
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    tokens = rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left").to(device)
     mask = tokens >= 0
     return tokens.where(mask, tokenizer.eos_token_id), mask
 
@@ -2086,7 +2086,7 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
     if kind == "preferences" and rest:
         return preferences_reward(rest, args, run_dir, device)
     path, _, name = spec.rpartition(":" if ".py:" in spec else ".")
-    require(
+    require(  # FILE.py: and a name, or names with dots between, which are no file's
         re.fullmatch(r"(.*\w[.](?!(py|jsonl?|csv|parquet|txt)$)|.+[.]py:)[^.:/]+", spec),
         f"--reward {spec}: unknown; expected `periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, "
         "`preferences:FILE`, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`; from Python a function",
@@ -2224,7 +2224,7 @@ def call_reward(reward: Reward, columns: dict) -> list[float]:
 
 def pick_device(device: str) -> tuple[Accelerator, str]:
     """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
-    processes do not find each other."""
+    processes do not find each other; of several processes only the first speaks from here on."""
     for engine in "DEEPSPEED FSDP MEGATRON_LM PARALLELISM_CONFIG".split():
         require(
             os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false",
@@ -2352,8 +2352,8 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     with explained(f"{path}: cannot be written"):
         # tolist: also numbers of numpy and torch; None: JSON knows no NaN
         rows = json.loads(json.dumps(rows, default=lambda x: x.tolist()), parse_constant=lambda _: None)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        write_whole(path, lambda new: new.write_text("".join(lines), encoding="utf-8"))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_whole(path, lambda new: new.write_text(text, encoding="utf-8"))
 
 
 def choose_run_dir(args: RLHFArgs) -> Path:
@@ -2462,8 +2462,8 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
             return
         except SettingError:
             raise
-        except Exception:  # of many kinds
-            console.print(f"{path}: is damaged; trying the one before")
+        except Exception as error:  # of many kinds; torch's advice would be to run what is in it
+            console.print(f"{path}: is damaged ({type(error).__name__}); trying the one before")
     require(not paths, f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew elsewhere")
 
 
