@@ -1132,8 +1132,8 @@ class RLHFTrainer:
                     memory, metrics, completions = self.rollout_phase()
                 middle = perf_counter()
                 # Where every group's rewards are equal (with a critic: the batch's), a step would follow KL
-                # and entropy alone, and stay in AdamW's moments. So none is taken, and there the leash does not
-                # pull, either; the pass is made for its metrics.
+                # and entropy alone, and stay in AdamW's moments. So none is taken, and there the leash does
+                # not pull, either; the pass is made for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics |= {"rollout_seconds": middle - start, "learning_seconds": perf_counter() - middle}
                 log.phase(metrics, completions[:3])  # and now and then held-out prompts and a checkpoint
