@@ -109,6 +109,8 @@ class RLHFArgs:
     The other commands are label, inspect and compare: `python rlhf.py label --help` and so on.
     """
 
+    # dataclasses.replace keeps what --algo has filled in below: give another --algo to RLHFArgs itself.
+
     # The experiment
     algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "course"] = "ppo"  # section 9
     base_model: str = "tiny"  # `tiny`, `smollm2`, a name that TransformerLens knows, hub id, or directory
@@ -376,7 +378,7 @@ class TransformerWithValueHead(nn.Module):
     whose loss trains the model, too.
 
     `bridge` is the TransformerLens model: `bridge.run_with_cache` and `bridge.run_with_hooks` work at any
-    time.
+    time. Keep a state_dict, not a deepcopy, whose value head would write to the original.
     """
 
     def __init__(
@@ -535,7 +537,7 @@ class LoRALinear(nn.Linear):
     False
     """
 
-    # Switches of all adapters at once, since they belong to the class.
+    # Switches of all adapters at once, since they belong to the class: one thread at a time may use them.
     in_pass = False  # within `features`: TransformerLens reads `weight` in every pass, for its dtype alone
     enabled = True  # except within adapters_off
 
@@ -618,7 +620,7 @@ def get_samples(
     """Draws a completion of up to gen_len tokens for each prompt, one column at a time. With rows_at_once
     the result is the same, drawn for that many prompts at a time, in less memory.
 
-    C is the length of the longest completion drawn, at most gen_len.
+    C is the length of the longest completion drawn, at most gen_len. Prompts must be padded on the left.
     """
     B, P = prompt_tokens.shape
     C = 0  # of the longest completion so far
@@ -734,9 +736,9 @@ def get_rewards(
     terms: list[Reward], examples: list[dict], completions: list[str], **extras
 ) -> Float[Tensor, "B R"]:
     """What each of the R reward functions gives each completion; NaN where one does not apply. A function is
-    called once for the whole batch, with the columns of the prompts file as lists, and the extras (section
-    12) as they are."""
-    columns = {key: [example[key] for example in examples] for key in examples[0]} | extras
+    called once for the whole batch, with the columns of the prompts file as lists of copies, which it may
+    change, and the extras (section 12)."""
+    columns = {key: [deepcopy(example[key]) for example in examples] for key in examples[0]} | extras
     columns |= {"prompts": columns.pop("prompt"), "completions": completions}
     return torch.tensor([call_reward(term, columns) for term in terms]).T
 
@@ -1145,7 +1147,8 @@ class RLHFTrainer:
 
     @torch.no_grad
     def rollout_phase(self) -> tuple[ReplayMemory, dict, list[dict]]:
-        """Fills a memory; also returns the phase's metrics, and the completions as records to be read."""
+        """Fills a memory; also returns the phase's metrics, and the completions as records to be read. Called
+        again before learning_phase, it draws the same."""
         args = self.args
         # A seed for each phase and process: going on after a stop needs no stored random state.
         self.generator.manual_seed(seed_of(args.seed, self.phase, self.accelerator.process_index))
@@ -1360,7 +1363,7 @@ from copy import deepcopy
 from dataclasses import fields, replace
 from datetime import datetime
 from functools import lru_cache, partial
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from io import BytesIO, StringIO
 
 import transformers
@@ -2110,8 +2113,8 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
         require(file.is_file(), f"--reward {spec}: there is no file {path}")
         path = file.stem
         require(
-            path not in sys.stdlib_module_names,
-            f"--reward {spec}: Python has a module of this name; rename the file",
+            path not in sys.stdlib_module_names | packages_distributions().keys(),
+            f"--reward {spec}: there is another module of this name; rename the file",
         )
         sys.modules.pop(path, None)
     with blamed(f"--reward {spec}"):
@@ -2123,9 +2126,10 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
 def as_in_trl(function: RewardFn) -> RewardFn:
     """A user's function, `async` or not, called as TRL does: in a conversation, completions are messages."""
 
+    @torch.enable_grad()  # it may train something
     def call(prompts: list[Turns], completions: list[str], **columns) -> list[float | None]:
         scores = function(prompts=prompts, completions=[*map(reply, prompts, completions)], **columns)
-        if asyncio.iscoroutine(scores):
+        if hasattr(scores, "__await__"):
             # In a thread of its own, for a notebook has a loop here already.
             return ThreadPoolExecutor().submit(event_loop.run_until_complete, scores).result()
         return scores
@@ -2243,9 +2247,10 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
             f"accelerate's {engine}: not supported; each process holds the whole model",
         )
     is_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
-    with explained("accelerate: was launched wrongly"):
-        accelerator = Accelerator(cpu=is_cpu)
-    console.quiet = not accelerator.is_main_process
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    with explained("accelerate: cannot be set up"):  # where an earlier Accelerator has another precision
+        accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision)
+    console.quiet |= not accelerator.is_main_process
     if device == "auto":
         device = str(accelerator.device)
     with explained(f"--device {device}: not available here"):

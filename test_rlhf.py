@@ -51,6 +51,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -102,10 +103,9 @@ TIMINGS = {"rollout_seconds", "learning_seconds", "tokens_per_second", "peak_mem
 
 
 @pytest.fixture(autouse=True)
-def device_of_each_test() -> None:
-    """One process uses the GPU in some tests and the CPU in others, which accelerate does not expect."""
-    if CUDA:
-        AcceleratorState._reset_state(reset_partial_state=True)
+def device_and_precision_of_each_test() -> None:
+    """Of which accelerate expects one in a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # ---- Small models ------------------------------------------------------------------------------------------
@@ -2012,6 +2012,20 @@ def test_rewards_are_not_computed_under_autocast(gpt2, tmp_path, monkeypatch):
     torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.ref_logprobs, atol=1e-6, rtol=0)
 
 
+def test_a_precision_that_another_accelerator_has_left_is_refused(gpt2):
+    """accelerate has one for a whole process: say TRL's, whose default is bfloat16."""
+    Accelerator(mixed_precision="bf16")
+    with pytest.raises(SettingError, match="accelerate: cannot be set up: .* already .* restart"):
+        RLHFTrainer(small_args(gpt2))
+
+
+def test_a_caller_may_keep_the_console_quiet(gpt2, monkeypatch, capsys):
+    monkeypatch.setattr(rlhf.console, "quiet", True)
+    RLHFTrainer(small_args(gpt2))
+    rlhf.console.print("loud")
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_padding_is_not_nan_under_autocast(name, tmp_path, monkeypatch):
     """A prompt of one token beside a longer one: padding attends to nothing, and 0 times NaN is NaN."""
@@ -2276,7 +2290,7 @@ def test_variables_of_a_launcher_without_one_are_one_line(tmp_path, capfd, varia
         finally:
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
-    assert re.fullmatch(f"rlhf.py: accelerate: was launched wrongly: .*{cause}.*\n", capfd.readouterr().err)
+    assert re.fullmatch(f"rlhf.py: accelerate: cannot be set up: .*{cause}.*\n", capfd.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 
@@ -3347,6 +3361,29 @@ def test_reward_functions_are_called_as_trl_calls_them(gpt2, tmp_path, monkeypat
             rlhf.load_reward(spec, RLHFArgs(), tmp_path, "cpu")
 
 
+def test_reward_functions_may_train_be_generators_and_change_what_they_are_given(gpt2, tmp_path):
+    """As in TRL. Each row has its own prompt, of which the K rows of a group were one object."""
+    judge = nn.Linear(1, 1)
+    turns = [{"role": "user", "content": "No"}]
+
+    def reward(prompts, completions, answer, **columns):
+        assert all(prompt == turns for prompt in prompts)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt.extend(completion)
+        answer[0].clear()
+        judge(torch.ones(1)).backward()
+        for completion in completions:
+            yield float(len(completion[0]["content"]))
+
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": turns, "answer": ["7"]}])
+    base = chat_model(tmp_path / "chat", gpt2)
+    trainer = RLHFTrainer(small_args(base, algo="grpo", lora=True, prompts=path, reward=reward))
+    for _ in range(2):
+        trainer.learning_phase(trainer.rollout_phase()[0])
+    assert trainer.examples == [{"prompt": turns, "answer": ["7"]}]
+    assert judge.weight.grad == 2
+
+
 @pytest.mark.parametrize("family", ["Roberta", "Camembert", "MPNet", "IBert", "Data2VecText", "Longformer"])
 def test_robertas_positions_are_two_less_than_it_says(gpt2, tmp_path, family):
     more = {"attention_window": [4]} if family == "Longformer" else {}
@@ -3763,12 +3800,14 @@ def test_a_reward_function_may_have_any_name_of_python(tmp_path):
         assert function(prompts=["This"], completions=[" is"]) == [2.0]
 
 
-def test_a_file_with_the_name_of_a_module_of_python_is_refused(tmp_path):
-    path = tmp_path / "math.py"
+@pytest.mark.parametrize("module", [math, numpy], ids=["of Python", "installed"])
+def test_a_file_with_the_name_of_another_module_is_refused(tmp_path, module):
+    """It would take that one's place for all that import it later."""
+    path = tmp_path / f"{module.__name__}.py"
     path.write_text("def f(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
-    with pytest.raises(SettingError, match="math.py:f: Python has a module of this name"):
+    with pytest.raises(SettingError, match=f"{path.name}:f: there is another module of this name"):
         rlhf.load_reward(f"{path}:f", RLHFArgs(), tmp_path, "cpu")
-    assert sys.modules["math"] is math
+    assert sys.modules[module.__name__] is module
 
 
 @pytest.mark.usefixtures("no_pictures")
