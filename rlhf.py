@@ -2126,8 +2126,7 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
 def as_in_trl(function: RewardFn) -> RewardFn:
     """A user's function, `async` or not, called as TRL does: in a conversation, completions are messages."""
 
-    @torch.enable_grad()  # it may train something
-    def call(prompts: list[Turns], completions: list[str], **columns) -> list[float | None]:
+    def call(prompts: list[Turns], completions: list[str], **columns):
         scores = function(prompts=prompts, completions=[*map(reply, prompts, completions)], **columns)
         if hasattr(scores, "__await__"):
             # In a thread of its own, for a notebook has a loop here already.
@@ -2224,7 +2223,7 @@ def call_reward(reward: Reward, columns: dict) -> list[float]:
     """
     where = f"reward function {reward.name.removeprefix('reward/')}"
     completions = columns["completions"]
-    with blamed(where):
+    with blamed(where), torch.enable_grad():  # it may train something
         scores = [None if score is None else float(score) for score in reward.function(**columns)]
     require(
         len(scores) == len(completions),
