@@ -270,16 +270,16 @@ def positions(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 
 
 def distinct_prompts(
-    tokens: Int[Tensor, "B P"], mask: Bool[Tensor, "B P"]
+    tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], P: int
 ) -> tuple[Int[Tensor, "prompts P"], Int[Tensor, "B"]]:
-    """Each prompt once, -1 where it is padded, and which of them each row has.
+    """Each prompt (columns 0 to P-1) once, -1 where it is padded, and which of them each row has.
 
     >>> tokens, mask = torch.tensor([[0, 7], [0, 7], [0, 7]]), torch.tensor([[1, 1], [0, 1], [1, 1]]).bool()
-    >>> distinct_prompts(tokens, mask)
+    >>> distinct_prompts(tokens, mask, P=2)
     (tensor([[-1,  7],
             [ 0,  7]]), tensor([1, 0, 1]))
     """
-    return tokens.where(mask, -1).unique(dim=0, return_inverse=True)
+    return tokens.where(mask, -1)[:, :P].unique(dim=0, return_inverse=True)
 
 
 def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[int]]:
@@ -484,7 +484,7 @@ class TransformerWithValueHead(nn.Module):
         # (kernels.py): for kernels as small as these Python is too slow.
         compute = self.learning_pass if torch.is_grad_enabled() and can_replay(self) else self.features_behind
         if len(mask) * P > 256:
-            return compute(tokens[:, P - 1 :], mask, *distinct_prompts(tokens[:, :P], mask[:, :P]))
+            return compute(tokens[:, P - 1 :], mask, *distinct_prompts(tokens, mask, P))
         # Where prompts hold few tokens (256 by measurement), to read them again with each completion costs
         # less than a pass of their own.
         features, values = compute(tokens, mask)
@@ -908,8 +908,7 @@ class ReplayMemory(Samples):
         >>> [m.advantages.T.tolist() for m in memory.get_minibatches(1, 2, torch.Generator().manual_seed(3))]
         [[[2.0, 0.0]], [[3.0, 1.0]]]
         """
-        P = self.prompt_width
-        _, prompt_of = distinct_prompts(self.tokens[:, :P], self.attention_mask[:, :P])
+        _, prompt_of = distinct_prompts(self.tokens, self.attention_mask, self.prompt_width)
         for _ in range(passes):
             order = torch.randperm(len(self.tokens), generator=generator, device=generator.device)
             prompts = prompt_of[order]
@@ -1992,7 +1991,7 @@ def column_by_column(
     buffers of T columns, where a DynamicCache would copy all of them for each. So all passes launch the same,
     and on a GPU the second is recorded and replayed from then on (a CUDA graph)."""
     cache = Cache(layers=[StaticLayer(tokens.shape[1]) for _ in policy.bridge.blocks])
-    for i, layer in enumerate(policy.prompt_cache(*distinct_prompts(tokens[:, :P], mask[:, :P])).layers):
+    for i, layer in enumerate(policy.prompt_cache(*distinct_prompts(tokens, mask, P)).layers):
         cache.update(layer.keys, layer.values, i)
     column = torch.tensor([P - 2], device=tokens.device)
 

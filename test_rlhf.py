@@ -7801,8 +7801,8 @@ WRONG_ANSWERS = {
         ("tokens[:, P - 1 :], mask, ", "samples.tokens[:, P:], samples.attention_mask, "),
         ("tokens[:, P - 1 :], mask, ", "samples.tokens[:, P - 1 :], mask, "),
         ("tokens[:, P - 1 :], mask, ", "tokens[:, P - 1 :], mask[:, P - 1 :], "),
-        ("mask, *distinct_prompts(tokens[:, :P], mask[:, :P])", "mask"),
-        ("tokens[:, :P], mask[:, :P]", "tokens, mask"),
+        ("mask, *distinct_prompts(tokens, mask, P)", "mask"),
+        ("tokens, mask, P)", "tokens, mask, P + 1)"),
         (
             "samples.tokens[:, :-1], samples.attention_mask[:, :-1]",
             "samples.tokens[:, 1:], samples.attention_mask[:, 1:]",
