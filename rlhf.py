@@ -461,8 +461,9 @@ class TransformerWithValueHead(nn.Module):
         """Keys and values of columns 0 to P-2 of each row, from its distinct_prompts: a prompt is computed
         once, and the gradients of all its completions flow back through that one computation."""
         cache = DynamicCache()
-        if prompts.shape[1] > 1:
-            self.features(prompts[:, :-1].clamp(min=0), prompts[:, :-1] >= 0, cache)
+        prompts = prompts[:, :-1]
+        if prompts.shape[1]:
+            self.features(prompts.clamp(min=0), prompts >= 0, cache)
             cache.batch_select_indices(of_row)  # a copy for each row that has this prompt
         return cache
 
