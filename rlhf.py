@@ -1175,7 +1175,7 @@ class RLHFTrainer:
         mask = drawn != -100
         ended = torch.isin(drawn, self.policy.stops).any(dim=1)
         if args.truncated == "penalty":
-            rewards -= (~ended).float()
+            rewards[~ended] -= 1
         # 5. Advantages; where no reward applies they are NaN, and become 0.
         scaled = normalize_reward(rewards) if args.scale_rewards == "batch" else rewards
         beta = self.kl_coef if args.kl_in == "reward" else 0.0
