@@ -1676,7 +1676,7 @@ def picture(path: Path, height: float) -> Iterator[Figure]:
     with style.context(STYLE):
         figure = Figure(figsize=(9, height), layout="constrained")
         yield figure
-        write_whole(path, lambda beside: figure.savefig(beside, format="png", bbox_inches="tight"))
+        write_whole(path, partial(figure.savefig, format="png", bbox_inches="tight"))
 
 
 def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
