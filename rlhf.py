@@ -2336,7 +2336,7 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
             kind in ("", "txt", "jsonl", "ndjson"),
             f"{source}: expected .txt, .jsonl, .json, .csv, .parquet or hub:NAME:SPLIT",
         )
-        return read_lines(Path(source), kind in ("jsonl", "ndjson"))
+        return read_lines(Path(source), are_json="json" in kind)
     # Here, since it takes a second, and within, since it reports on what it does.
     with explained(f"{source}: cannot be loaded"), redirect_stderr(StringIO()):
         import datasets
