@@ -266,7 +266,7 @@ def positions(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     >>> positions(torch.tensor([[False, True, True, True]]))
     tensor([[0, 0, 1, 2]])
     """
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def distinct_prompts(

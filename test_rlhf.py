@@ -7779,7 +7779,7 @@ WRONG_ANSWERS = {
         ("token_ids(tokenizer, prompt)", "tokenizer.encode(prompt)"),
     ],
     "positions": [
-        ("attention_mask.long().cumsum(dim=1) - 1", "torch.ones_like(attention_mask).cumsum(dim=1) - 1"),
+        ("attention_mask.cumsum(dim=1) - 1", "torch.ones_like(attention_mask).cumsum(dim=1) - 1"),
         (".clamp(min=0)", ""),
         (" - 1)", ")"),
     ],
