@@ -1920,7 +1920,7 @@ def load_bridge(
         cache = DynamicCache()
         probe(model.base_model, slice(3), cache)
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
-        declared = np.atleast_1d(model.generation_config.eos_token_id).tolist()
+        declared = np.atleast_1d(model.generation_config.eos_token_id)
         stops = torch.tensor(list({tokenizer.eos_token_id, *declared} - {None}), device=device)
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         error = (scale * bridge.unembed(features) - truth).abs().max() / truth.abs().max()
