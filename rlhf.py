@@ -2703,7 +2703,7 @@ def train_tiny(path: Path, steps: int = 900, width: int = 64) -> None:
 
     fit(model, tokens[starts + torch.arange(width)], loss_of, "tiny", lr=4e-3)
     with torch.no_grad():
-        loss = loss_of(held_out.unfold(0, width, width)).item()
+        loss = loss_of(held_out.unfold(0, width, width))
     console.print(f"held-out loss {loss:.2f} nats a token, {model.num_parameters():,} parameters")
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
