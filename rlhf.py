@@ -2519,7 +2519,7 @@ def start_tracker(trainer: RLHFTrainer) -> None:
     if not args.track:
         return
     # tensorboard wants its directory before it is chosen
-    trainer.accelerator.project_configuration.set_directories(str(run_dir))
+    trainer.accelerator.project_configuration.set_directories(run_dir)
     trainer.accelerator.log_with = [args.track]
     settings = {name: x if isinstance(x, int | float | str) else str(x) for name, x in vars(args).items()}
     run = {"name": run_dir.name, "resume": "allow" if args.resume else "never"}
