@@ -634,18 +634,19 @@ def get_samples(
     for rows in row_slices(B, rows_at_once or B):
         columns = column_by_column(policy, tokens[rows], mask[rows], P)  # their features: section 12
         alive = mask[rows, P - 1]  # True: prompts are padded on the left
-        for t in range(P, P + gen_len):
+        for c in range(gen_len):
+            t = P + c  # the column of completion token c
             features, state_values = next(columns)  # of column t-1
             probs = (policy.logits(features[:, -1]) / temperature).softmax(dim=-1)
-            drawn = sample_token(keep_likeliest(probs, top_k, top_p), uniform[rows, t - P])
+            drawn = sample_token(keep_likeliest(probs, top_k, top_p), uniform[rows, c])
             tokens[rows, t] = drawn.where(alive, tokens[rows, t])
             mask[rows, t] = alive
-            logprobs[rows, t - P] = probs.gather(1, drawn[:, None]).squeeze(1).log() * alive
-            values[rows, t - P] = state_values[:, -1] * alive
+            logprobs[rows, c] = probs.gather(1, drawn[:, None]).squeeze(1).log() * alive
+            values[rows, c] = state_values[:, -1] * alive
             alive = alive & ~torch.isin(drawn, policy.stops)
             if not alive.any():
                 break
-        C = max(C, t + 1 - P)
+        C = max(C, c + 1)
         del columns  # and their keys and values, before the next ones
     # Columns that no completion has reached are cut off.
     return Samples(tokens[:, : P + C], mask[:, : P + C], logprobs[:, :C], values[:, :C])
