@@ -69,7 +69,7 @@ Left out   because it would hide the idea: a reward function for each token, a c
 import itertools
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -2183,13 +2183,14 @@ def load_classifier(name: str, what: str, device: str, **options):
     return model.float().to(device), tokenizer
 
 
-def classify(model: nn.Module, tokenizer, texts: list[str]) -> Float[Tensor, "B labels"]:
-    """Logits of the labels; of a text longer than the context, the end is kept."""
-    inputs = (
+def classify(model: nn.Module, tokenizer, inputs: Iterable[Turns]) -> Float[Tensor, "B labels"]:
+    """Logits of the labels of texts or conversations; of one longer than the context, the end is kept."""
+    texts = (as_text(turns, tokenizer) or tokenizer.pad_token for turns in inputs)
+    batches = (
         tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(model.device)
-        for batch in BatchSampler((text or tokenizer.pad_token for text in texts), 64, drop_last=False)
+        for batch in BatchSampler(texts, 64, drop_last=False)
     )
-    return torch.cat([model(**batch).logits for batch in inputs])
+    return torch.cat([model(**batch).logits for batch in batches])
 
 
 def classifier_reward(name: str, device: str) -> RewardFn:
@@ -2205,8 +2206,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
 
     @torch.no_grad
     def score(prompts: list[Turns], completions: list[str], **columns) -> list[float]:
-        texts = [as_text(whole, tokenizer) for whole in map(joined, prompts, completions)]
-        scores = classify(classifier, tokenizer, texts)
+        scores = classify(classifier, tokenizer, map(joined, prompts, completions))
         if len(labels) > 1 and kind != "regression":
             scores = scores.sigmoid() if kind == "multi_label_classification" else scores.softmax(-1)
         return scores[:, labels.index(class_name)].tolist()
