@@ -2541,14 +2541,13 @@ def export(trainer: RLHFTrainer) -> None:
             write_whole(trainer.run_dir / "adapter", partial(export_adapter, trainer.policy, trainer.args))
 
 
-@torch.no_grad
 def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
     """Which output rows of a fused query-key-value matrix belong to q, k and v; GPT-2 stacks them, NeoX
     alternates by head. Found by having the bridge split a matrix whose every row holds its own number."""
     fused = attn.qkv.original_component
     weight = fused.weight.data
     fused.weight.data = torch.ones_like(weight, dtype=torch.float32)
-    as_rows(fused).cumsum_(dim=0)  # 1 in the first row
+    as_rows(fused).data.cumsum_(dim=0)  # 1 in the first row
     parts = attn.split_qkv_matrix(attn.original_component)
     fused.weight.data = weight
     return {name: part.weight[:, 0].long() - 1 for name, part in zip("qkv", parts, strict=True)}
