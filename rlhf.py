@@ -862,7 +862,7 @@ def leave_one_out(
 ) -> Float[Tensor, "B C"]:
     """Â_i = r_i - mean of the other rewards of the group = n/(n-1) (r_i - mean(r)) (RLOO 2402.14740, section
     2.2), where n of the K have a reward; for n = 1 it is NaN, which section 10 makes 0. The baseline does not
-    contain r_i, so it leaves the gradient unbiased (unless `--scale-rewards group` divides, as in GRPO).
+    contain r_i, so it leaves the gradient unbiased (unless `--scale-rewards` divides, as in GRPO).
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
@@ -1006,7 +1006,7 @@ def masked_mean(
     """Averages what is not masked, in one of three ways:
 
     sequence   the mean of each completion, then the mean of these (GRPO)
-    token      the mean of all tokens, so that a long completion counts for more (DAPO)
+    token      the mean of the minibatch's tokens, so that a long completion counts for more (DAPO)
     constant   the sum of all tokens, divided by b · gen_len (Dr. GRPO)
 
     >>> x, mask = torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[True, True], [True, False]])
@@ -1056,7 +1056,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
     β must rise where the KL is above its target and fall where it is below (1909.08593, section 2.2). But the
     KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
     what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
-    a derivative (2007.03964, section 4). A KL below a hundredth of the target counts as that hundredth, also
+    a derivative (2007.03964). A KL below a hundredth of the target counts as that hundredth, also
     the 0 before the first phase.
 
     >>> args = RLHFArgs(kl_target=1.0)
@@ -1073,7 +1073,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
 # line wins over the cell. All have an entropy bonus, as PPO, and a KL in the loss is the exact one, as in the
 # course. As published they have `--ent-coef 0` (except PPO and the course) and GRPO has `--kl-estimator k3`.
-# ε, β and λ are this file's choice, except: ε of PPO, DAPO, GSPO and CISPO; β = 0, where the paper has no
+# ε, β and λ are this file's choice, except: ε of all but GRPO and RLOO; β = 0, where the paper has no
 # reference; λ = 0, the course's one-step advantage.
 # - `-`: the upper end is 1 + clip_coef. Where a number is, --clip-coef moves the lower end alone.
 # - ppo: the paper has no reference, and averages over all tokens; InstructGPT has the KL in the reward.
@@ -1754,7 +1754,7 @@ def check_settings(args: RLHFArgs) -> None:
     )
     require(
         args.kl_estimator != "k1" or args.kl_in == "reward",
-        "--kl-estimator k1: as a loss its gradient is 0 on average, it holds nothing; give --kl-in reward",
+        "--kl-estimator k1: its gradient is 0 on average at first, it holds nothing; give --kl-in reward",
     )
     require(
         not args.micro_batch_size or args.whiten == "none",
