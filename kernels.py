@@ -72,7 +72,7 @@ KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of f
 BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
 
 
-# Choosing a path
+# ---- Choosing a path ---------------------------------------------------------------------------------------
 
 
 def path_taken(tensor: Tensor) -> str:
@@ -90,7 +90,7 @@ def kernel(function):
     return triton.jit(inspect.unwrap(function)) if triton else function
 
 
-# What comes in: dtypes, and errors that name the argument, what it was and what was expected
+# ---- What comes in: dtypes, and errors that name the argument, what it was and what was expected -----------
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -197,7 +197,7 @@ def float32_linear(
     return out
 
 
-# Token log-probability: the references
+# ---- Token log-probability: the references -----------------------------------------------------------------
 
 
 def _log_softmax(logits: Float[Tensor, "... V"], temperature: float) -> Float[Tensor, "... V"]:
@@ -261,7 +261,7 @@ def linear_token_logprobs_reference(
     return tuple(_outputs(log_p, log_q, tokens))
 
 
-# Token log-probability: the kernels, one row of logits a program
+# ---- Token log-probability: the kernels, one row of logits a program ---------------------------------------
 
 
 @kernel
@@ -377,7 +377,7 @@ def token_logprobs_backward_kernel(
         )
 
 
-def _launch(V: int) -> dict:
+def _row_config(V: int) -> dict:
     """Block and warps of the row kernels: 8 logits a thread, one 16-byte load of bf16, spill nothing."""
     block = min(2048, max(16, triton.next_power_of_2(V)))
     return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
@@ -390,10 +390,10 @@ def _run_rows(
     N, V = x.shape
     inputs = x, x if y is None else y, *tensors, N, V, x.stride(0), 1 / temperature
     with torch.cuda.device_of(x):  # Triton launches on the current GPU, wherever the tensors are
-        kernel[(N,)](*inputs, HAS_REF=y is not None, **_launch(V))
+        kernel[(N,)](*inputs, HAS_REF=y is not None, **_row_config(V))
 
 
-# Token log-probability: either path, forward and backward
+# ---- Token log-probability: either path, forward and backward ----------------------------------------------
 
 
 def row_slices(N: int, step: int) -> list[slice]:
@@ -406,7 +406,7 @@ def row_slices(N: int, step: int) -> list[slice]:
     return [slice(i * N // count, (i + 1) * N // count) for i in range(count)]
 
 
-def _less(
+def _minus(
     logits: Float[Tensor, "n V"], temperature: float, m: Float[Tensor, "n"], *tops: Float[Tensor, "n"]
 ) -> Float[Tensor, "n V"]:
     """logits / τ minus m and each of tops, one at a time: their sum would be rounded, and shift the whole
@@ -418,12 +418,12 @@ def _less(
 
 
 def _exponentials(logits: Float[Tensor, "n V"], temperature: float) -> tuple[Tensor, ...]:
-    """x̃ = x - max x and exp x̃ [n, V]; the sum of these [n]; max x and the sum's logarithm [2, n]."""
+    """x̃ = x - max x and exp x̃ [n, V]; the sum of these, max x, and the sum's logarithm [n]."""
     m = logits.amax(-1).to(_wide(logits)) / temperature
-    x = _less(logits, temperature, m)
+    x = _minus(logits, temperature, m)
     e = x.exp()
     s = e.sum(-1)
-    return x, e, s, torch.stack([m, s.log()])
+    return x, e, s, m, s.log()
 
 
 def _statistics(
@@ -439,13 +439,13 @@ def _statistics(
         _run_rows(token_logprobs_forward_kernel, logits, ref_logits, temperature, tokens, rows)
         return rows
     for part in row_slices(N, BLOCK_NUMBERS // V):  # as the kernel above computes them, and in its symbols
-        x, e, s, rows[3:5, part] = _exponentials(logits[part], temperature)
-        log_s = rows[4, part]
-        rows[0, part] = x.gather(1, tokens[part, None].clamp(min=0)).squeeze(1) - log_s
+        logprobs, entropy, kl, m, log_s, m_q, log_s_q = rows[:, part]  # views, filled here
+        x, e, s, m[:], log_s[:] = _exponentials(logits[part], temperature)
+        logprobs[:] = x.gather(1, tokens[part, None].clamp(min=0)).squeeze(1) - log_s
         if ref_logits is not None:
-            y, _, _, rows[5:, part] = _exponentials(ref_logits[part], temperature)
-            rows[2, part] = (x - y).mul_(e).nansum(-1) / s - log_s + rows[6, part]
-        rows[1, part] = log_s - e.mul_(x).nansum(-1) / s  # of an impossible token 0·∞, NaN, and counts as 0
+            y, _, _, m_q[:], log_s_q[:] = _exponentials(ref_logits[part], temperature)
+            kl[:] = (x - y).mul_(e).nansum(-1) / s - log_s + log_s_q
+        entropy[:] = log_s - e.mul_(x).nansum(-1) / s  # of an impossible token 0·∞, NaN, and counts as 0
     rows[:3].masked_fill_(tokens == IGNORE, 0)
     return rows
 
@@ -457,7 +457,8 @@ def _coefficients(g: tuple, rows: Float[Tensor, "7 N"], tokens: Integer[Tensor, 
     so a = -g_l - g_H H - g_KL KL. A masked token has all four 0.
     """
     g_l, g_H, g_KL = g
-    a = -g_l - g_H * rows[1] - g_KL * rows[2]
+    _, entropy, kl, *_ = rows
+    a = -g_l - g_H * entropy - g_KL * kl
     return torch.stack([g_l, a, g_H, g_KL]).masked_fill(tokens == IGNORE, 0)
 
 
@@ -479,17 +480,18 @@ def _write_gradient(
     N, V = logits.shape
     for part in row_slices(N, BLOCK_NUMBERS // V):
         g_l, a, g_H, g_KL = coefficients[:, part, None]
-        log_p = _less(logits[part], temperature, *rows[3:5, part]).clamp_(min=-1e30)  # no 0·∞ below
+        _, _, _, m, log_s, m_q, log_s_q = rows[:, part]
+        log_p = _minus(logits[part], temperature, m, log_s).clamp_(min=-1e30)  # no 0·∞ below
         p = log_p.exp()
         if ref_logits is not None:
-            log_q = _less(ref_logits[part], temperature, *rows[5:, part]).clamp_(min=-1e30)
+            log_q = _minus(ref_logits[part], temperature, m_q, log_s_q).clamp_(min=-1e30)
             a = a + g_KL * (log_p - log_q)
         dx = log_p.mul_(-g_H).add_(a).mul_(p)
         dx.scatter_add_(1, tokens[part, None].clamp(min=0), g_l)
         torch.div(dx, temperature, out=out[part])
 
 
-# Token log-probability from logits
+# ---- Token log-probability from logits ---------------------------------------------------------------------
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -526,7 +528,7 @@ def token_logprobs(
     return logprobs.view(tokens.shape), entropy.view(tokens.shape)
 
 
-# Token log-probability from hidden states
+# ---- Token log-probability from hidden states --------------------------------------------------------------
 
 
 def _logits_of(part: slice, *heads: Tensor | None) -> tuple[Float[Tensor, "n V"] | None, ...]:
@@ -642,7 +644,7 @@ def linear_token_logprobs(
     return logprobs, entropy, None if ref_hidden is None else kl
 
 
-# LoRA matmul
+# ---- LoRA matmul -------------------------------------------------------------------------------------------
 
 
 def lora_linear_reference(
@@ -725,7 +727,7 @@ def lora_linear_kernel(
         tl.store(xa_ptr + rows[:, None] * RANK + ranks, xa.to(xa_ptr.dtype.element_ty), mask=in_rank)
 
 
-def _lora_launch(rank: int) -> dict:
+def _lora_config(rank: int) -> dict:
     """Small tiles, since only small products come here (FUSED_OUTPUTS): they are many enough to fill a GPU.
     Tensor cores want stages of loads in flight. A large rank takes registers, so its tiles are shallower: no
     configuration spills on sm_80 or sm_90.
@@ -760,7 +762,7 @@ class _LoraLinear(torch.autograd.Function):
     ):
         (N, d_in), d_out, rank = x.shape, len(weight), len(lora_a)
         out, xa = x.new_empty(N, d_out), x.new_empty(N, rank)
-        config = _lora_launch(rank)
+        config = _lora_config(rank)
         grid = (triton.cdiv(N, config["BLOCK_N"]) * triton.cdiv(d_out, config["BLOCK_OUT"]),)
         with torch.cuda.device_of(x):
             lora_linear_kernel[grid](
@@ -789,8 +791,8 @@ class _LoraLinear(torch.autograd.Function):
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
         g = ctx.scale * (dy @ lora_b)
         dx = (dy @ weight).addmm_(g, lora_a) if wants_x else None
-        da = g.t() @ x if wants_a else None
-        db = ctx.scale * (dy.t() @ xa) if wants_b else None
+        da = g.T @ x if wants_a else None
+        db = ctx.scale * (dy.T @ xa) if wants_b else None
         return dx, None, None, da, db, None
 
 
@@ -827,11 +829,11 @@ def lora_linear(
     if path_taken(x) == "triton" and is_small and x.dtype != torch.float32:
         out = _LoraLinear.apply(rows, weight, bias, lora_a, lora_b, scale)
     else:
-        out = linear(rows, weight, bias).addmm_(rows @ lora_a.t(), lora_b.t(), alpha=scale)
+        out = linear(rows, weight, bias).addmm_(rows @ lora_a.T, lora_b.T, alpha=scale)
     return out.view(*x.shape[:-1], d_out)
 
 
-# Replaying what a function launches
+# ---- Replaying what a function launches --------------------------------------------------------------------
 
 
 def call_watched(function, *inputs: Tensor) -> tuple[tuple, bool]:
@@ -903,7 +905,7 @@ def replays(step) -> Iterator[tuple[Tensor, ...]]:
         yield again() or outputs
 
 
-# python kernels.py: the report
+# ---- python kernels.py: the report -------------------------------------------------------------------------
 
 
 def _timed(function, inputs: dict, trained: list[str], runs: int = 4) -> tuple[list | tuple, float]:

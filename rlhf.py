@@ -5,7 +5,7 @@
         # rollout phase
         completions = what the policy writes after the prompts; its critic's values too    # 2, 5
         rewards     = reward_fn(prompts, completions)                                      # 6
-        advantages  = compute_advantages(rewards, values)                                  # 7
+        advantages  = gae, group_relative or leave_one_out(rewards, values)                # 7
         memory      = all of these, and what the reference makes of the completions        # 8
         # learning phase
         for minibatch in memory, a few times over:
@@ -15,7 +15,7 @@
             one step of AdamW up the gradient of the objective                             # 10
         log one line                                                                       # 11
 
-compute_advantages stands for `gae` in PPO, `group_relative` in GRPO, `leave_one_out` in RLOO. PPO learns
+PPO has `gae`, GRPO `group_relative`, RLOO `leave_one_out` (in the course: compute_advantages). PPO learns
 values too: its objective also has - vf_coef (values now - returns)², where returns = advantages + values of
 the rollout phase. What else tells the published algorithms apart is a few switches: ALGORITHM_TABLE, at the
 end of section 9.
@@ -68,7 +68,6 @@ Left out   because it would hide the idea: a reward function for each token, a c
 
 import itertools
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 import tyro
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
@@ -153,7 +152,7 @@ class RLHFArgs:
     batches_per_learning_phase: Count = 2  # passes over the memory (PPO's epochs; the name is the course's)
     num_minibatches: Count = 4  # optimizer steps in each pass
     micro_batch_size: Count | None = None  # completions computed at a time: less memory, the same result
-    kl_estimator: Literal["full", "k1", "k2", "k3", "weighted_k3"] = "full"  # in the loss; see section 9
+    kl_estimator: Literal["full", "k2", "k3", "weighted_k3"] = "full"  # in the loss; see section 9
     kl_target: PositiveFloat | None = None  # adapt β from phase to phase until the KL is this, nats a token
     ent_coef: float = 0.02  # reward for uncertainty
     vf_coef: NonNegativeFloat = 0.15  # weight of the value loss (critic)
@@ -231,11 +230,13 @@ class RLHFArgs:
 # the same token here, as in GPT-2: only the masks tell them apart.
 
 
-def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
+Turns = str | list[dict]  # a text, or a conversation: [{"role": "user", "content": "Hello!"}, ...]
+
+
+def token_ids(tokenizer, prompt: Turns) -> list[int]:
     """The token ids of a prompt. For a text: `tokenizer.begin`, which is BOS or nothing, then the text. For a
     conversation: what the model's chat template makes of it, up to where the assistant is to speak, or to go
-    on, if the last message is its own. Only the last `tokenizer.room` ids are kept. (begin and room are set
-    by this file: section 12.)"""
+    on, if the last message is its own. (`begin` is set by `load_tokenizer`: section 14.)"""
     if isinstance(prompt, list):
         is_open = prompt[-1]["role"] == "assistant"
         ids = tokenizer.apply_chat_template(
@@ -245,11 +246,11 @@ def token_ids(tokenizer, prompt: str | list[dict]) -> list[int]:
         ids = tokenizer.encode(prompt, add_special_tokens=False)
         if ids[: len(tokenizer.begin)] != tokenizer.begin:
             ids = tokenizer.begin + ids
-    return ids[-tokenizer.room :]
+    return ids
 
 
 def tokenize(
-    tokenizer, prompts: list[str | list], device: str | torch.device
+    tokenizer, prompts: list[Turns], device: str | torch.device
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
@@ -341,7 +342,8 @@ def get_logprobs(
 
         log π(token)      entropy = - Σ_v π(v) log π(v)      KL = Σ_v π(v) (log π(v) - log π_ref(v))
 
-    All are 0 where the token is masked. Logits must be finite.
+    All are 0 where the token is masked. Logits, the reference's too, are made float32 and divided by the
+    temperature. They must be finite.
 
     >>> reference = torch.tensor([0.0, 1.0])  # chances of 0.27 and 0.73
     >>> logprobs, entropy, kl = get_logprobs(torch.zeros(2), torch.tensor(1), ref_logits=reference)
@@ -390,11 +392,13 @@ class TransformerWithValueHead(nn.Module):
         prepend_bos: str = "auto",
     ):
         super().__init__()
-        # published: the weights by the names that they have in the model's files, for export; logit_scale: 1,
-        # but for Cohere and Granite; stops: the tokens that end a text. load_bridge is in section 12.
-        self.bridge, self.tokenizer, self.stops, self.published, self.logit_scale = load_bridge(
-            base_model, device, dtype, prepend_bos
-        )
+        (
+            self.bridge,
+            self.tokenizer,
+            self.stops,  # the tokens that end a text
+            self.published,  # the weights by the names that they have in the model's files, for export
+            self.logit_scale,  # 1, but for Cohere and Granite
+        ) = load_bridge(base_model, device, dtype, prepend_bos)  # section 14
         self.value_head = None
         if has_critic:
             D = self.bridge.cfg.d_model
@@ -402,7 +406,7 @@ class TransformerWithValueHead(nn.Module):
             for weight in self.value_head[-1].parameters():
                 nn.init.zeros_(weight)  # at first the critic has no opinion, and no wrong one
         self.bridge.ln_final.hook_out.add_hook(self.read_values, is_permanent=True)
-        self.learning_pass = RecordedPass(self.features_behind, self.parameters)  # see completion_features
+        self.recorded_pass = RecordedPass(self.features_after, self.parameters)  # see completion_features
 
     def read_values(self, normalized_residual: Float[Tensor, "B T D"], hook) -> None:
         """TransformerLens hook on the final normalised residual stream; values are 0 without a critic."""
@@ -467,23 +471,24 @@ class TransformerWithValueHead(nn.Module):
             cache.batch_select_indices(of_row)  # a copy for each row that has this prompt
         return cache
 
-    def features_behind(
+    def features_after(
         self,
         tokens: Int[Tensor, "B new"],
         attention_mask: Bool[Tensor, "B all"],
         *prompts: Tensor,  # both of distinct_prompts, or none
     ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
-        """`features`, behind the prompts' cache, where they are given. All inputs are tensors, so that the
+        """`features`, after the prompts' cache, where they are given. All inputs are tensors, so that the
         pass can be recorded."""
         return self.features(tokens, attention_mask, self.prompt_cache(*prompts) if prompts else None)
 
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
-        """Features and values aligned with the completion: those of columns P-1 to T-2."""
+        """Features and values aligned with the completion: those of columns P-1 to T-2, of 0 to T-2 computed.
+        With many tokens of prompts, `features_after` computes each of the `distinct_prompts` once."""
         P = samples.prompt_width
         tokens, mask = samples.tokens[:, :-1], samples.attention_mask[:, :-1]
         # On a GPU a learning pass of the same shapes as the last is launched again as it was recorded
         # (kernels.py): for kernels as small as these Python is too slow.
-        compute = self.learning_pass if torch.is_grad_enabled() and can_replay(self) else self.features_behind
+        compute = self.recorded_pass if torch.is_grad_enabled() and can_replay(self) else self.features_after
         if len(mask) * P > 256:
             return compute(tokens[:, P - 1 :], mask, *distinct_prompts(tokens, mask, P))
         # Where prompts hold few tokens (256 by measurement), to read them again with each completion costs
@@ -524,7 +529,7 @@ class TransformerWithValueHead(nn.Module):
 
 def as_rows(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
     """W in the layout of nn.Linear; GPT-2's Conv1D stores it transposed."""
-    return layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 class LoRALinear(nn.Linear):
@@ -622,6 +627,7 @@ def get_samples(
     the result is the same, drawn for that many prompts at a time, in less memory.
 
     C is the length of the longest completion drawn, at most gen_len. Prompts must be padded on the left.
+    After a completion's end tokens are EOS, the mask is False, logprobs and values are 0.
     """
     B, P = prompt_tokens.shape
     C = 0  # of the longest completion so far
@@ -632,7 +638,7 @@ def get_samples(
     uniform = torch.rand(B, gen_len, generator=generator, device=mask.device)
     logprobs, values = uniform.new_zeros(2, B, gen_len)
     for rows in row_slices(B, rows_at_once or B):
-        columns = column_by_column(policy, tokens[rows], mask[rows], P)  # their features: section 12
+        columns = column_by_column(policy, tokens[rows], mask[rows], P)  # their features: section 14
         alive = mask[rows, P - 1]  # True: prompts are padded on the left
         for c in range(gen_len):
             t = P + c  # the column of completion token c
@@ -688,12 +694,13 @@ def complete(
     policy: TransformerWithValueHead, examples: list[dict], args: RLHFArgs, generator: torch.Generator
 ) -> tuple[Samples, list[str]]:
     """From examples, dicts with a "prompt", to a completion of each, as tokens and as text (`decode`: section
-    12)."""
-    tokens, mask = tokenize(policy.tokenizer, [one["prompt"] for one in examples], generator.device)
+    13)."""
+    tokens, mask = tokenize(policy.tokenizer, [example["prompt"] for example in examples], generator.device)
+    room = policy.bridge.cfg.n_ctx - args.gen_len  # --long-prompts cut; all others fit
     samples = get_samples(
         policy,
-        tokens,
-        mask,
+        tokens[:, -room:],
+        mask[:, -room:],
         args.gen_len,
         args.temperature,
         args.top_k,
@@ -706,7 +713,7 @@ def complete(
 
 # ---- 6 Completion to reward --------------------------------------------------------------------------------
 # In: prompts and completions as text. Out: one number each. Where is the human? People choose the better of
-# two completions, a classifier learns to score as they choose (section 16), and its score is one more reward
+# two completions, a classifier learns to score as they choose (section 19), and its score is one more reward
 # function; in the lesson, a count of full stops stands in for that score. A reward function is called as in
 # TRL:
 #     function(prompts=[...], completions=[...], **columns) -> [a number, or None if it does not apply, ...]
@@ -720,13 +727,13 @@ def reward_fn_char_count(char: str = ".") -> RewardFn:
     [2.0, 0.0]
     """
 
-    def count(prompts: list, completions: list, **columns) -> list[float]:
+    def count(prompts: list[Turns], completions: list[Turns], **columns) -> list[float]:
         return [float(as_text(completion).count(char)) for completion in completions]
 
     return count
 
 
-class Reward(NamedTuple):
+class RewardTerm(NamedTuple):
     """One term of the reward."""
 
     name: str  # under which its mean is logged
@@ -735,17 +742,17 @@ class Reward(NamedTuple):
 
 
 def get_rewards(
-    terms: list[Reward], examples: list[dict], completions: list[str], **extras
+    terms: list[RewardTerm], examples: list[dict], completions: list[str], **extras
 ) -> Float[Tensor, "B R"]:
     """What each of the R reward functions gives each completion; NaN where one does not apply. A function is
     called once for the whole batch, with the columns of the prompts file as lists of copies, which it may
-    change, and the extras (section 12)."""
+    change, and the extras (section 15)."""
     columns = {key: [deepcopy(example[key]) for example in examples] for key in examples[0]} | extras
     columns |= {"prompts": columns.pop("prompt"), "completions": completions}
     return torch.tensor([call_reward(term, columns) for term in terms]).T
 
 
-def total_reward(scores: Float[Tensor, "B R"], terms: list[Reward]) -> Float[Tensor, "B"]:
+def total_reward(scores: Float[Tensor, "B R"], terms: list[RewardTerm]) -> Float[Tensor, "B"]:
     """The weighted sum of the terms that apply; NaN where none does."""
     weights = scores.new_tensor([term.weight for term in terms])
     applies = (scores.isfinite() & (weights != 0)).any(dim=1)  # of weight 0 is what is only logged
@@ -824,7 +831,7 @@ def gae(
     >>> gae(torch.tensor([[0.0, 1.0]]), values, mask, args)  # from the right: 1 - 0.2; 0.2 - 0.5 + 0.5 * 0.8
     tensor([[0.1000, 0.8000]])
     """
-    # Past a completion's end there may be -100: gather_rows (section 10) pads with it. Once it is 0, V and Â
+    # Past a completion's end there may be -100: gather_rows pads with it. Once it is 0, V and Â
     # are 0 there too, and the recursion needs no special case.
     values = values * mask
     advantages = torch.zeros_like(values)
@@ -871,8 +878,8 @@ def leave_one_out(
     tensor([[-1.3333,  0.0000,  0.0000,  1.3333]])
     """
     K = args.samples_per_prompt
-    n = rewards.sum(dim=1).isfinite().view(-1, K).sum(dim=1).repeat_interleave(K)[:, None]
-    return n / (n - 1) * group_relative(rewards, values, mask, args)
+    n = rearrange(rewards.sum(dim=1).isfinite(), "(prompt K) -> prompt K", K=K).sum(dim=1)
+    return repeat(n / (n - 1), "prompt -> (prompt K) 1", K=K) * group_relative(rewards, values, mask, args)
 
 
 ADVANTAGES = {"critic": gae, "group": group_relative, "others": leave_one_out}
@@ -950,7 +957,8 @@ def importance_ratio(
     """
     log_ratio = logprobs - old_logprobs
     if per == "sequence":
-        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None].expand_as(log_ratio)
+        mean = (log_ratio * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        log_ratio = mean[:, None].expand_as(log_ratio)
     return log_ratio.exp()
 
 
@@ -988,9 +996,10 @@ def kl_estimate(
         weighted_k3     yes      yes; both in later steps, too, whose tokens are drawn from π_old
         full            yes      yes, always: it is get_logprobs' exact sum over the vocabulary
 
-    weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556); `RLHFTrainer.evaluate` multiplies by ρ. All this holds
-    state by state: that early tokens lead to other states later is missing from each of these gradients. A
-    penalty in the reward includes it, but is noisier. log q is cut off at 10, for q may be infinite.
+    weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556); `RLHFTrainer.policy_output` multiplies by ρ. All this
+    holds state by state: that early tokens lead to other states later is missing from each of these
+    gradients. A penalty in the reward includes it, but is noisier. log q is at most 10, for q may be
+    infinite.
 
     >>> now, ref = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.27, 0.73]]).log()  # V = 2, as above
     >>> [round((now.exp() * kl_estimate(now, ref, one)).sum().item(), 2) for one in ("k1", "k2", "k3")]
@@ -1005,7 +1014,7 @@ def masked_mean(
 ) -> Float[Tensor, ""]:
     """Averages what is not masked, in one of three ways:
 
-    sequence   the mean of each completion, then the mean of these (GRPO)
+    sequence   the mean of each completion that has tokens, then the mean of these (GRPO)
     token      the mean of the minibatch's tokens, so that a long completion counts for more (DAPO)
     constant   the sum of all tokens, divided by b · gen_len (Dr. GRPO)
 
@@ -1021,7 +1030,7 @@ def masked_mean(
 
 
 def whitened(x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"]) -> Float[Tensor, "b C"]:
-    """Mean 0 and standard deviation 1 over all tokens that are not masked."""
+    """Mean 0 and standard deviation 1 over all tokens that are not masked; 0 where masked."""
     return normalize_reward(x.where(mask, math.nan).flatten()).nan_to_num().view_as(mask)
 
 
@@ -1029,7 +1038,8 @@ def policy_objective(
     new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RLHFArgs
 ) -> Float[Tensor, ""]:
     """J = E[ min(ρ Â, clip(ρ) Â) - β KL + c_ent H ] (DeepSeekMath 2402.03300, eq. 3; the entropy bonus is
-    that of PPO 1707.06347, eq. 9). E is masked_mean. With the KL in the reward, Â has it and β is 0 here."""
+    that of PPO 1707.06347, eq. 9). E is masked_mean. With `clip weight` the first term is clip(ρ) Â log π,
+    and no gradient flows through clip(ρ). With the KL in the reward, Â has it and β is 0 here."""
     advantages = whitened(old.advantages, old.mask) if args.whiten == "minibatch" else old.advantages
     ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
     bounds = clip_range(args)
@@ -1047,27 +1057,6 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
     V_target = Â + V_old: `old.returns`. Some write ½ (V - V_target)²: here the ½ is part of vf_coef."""
     value_loss = masked_mean((new.values - old.returns).square(), old.mask, args.loss_average, args.gen_len)
     return policy_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> float:
-    """β ← β exp(clip(0.4 log(ahead / target), ±0.6)) after each phase, with ahead = KL (KL / last KL)⁵; fixed
-    without a target.
-
-    β must rise where the KL is above its target and fall where it is below (1909.08593, section 2.2). But the
-    KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
-    what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
-    a derivative (2007.03964). A KL below a hundredth of the target counts as that hundredth, also
-    the 0 before the first phase.
-
-    >>> args = RLHFArgs(kl_target=1.0)
-    >>> [round(adapt_kl_coef(1.0, 2.0, last_kl, args), 2) for last_kl in (2.0, 2.2)]  # 2 ** 0.4; falling
-    [1.32, 1.09]
-    """
-    if args.kl_target is None:
-        return kl_coef
-    now, before = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))
-    step = 0.4 * math.log(now * (now / before) ** 5)
-    return kl_coef * math.exp(np.clip(step, -0.6, 0.6))
 
 
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
@@ -1112,24 +1101,25 @@ for switch, *cells in switches:
 # `enabled`, and nothing here asks for --algo, only for the settings that it stands for. Several processes may
 # share the work by rows, each with its part of the batch. With a single one own_share, gather_rows and
 # average_gradients do nothing, gradient_weight is 1 (or a micro-batch's share of its minibatch), and
-# summarize takes a mean. In the workshop several processes and logging come first; prompts, models and
-# rewards are in section 12, files in 13.
+# summarize divides sums by their count. In the workshop several processes and logging come first; settings,
+# prompts, models and rewards are in sections 12 to 15, files in 16.
 
 
 class RLHFTrainer:
     """Alternates rollout phases and learning phases: `RLHFTrainer(RLHFArgs(algo="grpo", lora=True)).train()`.
 
-    `__init__` stands last: what the trainer does, before what it holds.
+    What the trainer does stands before what it holds; `__init__`, the last, makes:
+
+    policy, reference     the model that is trained, and what it was; with LoRA they are one
+    examples, terms       the prompts with their columns; the terms of the reward
+    trained, optimizer    the weights that change, by their names; AdamW over them
+    phase, kl_coef        how many phases are done; β as it is now
     """
 
     def train(self) -> None:
-        """All phases that are still to come."""
-        args = self.args
-        examples = (self.examples * 8)[:8]  # to show before and after; few are repeated
-        with only_one(self.run_dir / "args.json"), RunLog(self) as log, stop_signals(self):
-            if self.phase == 0:
-                log.samples("before", showcase(self, examples, args))
-            while self.phase < args.total_phases and not self.accelerator.check_trigger():  # by Ctrl-C
+        """All phases that are still to come; `running`, in the workshop, is what happens around them."""
+        with running(self) as log:
+            while not (self.is_done or self.accelerator.check_trigger()):  # by Ctrl-C
                 start = perf_counter()
                 with saved_on_error(self):
                     memory, metrics, completions = self.rollout_phase()
@@ -1140,11 +1130,10 @@ class RLHFTrainer:
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics |= {"rollout_seconds": middle - start, "learning_seconds": perf_counter() - middle}
                 log.phase(metrics, completions[:3])  # and now and then held-out prompts and a checkpoint
-            if self.phase < args.total_phases:  # stopped
-                save_checkpoint(self)
-            export(self)
-            if self.phase >= args.total_phases:
-                log.samples("after", showcase(self, examples, args))
+
+    @property
+    def is_done(self) -> bool:
+        return self.phase >= self.args.total_phases
 
     @torch.no_grad
     def rollout_phase(self) -> tuple[ReplayMemory, dict, list[dict]]:
@@ -1169,9 +1158,12 @@ class RLHFTrainer:
         # 4. Rewards, and what their functions log: `self.logged`, `self.extra`. A group may be spread over
         # processes: so the rewards of all are gathered, and what else advantages need. From here to step 6
         # rows are those of all processes.
-        scores = get_rewards(self.terms, examples, texts, **trl_extras(self, samples)).to(self.device)
-        k1 = kl_estimate(samples.logprobs, ref_logprobs, "k1")
-        scores, drawn, values, k1 = gather_rows(scores, samples.completion, samples.values, k1)
+        scores, drawn, values, k1 = gather_rows(
+            get_rewards(self.terms, examples, texts, **trl_extras(self, samples)).to(self.device),
+            samples.completion,
+            samples.values,
+            kl_estimate(samples.logprobs, ref_logprobs, "k1"),
+        )
         rewards = total_reward(scores, self.terms)
         mask = drawn != -100
         ended = torch.isin(drawn, self.policy.stops).any(dim=1)
@@ -1186,7 +1178,7 @@ class RLHFTrainer:
         # 6. Of all this our own rows, as wide as our own completions. What no reward applies to teaches
         # nothing, nor do truncated ones, if so set (in their group's mean they count): from here on, padding.
         ignored = rewards.isnan() | ~ended & (args.truncated == "mask")
-        samples.mask[own_share(ignored)] = False  # a view of the attention mask
+        samples.attention_mask[own_share(ignored), samples.prompt_width :] = False
         memory = ReplayMemory(
             **vars(samples),
             advantages=own_share(advantages)[:, : samples.values.shape[1]],
@@ -1200,8 +1192,7 @@ class RLHFTrainer:
         metrics: means over the tokens of all minibatches, the norm of the gradient before it is shortened,
         the learning rate and the β that were used. With learns=False it takes no step."""
         args = self.args
-        metrics = []
-        counts = []
+        sums = []
         norms = []
         objective_of = ppo_objective if args.has_critic else policy_objective
         for param_group in self.optimizer.param_groups:
@@ -1215,18 +1206,17 @@ class RLHFTrainer:
                 # replay overwrites: so several parts add up in one of ours.
                 weight.grad = torch.zeros_like(weight) if args.micro_batch_size else None
             for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
-                new = self.evaluate(part)
+                new = self.policy_output(part)
                 loss = -objective_of(new, part, self.kl_coef, args) * gradient_weight(part, minibatch, args)
                 loss.backward()  # of minus the objective, for AdamW goes downhill
-                metrics.append(minibatch_metrics(new, part, args))
-                counts.append(part.mask.sum().item())
+                sums.append(minibatch_metrics(new, part, args))
                 del new, loss  # autograd's graph must be gone when the next pass is recorded
             average_gradients(weights)
             norms.append(clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
             if learns and norms[-1]:  # 0: all is masked, and AdamW's moments alone would move the weights
                 self.optimizer.step()
-        means = summarize(metrics, counts) | {
+        means = summarize(sums) | {
             "lr": self.optimizer.param_groups[0]["lr"],
             "kl_coef": self.kl_coef,
             "grad_norm": sum(norms) / len(norms),
@@ -1239,7 +1229,7 @@ class RLHFTrainer:
 
     # What the two phases are made of:
 
-    def evaluate(self, minibatch: ReplayMemory) -> PolicyOutput:
+    def policy_output(self, minibatch: ReplayMemory) -> PolicyOutput:
         """What the policy says now of the minibatch's completions; gradients flow. On a GPU, finish with one
         call, its backward pass and its values, before the next: that may overwrite both, silently
         (RecordedPass in kernels.py)."""
@@ -1259,7 +1249,7 @@ class RLHFTrainer:
         return PolicyOutput(logprobs, entropy, kl, values)
 
     def __init__(self, args: RLHFArgs):
-        # What chooses, checks and loads is in sections 12 and 13; at bad input it stops with one line.
+        # What chooses, checks and loads is in sections 12 to 16; at bad input it stops with one line.
         self.args = args
         self.accelerator, self.device = pick_device(args.device)
         (self.run_dir,) = broadcast_object_list([choose_run_dir(args)])  # the first process's, for all
@@ -1272,7 +1262,9 @@ class RLHFTrainer:
             self.policy = TransformerWithValueHead(
                 args.base_model, args.has_critic, self.device, args.dtype, args.prepend_bos
             )
-            self.examples, self.held_out = (fitting(self.policy, one, args) for one in (rows, held_out))
+            self.examples, self.held_out = (
+                prompts_that_fit(self.policy, one, args) for one in (rows, held_out)
+            )
             choose_trained(self.policy.bridge, args)
             trained_layers(self.policy)  # raises SettingError where one could not be exported
             # Last, for it may take minutes to learn a reward model, and writes it.
@@ -1290,7 +1282,6 @@ class RLHFTrainer:
         self.phase = 0
         self.kl_coef = args.kl_coef
         self.last_kl = 0.0
-        self.stopped_by = signal.SIGINT
         self.fingerprint = fingerprint(self)  # which a checkpoint must match
         if args.resume:
             load_checkpoint(self)
@@ -1302,13 +1293,13 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     No weight decay: it would pull full fine-tuning towards zero weights, and the KL term pulls to the
     reference.
     """
-    base = {"params": [], "peak_lr": args.base_lr}
-    head = {"params": [], "peak_lr": args.head_lr}
+    base, head = [], []
     for name, weight in trained.items():
         # GPT-2's q, k and v are interleaved views of one matrix, and `fused` goes through memory end to end.
         weight.data = weight.data.contiguous()
-        (head if "value_head" in name else base)["params"].append(weight)
-    return torch.optim.AdamW([base, head], weight_decay=0.0, fused=True)  # all of AdamW in one kernel
+        (head if name.startswith("value_head") else base).append(weight)
+    groups = [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}]
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # all of AdamW in one kernel
 
 
 def lr_scale(phase: int, args: RLHFArgs) -> float:
@@ -1323,9 +1314,31 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
     return float(np.interp(phase, [-1, args.warmup_steps, last], [0, 1, args.final_scale]))
 
 
+def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> float:
+    """β ← β exp(clip(0.4 log(ahead / target), ±0.6)) after each phase, with ahead = KL (KL / last KL)⁵; fixed
+    without a target.
+
+    β must rise where the KL is above its target and fall where it is below (1909.08593, section 2.2). But the
+    KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
+    what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
+    a derivative (2007.03964). A KL below a hundredth of the target counts as that hundredth, also
+    the 0 before the first phase.
+
+    >>> args = RLHFArgs(kl_target=1.0)
+    >>> [round(adapt_kl_coef(1.0, 2.0, last_kl, args), 2) for last_kl in (2.0, 2.2)]  # 2 ** 0.4; falling
+    [1.32, 1.09]
+    """
+    if args.kl_target is None:
+        return kl_coef
+    now, before = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))
+    step = 0.4 * math.log(now * (now / before) ** 5)
+    return kl_coef * math.exp(np.clip(step, -0.6, 0.6))
+
+
 # ---- 11 Update to log --------------------------------------------------------------------------------------
-# In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here is the metric
-# that shows mode collapse; the others are in the workshop: `rollout_metrics` and `minibatch_metrics`.
+# In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here are the metric
+# that shows mode collapse and those of the learning phase; the workshop has those of the rollout phase, for
+# one `explained_variance`: how much of the returns the critic had foreseen, 1 all of it.
 
 
 def distinct_2(completions: list[list[int]]) -> float:
@@ -1337,6 +1350,22 @@ def distinct_2(completions: list[list[int]]) -> float:
     """
     bigrams = [pair for tokens in completions for pair in itertools.pairwise(tokens)]
     return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+@torch.no_grad
+def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> dict[str, float]:
+    """Sums over the minibatch's tokens, and how many they are: `summarize` makes means of them."""
+    ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
+    per_token = {
+        "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
+        "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
+        "entropy": new.entropy,
+        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),  # outside, whether clipped or not
+        "tokens": old.mask,
+    }
+    if args.has_critic:
+        per_token["value_loss"] = (new.values - old.returns).square()
+    return {name: (x * old.mask).sum().item() for name, x in per_token.items()}
 
 
 # ==== The workshop: a first reader may stop here ============================================================
@@ -1352,6 +1381,7 @@ import os
 import re
 import reprlib
 import shutil
+import signal
 import sys
 import sysconfig
 import tempfile
@@ -1421,9 +1451,62 @@ def explained(what: str) -> Iterator[None]:
         raise SettingError(f"{what}: {first_line(error.__cause__ or error)}") from error
 
 
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """For a user's code: what it raises within is shown with its traceback (but for a missing module), and
+    becomes a SettingError; its exit(), too, which would end the run as if all were well."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if not isinstance(error, ModuleNotFoundError):
+            traceback.print_exc()
+        raise SettingError(f"{what}: raised {type(error).__name__}: {first_line(error)}") from error
+
+
 # ---- Several processes -------------------------------------------------------------------------------------
-# What the trainer shares with its peers under torchrun or `accelerate launch`. Rows of the batch are shared
-# out evenly; gradients and metrics become means over all.
+# The device, and what the trainer shares with its peers under torchrun or `accelerate launch`. Rows of the
+# batch are shared out evenly; gradients and metrics become means over all.
+
+
+def pick_device(device: str) -> tuple[Accelerator, str]:
+    """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
+    processes do not find each other; of several processes only the first speaks from here on."""
+    for engine in "DEEPSPEED FSDP MEGATRON_LM PARALLELISM_CONFIG".split():
+        require(
+            os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false",
+            f"accelerate's {engine}: not supported; each process holds the whole model",
+        )
+    is_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    with explained("accelerate: cannot be set up"):  # where an earlier Accelerator has another precision
+        accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision)
+    console.quiet |= not accelerator.is_main_process
+    if device == "auto":
+        device = str(accelerator.device)
+    with explained(f"--device {device}: not available here"):
+        if (x := torch.empty(1, device=device)).is_cuda:
+            torch.cuda.set_device(x.device)  # where passes are recorded, and Triton launches
+    return accelerator, device
+
+
+def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
+    """Raises SettingError where launched processes did not find each other, or cannot share the work."""
+    launched = int(os.environ.get("WORLD_SIZE") or 1)
+    found = accelerator.num_processes
+    require(
+        launched == found, f"{launched} processes were launched, but {found} found each other; check --device"
+    )
+    require(
+        args.batch_size % (found * args.num_minibatches) == 0,
+        f"--batch-size {args.batch_size}: must be divisible by {found} processes times --num-minibatches "
+        f"{args.num_minibatches}",
+    )
+    precision = accelerator.mixed_precision
+    require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
+    require(
+        accelerator.gradient_accumulation_steps == 1,
+        "accelerate's gradient accumulation: not supported; give --micro-batch-size",
+    )
 
 
 def seed_of(*numbers: int) -> int:
@@ -1462,15 +1545,31 @@ def average_gradients(weights: list[nn.Parameter]) -> None:
         vector_to_parameters(reduce(parameters_to_vector(gradients), "mean"), gradients)
 
 
-def summarize(metrics: list[dict[str, float]], counts: list[int]) -> dict[str, float]:
-    """Means over the minibatches of all processes, each weighted by its count of tokens."""
-    sums = np.dot(counts, [[*one.values(), 1.0] for one in metrics])  # 1.0: the sum of counts
-    *totals, count = sum(gather_object([sums])).tolist()
-    return {name: total / max(count, 1) for name, total in zip(metrics[0], totals, strict=True)}
+def summarize(sums: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the tokens of all minibatches of all processes."""
+    sums = gather_object(sums)
+    totals = {name: sum(one[name] for one in sums) for name in sums[0]}
+    count = max(totals.pop("tokens"), 1)
+    return {name: total / count for name, total in totals.items()}
 
 
 # ---- 11 goes on: files, terminal and pictures --------------------------------------------------------------
 # In: metrics and samples. Out: lines in files, on the terminal, and in pictures.
+
+
+@contextmanager
+def running(trainer: RLHFTrainer) -> Iterator["RunLog"]:
+    """What happens around the phases: the log, samples before and after, Ctrl-C, and the result's export."""
+    examples = (trainer.examples * 8)[:8]  # to show before and after; few are repeated
+    with only_one(trainer.run_dir / "args.json"), RunLog(trainer) as log, stop_signals(trainer):
+        if trainer.phase == 0:
+            log.samples("before", showcase(trainer, examples, trainer.args))
+        yield log
+        if not trainer.is_done:  # stopped
+            save_checkpoint(trainer)
+        export(trainer)
+        if trainer.is_done:
+            log.samples("after", showcase(trainer, examples, trainer.args))
 
 
 class RunLog(AbstractContextManager):
@@ -1497,7 +1596,7 @@ class RunLog(AbstractContextManager):
         """What the phase leaves behind: every --save-every phases and after the last one the rewards of the
         held-out prompts and a checkpoint, too."""
         trainer = self.trainer
-        is_due = trainer.phase % trainer.args.save_every == 0 or trainer.phase == trainer.args.total_phases
+        is_due = trainer.phase % trainer.args.save_every == 0 or trainer.is_done
         try:
             if is_due and trainer.held_out:
                 metrics |= held_out_rewards(trainer)
@@ -1551,7 +1650,7 @@ def stop_unless_finite(trainer: RLHFTrainer, minibatch: ReplayMemory, norms: lis
         require(x.isfinite().all(), f"{what}; the first activation that is not: {hook.name}")
 
     with trainer.policy.bridge.hooks(fwd_hooks=[(lambda name: name.endswith("hook_out"), look)]):
-        trainer.evaluate(minibatch)
+        trainer.policy_output(minibatch)
     raise SettingError(f"{what}, though all activations are; smaller learning rates may help")
 
 
@@ -1590,21 +1689,6 @@ def rollout_metrics(
     means = scores.nanmean(dim=0).nan_to_num().tolist()
     metrics |= {term.name: mean for term, mean in zip(trainer.terms, means, strict=True)}
     return trainer.logged | metrics
-
-
-@torch.no_grad
-def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> dict[str, float]:
-    """Means over the minibatch's tokens."""
-    ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
-    per_token = {
-        "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
-        "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
-        "entropy": new.entropy,
-        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),  # outside, whether clipped or not
-    }
-    if args.has_critic:
-        per_token["value_loss"] = (new.values - old.returns).square()
-    return {name: masked_mean(x.float(), old.mask).item() for name, x in per_token.items()}
 
 
 def showcase(trainer: RLHFTrainer, examples: list[dict], args: RLHFArgs) -> list[dict]:
@@ -1646,6 +1730,16 @@ def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"],
 def one_line(text: str) -> str:
     """With its line feeds as ⏎, and harmless to the terminal."""
     return printable(text.replace("\n", "⏎"))
+
+
+def printable(text: str) -> str:
+    """Makes control characters visible, and those that turn the direction of writing: what a model writes
+    must not steer the terminal.
+
+    >>> printable("red" + chr(27) + "[31m")
+    'red�[31m'
+    """
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]", "�", text)
 
 
 PANELS = [  # what is drawn, over what, under which title
@@ -1706,12 +1800,9 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
         figure.legend(figure.axes[0].lines, labels, loc="upper left", bbox_to_anchor=(0, 0))  # below
 
 
-# ---- 12 What the user brings -------------------------------------------------------------------------------
-# In: settings, files and names. Out: examples, rewards, a model, and how it is run column by column; or one
-# line that says why not.
-
-
-Turns = str | list[dict]  # a text, or a conversation: [{"role": "user", "content": "Hello!"}, ...]
+# ---- 12 Settings -------------------------------------------------------------------------------------------
+# In: the record as it was given. Out: each setting as its type says, or one line on what is wrong with it, or
+# does not go together.
 
 
 def check_types(args: RLHFArgs) -> None:
@@ -1753,10 +1844,6 @@ def check_settings(args: RLHFArgs) -> None:
         f"--group-size {group}: --advantage {args.advantage} compares a group's completions; give at least 2",
     )
     require(
-        args.kl_estimator != "k1" or args.kl_in == "reward",
-        "--kl-estimator k1: its gradient is 0 on average at first, it holds nothing; give --kl-in reward",
-    )
-    require(
         not args.micro_batch_size or args.whiten == "none",
         "--micro-batch-size: --whiten minibatch needs each minibatch as a whole",
     )
@@ -1774,6 +1861,52 @@ def check_settings(args: RLHFArgs) -> None:
         args.lora or args.dtype == "float32",
         f"--dtype {args.dtype}: is for weights that stay frozen; give --lora too, or leave it float32",
     )
+
+
+# ---- 13 Prompts --------------------------------------------------------------------------------------------
+# In: files and tables, texts and conversations. Out: examples whose prompts the model can read; and from
+# tokens back to text.
+
+
+def read_rows(source: str | Path) -> list[tuple[str, dict]]:
+    """The rows of a file or, as hub:NAME:SPLIT:SUBSET, of a data set on the hub, each after the words that
+    say where it stands; of a text file each line, as "prompt". Raises SettingError where there are none."""
+    source = str(source)
+    kind = Path(source).suffix.lower()[1:]
+    table = {"split": "train"}
+    if source.startswith("hub:"):
+        table |= zip("path split name".split(), re.split(r":(?![^[]*])", source)[1:], strict=False)
+    elif kind in "csv json parquet".split():
+        table |= {"path": kind, "data_files": glob.escape(source)}
+    else:
+        require(
+            kind in ("", "txt", "jsonl", "ndjson"),
+            f"{source}: expected .txt, .jsonl, .json, .csv, .parquet or hub:NAME:SPLIT",
+        )
+        return read_lines(Path(source), are_json="json" in kind)
+    # Here, since it takes a second, and within, since it reports on what it does.
+    with explained(f"{source}: cannot be loaded"), redirect_stderr(StringIO()):
+        import datasets
+
+        rows = datasets.load_dataset(**table).to_list()
+    require(rows, f"{source}: is empty")
+    return [(f"{source}, row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
+    """The lines that are not blank, JSON objects or prompts."""
+    rows = []
+    with explained(f"{path}: cannot be read"):
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        if line.strip():
+            with explained(f"{where}: is not {'JSON' if are_json else 'UTF-8 text'}"):
+                row = json.loads(line) if are_json else {"prompt": line.decode()}
+            require(isinstance(row, dict), f"{where}: is no JSON object")
+            rows.append((where, row))
+    require(rows, f"{path}: is empty")
+    return rows
 
 
 def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, dict]]:
@@ -1849,14 +1982,14 @@ def decode(samples: Samples, tokenizer) -> list[str]:
     return [*map(str.removeprefix, texts_of(rows), texts_of([row[:1] for row in rows]))]
 
 
-def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs) -> list[dict]:
+def prompts_that_fit(
+    policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs
+) -> list[dict]:
     """The examples whose prompts the model can read, and which leave room for gen_len tokens; --long-prompts
     says what becomes of those that are too long."""
     context = policy.bridge.cfg.n_ctx
     V = len(policy.output_layer[0])
     require(args.gen_len < context, f"--gen-len {args.gen_len}: must be less than the context of {context}")
-    if args.long_prompts == "cut":
-        policy.tokenizer.room = context - args.gen_len
     kept = []
     for where, example in rows:
         with explained(f"{where}: cannot be made tokens"):
@@ -1867,7 +2000,7 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
             largest < V,
             f"{where}: holds token {largest}, and the model knows only {V}; it may be in the padding",
         )
-        fits = len(ids) + args.gen_len <= context
+        fits = args.long_prompts == "cut" or len(ids) + args.gen_len <= context
         require(
             fits or args.long_prompts == "drop",
             f"{where}: {len(ids)} tokens and --gen-len {args.gen_len} are more than the context of "
@@ -1879,6 +2012,10 @@ def fitting(policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args
     if len(kept) < len(rows):
         console.print(f"--long-prompts drop: {len(rows) - len(kept)} of {len(rows)} prompts left out")
     return kept
+
+
+# ---- 14 Models ---------------------------------------------------------------------------------------------
+# In: a name. Out: a model that computes what it computes elsewhere, and how it is run column by column.
 
 
 def load_bridge(
@@ -2000,7 +2137,10 @@ def column_by_column(
         column.add_(1)
         return policy.features(tokens.index_select(1, column), mask, cache)
 
-    return replays(step) if can_replay(policy) else iter(step, None)
+    if can_replay(policy):
+        yield from replays(step)
+    while True:
+        yield step()
 
 
 def can_replay(policy: TransformerWithValueHead) -> bool:
@@ -2048,7 +2188,6 @@ def load_tokenizer(name: str, prepend_bos: str) -> transformers.PreTrainedTokeni
         begin = begin or [tokenizer.bos_token_id]
     require(begin != [None], f"--prepend-bos yes: the tokenizer of {name} has no such token")
     tokenizer.begin = [] if prepend_bos == "no" else begin
-    tokenizer.room = 2**30
     return tokenizer
 
 
@@ -2073,7 +2212,11 @@ def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.
     return [found[target] for found in matrices for target in dict.fromkeys(targets)]
 
 
-def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
+# ---- 15 Rewards --------------------------------------------------------------------------------------------
+# In: names, or functions. Out: the terms of the reward, and what they say of completions.
+
+
+def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[RewardTerm]:
     """The terms of the reward, and with weight 0 what is only logged."""
     weighted = itertools.zip_longest(args.reward or ["periods"], args.reward_weights, fillvalue=1.0)
     terms = [(spec, f"reward/{name_of(spec)}", weight) for spec, weight in weighted]
@@ -2085,7 +2228,9 @@ def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[Reward]:
     )
     # Last what takes minutes to learn, so that another that is misspelt is refused before.
     terms.sort(key=lambda term: str(term[0]).startswith("preferences:"))
-    return [Reward(name, load_reward(spec, args, run_dir, device), weight) for spec, name, weight in terms]
+    return [
+        RewardTerm(name, load_reward(spec, args, run_dir, device), weight) for spec, name, weight in terms
+    ]
 
 
 def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
@@ -2151,18 +2296,6 @@ def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
     }
 
 
-@contextmanager
-def blamed(what: str) -> Iterator[None]:
-    """For a user's code: what it raises within is shown with its traceback (but for a missing module), and
-    becomes a SettingError; its exit(), too, which would end the run as if all were well."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        if not isinstance(error, ModuleNotFoundError):
-            traceback.print_exc()
-        raise SettingError(f"{what}: raised {type(error).__name__}: {first_line(error)}") from error
-
-
 def load_classifier(name: str, what: str, device: str, **options):
     """A sequence classifier and its tokenizer, padding on the right and cutting on the left."""
     with explained(f"{what}: cannot be loaded as a classifier"):
@@ -2214,7 +2347,7 @@ def classifier_reward(name: str, device: str) -> RewardFn:
     return score
 
 
-def call_reward(reward: Reward, columns: dict) -> list[float]:
+def call_reward(reward: RewardTerm, columns: dict) -> list[float]:
     """Calls a reward function and checks what it returns.
 
     None says, as in TRL, that the reward does not apply to a completion, and becomes NaN. Raises SettingError
@@ -2237,48 +2370,7 @@ def call_reward(reward: Reward, columns: dict) -> list[float]:
     return [math.nan if score is None else score for score in scores]
 
 
-def pick_device(device: str) -> tuple[Accelerator, str]:
-    """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
-    processes do not find each other; of several processes only the first speaks from here on."""
-    for engine in "DEEPSPEED FSDP MEGATRON_LM PARALLELISM_CONFIG".split():
-        require(
-            os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false",
-            f"accelerate's {engine}: not supported; each process holds the whole model",
-        )
-    is_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    with explained("accelerate: cannot be set up"):  # where an earlier Accelerator has another precision
-        accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision)
-    console.quiet |= not accelerator.is_main_process
-    if device == "auto":
-        device = str(accelerator.device)
-    with explained(f"--device {device}: not available here"):
-        if (x := torch.empty(1, device=device)).is_cuda:
-            torch.cuda.set_device(x.device)  # where passes are recorded, and Triton launches
-    return accelerator, device
-
-
-def check_processes(args: RLHFArgs, accelerator: Accelerator) -> None:
-    """Raises SettingError where launched processes did not find each other, or cannot share the work."""
-    launched = int(os.environ.get("WORLD_SIZE") or 1)
-    found = accelerator.num_processes
-    require(
-        launched == found, f"{launched} processes were launched, but {found} found each other; check --device"
-    )
-    require(
-        args.batch_size % (found * args.num_minibatches) == 0,
-        f"--batch-size {args.batch_size}: must be divisible by {found} processes times --num-minibatches "
-        f"{args.num_minibatches}",
-    )
-    precision = accelerator.mixed_precision
-    require(precision in ("no", "bf16"), f"mixed precision {precision}: not supported; expected no or bf16")
-    require(
-        accelerator.gradient_accumulation_steps == 1,
-        "accelerate's gradient accumulation: not supported; give --micro-batch-size",
-    )
-
-
-# ---- 13 What outlives the run ------------------------------------------------------------------------------
+# ---- 16 What outlives the run ------------------------------------------------------------------------------
 # In: the trainer. Out: its run directory: checkpoints to go on from, and the result as PEFT and transformers
 # load it. What replaces a file is written whole, then renamed: a kill at any moment leaves one or the other
 # (of a directory, between two renames, for a moment neither; `--resume` writes model and adapter again).
@@ -2320,47 +2412,6 @@ def only_one(path: Path, seconds: int = 0) -> AbstractContextManager:
         raise SettingError(f"{path}: another process is writing it") from error
     except OSError:  # no place to write: the first write will say so
         return nullcontext()
-
-
-def read_rows(source: str | Path) -> list[tuple[str, dict]]:
-    """The rows of a file or, as hub:NAME:SPLIT:SUBSET, of a data set on the hub, each after the words that
-    say where it stands; of a text file each line, as "prompt". Raises SettingError where there are none."""
-    source = str(source)
-    kind = Path(source).suffix.lower()[1:]
-    table = {"split": "train"}
-    if source.startswith("hub:"):
-        table |= zip("path split name".split(), re.split(r":(?![^[]*])", source)[1:], strict=False)
-    elif kind in "csv json parquet".split():
-        table |= {"path": kind, "data_files": glob.escape(source)}
-    else:
-        require(
-            kind in ("", "txt", "jsonl", "ndjson"),
-            f"{source}: expected .txt, .jsonl, .json, .csv, .parquet or hub:NAME:SPLIT",
-        )
-        return read_lines(Path(source), are_json="json" in kind)
-    # Here, since it takes a second, and within, since it reports on what it does.
-    with explained(f"{source}: cannot be loaded"), redirect_stderr(StringIO()):
-        import datasets
-
-        rows = datasets.load_dataset(**table).to_list()
-    require(rows, f"{source}: is empty")
-    return [(f"{source}, row {number}", row) for number, row in enumerate(rows, start=1)]
-
-
-def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
-    """The lines that are not blank, JSON objects or prompts."""
-    rows = []
-    with explained(f"{path}: cannot be read"):
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        if line.strip():
-            with explained(f"{where}: is not {'JSON' if are_json else 'UTF-8 text'}"):
-                row = json.loads(line) if are_json else {"prompt": line.decode()}
-            require(isinstance(row, dict), f"{where}: is no JSON object")
-            rows.append((where, row))
-    require(rows, f"{path}: is empty")
-    return rows
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
@@ -2498,6 +2549,7 @@ def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
     """Within, the first Ctrl-C, SIGTERM or SIGHUP (a terminal that closes) asks for a stop after the phase; a
     second stops at once."""
     trainer.accelerator.check_trigger()  # forgets what a second Ctrl-C left behind
+    trainer.stopped_by = signal.SIGINT
     with ExitStack() as restore:
 
         def note(number: int, frame) -> None:
@@ -2620,7 +2672,7 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
     (path / "adapter_config.json").write_text(as_json(config))
 
 
-# ---- 14 The built-in model ---------------------------------------------------------------------------------
+# ---- 17 The built-in model ---------------------------------------------------------------------------------
 # In: the English that every Python carries. Out: `tiny`, a GPT-2 of a million parameters, as a Hugging Face
 # directory.
 
@@ -2731,7 +2783,7 @@ def fit(
     model.eval()
 
 
-# ---- 15 People to preferences ------------------------------------------------------------------------------
+# ---- 18 People to preferences ------------------------------------------------------------------------------
 # In: pairs of completions, and a key from a person for each. Out: a preferences file, a JSON line an answer,
 # each on disk before the next pair is shown. An answer holds the number of its pair, so a session goes on
 # from that file alone.
@@ -2753,7 +2805,7 @@ def label(file: Path, args: tyro.conf.OmitArgPrefixes[RLHFArgs], pairs: int = 20
     policy = TransformerWithValueHead(
         args.base_model, False, pick_device(args.device)[1], args.dtype, args.prepend_bos
     )
-    examples = fitting(policy, rows, args)
+    examples = prompts_that_fit(policy, rows, args)
     with only_one(file):
         ask(file, pairs, partial(draw_pair, policy, examples, args))
 
@@ -2825,16 +2877,6 @@ def show_pair(prompt: Turns, left: str, right: str, title: str) -> None:
     console.print(table, f"after: {printable(as_text(prompt))}", KEYS, sep="\n", soft_wrap=False)
 
 
-def printable(text: str) -> str:
-    """Makes control characters visible, and those that turn the direction of writing: what a model writes
-    must not steer the terminal.
-
-    >>> printable("red" + chr(27) + "[31m")
-    'red�[31m'
-    """
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]", "�", text)
-
-
 def keypresses() -> Iterator[str]:
     """Keys as they are typed, on a terminal without Enter; elsewhere the characters of standard input."""
     from click import getchar
@@ -2845,7 +2887,7 @@ def keypresses() -> Iterator[str]:
             yield key.lower()
 
 
-# ---- 16 Preferences to reward ------------------------------------------------------------------------------
+# ---- 19 Preferences to reward ------------------------------------------------------------------------------
 # In: a preferences file. Out: a text classifier with one label, as an ordinary Hugging Face directory: the
 # base model's trunk under a scalar head on the last token. People compare well and grade badly: hence pairs.
 
@@ -2946,7 +2988,7 @@ def dropout_and_lora(model: nn.Module) -> Iterator[None]:
         model.set_submodule(path, part)
 
 
-# ---- 17 What changed inside --------------------------------------------------------------------------------
+# ---- 20 What changed inside --------------------------------------------------------------------------------
 # In: a run directory. Out: the trained model beside the one it started from. One function a question, which
 # computes, prints a sentence or the table, and draws: where do they differ; when is a token decided; who
 # writes it; what moved? All of it is read off TransformerLens.
@@ -2998,7 +3040,7 @@ def inspect(
     settings = replace(settings, gen_len=gen_len or settings.gen_len, seed=seed)
     if prompt is not None:
         settings = replace(settings, prompts=None, prefix=prompt)
-    example, *_ = fitting(trained, load_examples(settings, settings.prompts), settings)
+    example, *_ = prompts_that_fit(trained, load_examples(settings, settings.prompts), settings)
     texts = draw_texts(trained, [example] * samples, settings, token)
     console.print(
         f"{run / 'model'} against {settings.base_model},",
@@ -3195,7 +3237,7 @@ def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text:
     caption(axis, title, text)
 
 
-# ---- 18 Comparing runs -------------------------------------------------------------------------------------
+# ---- 21 Comparing runs -------------------------------------------------------------------------------------
 # In: run directories. Out: one picture of their curves. Runs that differ in nothing but the seed become one
 # line, their mean, in a band from the lowest to the highest.
 
@@ -3236,7 +3278,7 @@ def last_phases(name: str, group: list[list[dict]]) -> str:
     return f"{name} {np.mean(means):.2f}{spread}"
 
 
-# ---- 19 Command line ---------------------------------------------------------------------------------------
+# ---- 22 Command line ---------------------------------------------------------------------------------------
 
 
 def parse(target: Callable, argv: list[str]):
@@ -3262,7 +3304,7 @@ def main(argv: list[str]) -> int:
             return 0
         trainer = RLHFTrainer(parse(RLHFArgs, argv))
         trainer.train()
-        if trainer.phase >= trainer.args.total_phases:
+        if trainer.is_done:
             return 0
         console.print(
             f"stopped after phase {trainer.phase}; go on with: python rlhf.py --resume {trainer.run_dir}"

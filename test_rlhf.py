@@ -659,7 +659,7 @@ def test_end_of_text_is_an_action_and_what_follows_is_masked(gpt2):
         assert "<eos>" not in samples[row]["completion"]
         assert (memory.logprobs[row, length:] == 0).all() and (memory.advantages[row, length:] == 0).all()
     assert endings > 5
-    new = trainer.evaluate(memory)
+    new = trainer.policy_output(memory)
     (gradient,) = torch.autograd.grad(rlhf.policy_objective(new, memory, 0.1, trainer.args), new.logprobs)
     is_eos = memory.completion == 0
     assert (gradient[is_eos] != 0).all() and (gradient[~memory.mask] == 0).all()
@@ -704,7 +704,7 @@ def test_ratio_is_one_on_the_first_minibatch(gpt2, prompts_file, algo, lora, tem
         memory, *_ = trainer.rollout_phase()
         minibatch = next(memory.get_minibatches(1, 1, trainer.generator))
         assert len({tuple(row) for row in minibatch.attention_mask[:, : memory.prompt_width].tolist()}) == 2
-        new = trainer.evaluate(minibatch)
+        new = trainer.policy_output(minibatch)
         ratio = (new.logprobs - minibatch.logprobs).exp()[minibatch.mask]
         torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
         assert rlhf.minibatch_metrics(new, minibatch, trainer.args)["clip_fraction"] == 0
@@ -746,13 +746,16 @@ def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
 def test_bad_rewards_name_the_completion(returned, expected):
     with pytest.raises(SettingError, match=expected):
         rlhf.get_rewards(
-            [rlhf.Reward("reward/f", lambda **_: returned, 1.0)], [{"prompt": "p"}] * 2, ["good", "bad"]
+            [rlhf.RewardTerm("reward/f", lambda **_: returned, 1.0)], [{"prompt": "p"}] * 2, ["good", "bad"]
         )
 
 
 def test_none_says_that_a_reward_does_not_apply():
     """As in TRL: the other rewards alone count for that completion, and the logged mean is of the others."""
-    rewards = [rlhf.Reward("a", lambda **_: [1.0, None], 2.0), rlhf.Reward("b", lambda **_: [3.0, 4.0], 1.0)]
+    rewards = [
+        rlhf.RewardTerm("a", lambda **_: [1.0, None], 2.0),
+        rlhf.RewardTerm("b", lambda **_: [3.0, 4.0], 1.0),
+    ]
     scores = rlhf.get_rewards(rewards, [{"prompt": "p"}] * 2, ["x", "y"])
     assert rlhf.total_reward(scores, rewards).tolist() == [5.0, 4.0]
     assert scores.nanmean(0).tolist() == [1.0, 3.5]
@@ -777,8 +780,8 @@ def test_every_completion_is_learned_from_in_each_pass(gpt2, size):
     trainer = RLHFTrainer(small_args(gpt2, algo="grpo", micro_batch_size=size, reward=("char:e",)))
     memory, *_ = trainer.rollout_phase()
     memory.advantages = torch.arange(8.0)[:, None].expand_as(memory.advantages)  # by which to know them
-    seen, evaluate = [], trainer.evaluate
-    trainer.evaluate = lambda part: (seen.extend(part.advantages[:, 0].tolist()), evaluate(part))[1]
+    seen, evaluate = [], trainer.policy_output
+    trainer.policy_output = lambda part: (seen.extend(part.advantages[:, 0].tolist()), evaluate(part))[1]
     trainer.learning_phase(memory)
     assert sorted(seen) == sorted(2 * [*range(8)])
     assert sorted(seen[:8]) == [*range(8)]
@@ -866,7 +869,7 @@ def test_a_completion_without_any_reward_is_left_out_of_its_group(algo):
 
 def test_no_reward_that_is_accepted_overflows():
     largest = rlhf.call_reward(
-        rlhf.Reward("f", lambda **_: [9.9e14, -9.9e14] * 512, 1.0), {"completions": ["x"] * 1024}
+        rlhf.RewardTerm("f", lambda **_: [9.9e14, -9.9e14] * 512, 1.0), {"completions": ["x"] * 1024}
     )
     rewards = torch.tensor(largest)
     assert rlhf.centered(rewards).isfinite().all() and rlhf.deviation(rlhf.centered(rewards)).isfinite()
@@ -1219,15 +1222,16 @@ def test_a_critics_rewards_are_scaled_by_the_batch_or_not_at_all(gpt2, scale):
     torch.testing.assert_close(memory.advantages, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_leash_as_a_loss_by_k1_is_refused(capsys):
-    assert rlhf.main(["--kl-estimator", "k1"]) == 2
-    complaint = capsys.readouterr().err
-    assert (
-        complaint.count("\n") == 1
-        and "gradient is 0 on average" in complaint
-        and "--kl-in reward" in complaint
-    )
-    assert RLHFArgs(kl_estimator="k1", kl_in="reward").kl_estimator == "k1"
+def test_k1_is_no_choice_for_the_loss():
+    """There its gradient is 0 on average, and it would hold nothing; where it belongs, it is used unasked."""
+    with pytest.raises(
+        SettingError, match="--kl-estimator k1: should be 'full', 'k2', 'k3' or 'weighted_k3'"
+    ):
+        RLHFArgs(kl_estimator="k1")
+
+
+def means_of(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> dict[str, float]:
+    return rlhf.summarize([rlhf.minibatch_metrics(new, old, args)])
 
 
 def test_the_kl_that_is_logged_is_one_quantity():
@@ -1235,8 +1239,8 @@ def test_the_kl_that_is_logged_is_one_quantity():
     new, old = random_minibatch(dtype=torch.float32)
     k3 = rlhf.kl_estimate(new.logprobs, old.ref_logprobs, "k3")[old.mask].mean().item()
     for estimator in ("k2", "k3", "weighted_k3"):
-        assert rlhf.minibatch_metrics(new, old, RLHFArgs(kl_estimator=estimator))["kl"] == pytest.approx(k3)
-    exact = rlhf.minibatch_metrics(new, old, RLHFArgs())["kl"]
+        assert means_of(new, old, RLHFArgs(kl_estimator=estimator))["kl"] == pytest.approx(k3)
+    exact = means_of(new, old, RLHFArgs())["kl"]
     assert exact == pytest.approx(new.kl[old.mask].mean().item())
 
 
@@ -1363,7 +1367,7 @@ def test_full_kl_of_the_trainer_is_the_sum_over_the_vocabulary(gpt2, lora):
     if not lora:  # then the output layer moves, too, and the reference has one of its own
         trainer.policy.output_layer[0].data[::2] *= 1.1
     memory, *_ = trainer.rollout_phase()
-    new, P = trainer.evaluate(memory), memory.prompt_width
+    new, P = trainer.policy_output(memory), memory.prompt_width
     base = transformers.AutoModelForCausalLM.from_pretrained(gpt2)
     p = (trainer.policy.bridge(memory.tokens)[:, P - 1 : -1] / 0.7).log_softmax(-1)
     q = (base(memory.tokens).logits[:, P - 1 : -1] / 0.7).log_softmax(-1)
@@ -1470,11 +1474,11 @@ def test_it_learns(gpt2):
 
 def test_minibatch_means_are_weighted_by_tokens():
     new, old = random_minibatch(dtype=torch.float32)
-    metrics = rlhf.minibatch_metrics(new, old, RLHFArgs(clip_coef=0.2))
+    metrics = means_of(new, old, RLHFArgs(clip_coef=0.2))
     assert metrics["kl"] == pytest.approx(new.kl[old.mask].mean().item())
     ratio = (new.logprobs - old.logprobs).exp()[old.mask]
     assert metrics["clip_fraction"] == pytest.approx(((ratio > 1.2) | (ratio < 0.8)).float().mean().item())
-    higher = rlhf.minibatch_metrics(new, old, RLHFArgs(clip_coef=0.2, clip_high=0.05))["clip_fraction"]
+    higher = means_of(new, old, RLHFArgs(clip_coef=0.2, clip_high=0.05))["clip_fraction"]
     assert higher == pytest.approx(((ratio > 1.05) | (ratio < 0.8)).float().mean().item())
     assert higher > metrics["clip_fraction"]
     old_kl = (ratio - 1 - ratio.log()).mean().item()  # of texts of the old policy
@@ -1539,21 +1543,20 @@ def test_where_all_is_masked_nothing_moves_and_no_kl_is_measured(gpt2, monkeypat
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.trained.items())
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "weighted_k3"])
+@pytest.mark.parametrize("estimator", ["k2", "k3", "weighted_k3"])
 def test_the_kl_is_estimated_from_the_policy_of_now(gpt2, estimator):
-    """With q = π_ref / π: -log q, (log q)² / 2, q - 1 - log q, and the last times ρ = π / π_old; and it is a
-    part of the objective, so the policy learns of it."""
-    kl_in = "reward" if estimator == "k1" else "loss"
-    args = small_args(gpt2, algo="grpo", lora=True, kl_estimator=estimator, kl_in=kl_in, kl_coef=1.0)
+    """With q = π_ref / π: (log q)² / 2, q - 1 - log q, and the last times ρ = π / π_old; and it is a part of
+    the objective, so the policy learns of it."""
+    args = small_args(gpt2, algo="grpo", lora=True, kl_estimator=estimator, kl_coef=1.0)
     trainer = RLHFTrainer(args)
     memory, *_ = trainer.rollout_phase()
     randomize_adapters(trainer.policy)  # so that π is neither π_old nor π_ref
-    new = trainer.evaluate(memory)
+    new = trainer.policy_output(memory)
     assert (new.logprobs - memory.logprobs).abs().max() > 0.1
     log_q = memory.ref_logprobs - new.logprobs
     k3 = log_q.exp() - 1 - log_q
     rho = (new.logprobs - memory.logprobs).exp()
-    wanted = {"k1": -log_q, "k2": log_q**2 / 2, "k3": k3, "weighted_k3": rho * k3}[estimator]
+    wanted = {"k2": log_q**2 / 2, "k3": k3, "weighted_k3": rho * k3}[estimator]
     torch.testing.assert_close(new.kl, wanted, atol=1e-5, rtol=1e-4)
     (gradient,) = slopes(new.kl.sum(), new.logprobs)
     (expected,) = slopes(wanted.sum(), new.logprobs)
@@ -1610,7 +1613,7 @@ def test_of_two_prompts_one_is_solved(gpt2, tmp_path):
     def reward(prompts, completions, **columns):
         return [1.0 if prompt == "solved" else float(i % 2) for i, prompt in enumerate(prompts)]
 
-    trainer.terms = [rlhf.Reward("reward/f", reward, 1.0)]
+    trainer.terms = [rlhf.RewardTerm("reward/f", reward, 1.0)]
     memory, metrics, _ = trainer.rollout_phase()
     assert metrics["equal_groups"] == 0.5
     taught = memory.advantages.abs().sum(1) > 0
@@ -1638,7 +1641,7 @@ def test_truncated_completions_are_kept_left_out_or_charged(gpt2, average):
     torch.testing.assert_close(charged.advantages[:, 0], rewards, atol=1e-4, rtol=1e-4)
     trainer, masked, _, _ = rollout("mask")
     assert torch.equal(masked.mask, kept.mask & ended[:, None])
-    new = trainer.evaluate(masked)
+    new = trainer.policy_output(masked)
     (gradient,) = slopes(rlhf.policy_objective(new, masked, 0.1, trainer.args), new.logprobs)
     assert not gradient[~ended].any() and gradient[ended].any()
     trainer, none_left, metrics, _ = rollout("mask", top_k=1, total_phases=5)
@@ -1720,7 +1723,9 @@ def test_a_critic_learns_from_prompts_whose_groups_are_equal(gpt2, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("good\nbad\n")
     trainer = RLHFTrainer(small_args(gpt2, algo="ppo", prompts=path, group_size=2, batch_size=4))
-    trainer.terms = [rlhf.Reward("reward/f", lambda prompts, **_: [float(p == "good") for p in prompts], 1.0)]
+    trainer.terms = [
+        rlhf.RewardTerm("reward/f", lambda prompts, **_: [float(p == "good") for p in prompts], 1.0)
+    ]
     _, metrics, _ = trainer.rollout_phase()
     assert metrics["equal_groups"] == 0
 
@@ -1733,8 +1738,8 @@ def test_under_autocast_each_step_sees_the_step_before(gpt2, tmp_path):
     with trainer.accelerator.autocast():
         memory, *_ = trainer.rollout_phase()
     assert memory.advantages.dtype == torch.float32
-    seen, evaluate, inside = [], trainer.evaluate, []
-    trainer.evaluate = lambda minibatch: seen.append(evaluate(minibatch)) or seen[-1]
+    seen, evaluate, inside = [], trainer.policy_output, []
+    trainer.policy_output = lambda minibatch: seen.append(evaluate(minibatch)) or seen[-1]
     trainer.policy.bridge.blocks[0].hook_out.add_hook(
         lambda x, hook: inside.append(torch.is_autocast_enabled("cpu"))
     )
@@ -1927,7 +1932,7 @@ def test_padding_and_lora_work_in_every_family(family, tmp_path):
     )
     for _ in range(2):
         memory, *_ = trainer.rollout_phase()
-        new = trainer.evaluate(memory)
+        new = trainer.policy_output(memory)
         torch.testing.assert_close(new.logprobs, memory.logprobs, atol=1e-5, rtol=0)
         trainer.learning_phase(memory)
     tokens, mask = rlhf.tokenize(
@@ -2009,7 +2014,7 @@ def test_rewards_are_not_computed_under_autocast(gpt2, tmp_path, monkeypatch):
     assert len(seen) == 1 + 2 * 3 + 1 and not any(seen)
     trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, reward=reward))
     memory, *_ = trainer.rollout_phase()
-    torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.ref_logprobs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(trainer.policy_output(memory).logprobs, memory.ref_logprobs, atol=1e-6, rtol=0)
 
 
 def test_a_precision_that_another_accelerator_has_left_is_refused(gpt2):
@@ -2844,7 +2849,7 @@ def test_prompts_of_any_length_and_alphabet(gpt2, tmp_path):
     assert [row["prompt"] for _, row in rows] == ["No", "No", "ünïcode 漢字 🎉", "word " * 8]
     trainer = RLHFTrainer(small_args(gpt2, prompts=path, group_size=2))
     memory, *_ = trainer.rollout_phase()
-    torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.logprobs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(trainer.policy_output(memory).logprobs, memory.logprobs, atol=1e-5, rtol=0)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(SettingError, match="not UTF-8"):
         rlhf.load_examples(RLHFArgs(), path)
@@ -3255,7 +3260,7 @@ def test_positions_that_change_the_others_are_out_of_context(tmp_path, family, g
     memory, *_ = trainer.rollout_phase()
     assert memory.tokens.shape[1] == 16
     with torch.no_grad():
-        torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.logprobs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(trainer.policy_output(memory).logprobs, memory.logprobs, atol=1e-5, rtol=0)
 
 
 def test_preferences_as_data_sets_have_them(gpt2, tmp_path, capsys):
@@ -3612,7 +3617,7 @@ def test_a_family_samples_learns_and_is_exported(family, tmp_path):
     )  # fmt: skip
     randomize_adapters(trainer.policy)
     memory, *_ = trainer.rollout_phase()
-    torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(trainer.policy_output(memory).logprobs, memory.logprobs, atol=1e-4, rtol=0)
     rlhf.export(trainer)
     tokens = torch.arange(3, 13)[None]
     with torch.no_grad():
@@ -3665,7 +3670,7 @@ def test_what_a_person_ignores_stays_ignored():
 def test_cut_prompts_are_cut_for_every_command(gpt2):
     policy = TransformerWithValueHead(gpt2)
     args = RLHFArgs(gen_len=8, long_prompts="cut")
-    examples = rlhf.fitting(policy, [("here", {"prompt": "This is a test. " * 40})], args)
+    examples = rlhf.prompts_that_fit(policy, [("here", {"prompt": "This is a test. " * 40})], args)
     prompt, left, right = rlhf.draw_pair(policy, examples, args, 0)
     assert left != right and prompt == examples[0]["prompt"]
     texts = rlhf.draw_texts(policy, examples * 2, args, ".")
@@ -3725,7 +3730,7 @@ def test_what_the_tokenizer_adds_by_itself_a_template_does_not_add_again(gpt2, t
 
 
 def reward_of(function, columns: dict | None = None) -> list[float]:
-    rewards = [rlhf.Reward("mine", rlhf.as_in_trl(function), 1.0)]
+    rewards = [rlhf.RewardTerm("mine", rlhf.as_in_trl(function), 1.0)]
     rows = [{"prompt": "p"} | (columns or {})] * 2
     return rlhf.get_rewards(rewards, rows, ["x", "y"])[:, 0].tolist()
 
@@ -3948,7 +3953,7 @@ def test_smollm2_is_a_chat_model_that_can_be_trained(tmp_path, monkeypatch):
     rewards = []
     for _ in range(8):
         memory, metrics, _ = trainer.rollout_phase()
-        error = (trainer.evaluate(memory).logprobs - memory.logprobs).abs().max()
+        error = (trainer.policy_output(memory).logprobs - memory.logprobs).abs().max()
         assert error < 1e-3
         trainer.learning_phase(memory)
         rewards.append(metrics["reward"])
@@ -4527,7 +4532,7 @@ def test_first_and_last_token_of_the_vocabulary(path):
 def test_the_path_taken(monkeypatch):
     if kernels.triton is not None:
         launched = []
-        monkeypatch.setattr(kernels, "_lora_launch", launched.append)
+        monkeypatch.setattr(kernels, "_lora_config", launched.append)
         lora_linear(torch.ones(1, 2), torch.ones(3, 2), None, torch.ones(1, 2), torch.ones(3, 1), 1.0)
         assert not launched
     assert kernels.path_taken(torch.zeros(1)) == "torch"
@@ -4563,7 +4568,7 @@ def test_a_large_rank_and_float32_take_the_torch_path(monkeypatch):
     def die(*_):
         raise AssertionError("the kernel was launched")
 
-    monkeypatch.setattr(kernels, "_lora_launch", die)
+    monkeypatch.setattr(kernels, "_lora_config", die)
     cases = itertools.product((kernels.MAX_RANK, kernels.MAX_RANK + 1), (torch.float16, torch.float32))
     for R, dtype in cases:
         x, weight, a, b = (
@@ -4760,11 +4765,11 @@ from triton.compiler import ASTSource
 capability, most_shared = int(sys.argv[1]), int(sys.argv[2])
 names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 row_kernels = [kernels.token_logprobs_forward_kernel, kernels.token_logprobs_backward_kernel]
-cases = [(kernel, dtype, {"HAS_REF": ref, **kernels._launch(50257)})
+cases = [(kernel, dtype, {"HAS_REF": ref, **kernels._row_config(50257)})
          for kernel, dtype, ref in itertools.product(row_kernels, names, (False, True))]
 for dtype, R, stride in itertools.product([*names][1:], (16, 32), ("stride_w_in", "stride_w_out")):
     # the stride that is 1: nn.Linear's, Conv1D's
-    config = {"HAS_BIAS": True, stride: 1, **kernels._lora_launch(R)}
+    config = {"HAS_BIAS": True, stride: 1, **kernels._lora_config(R)}
     cases.append((kernels.lora_linear_kernel, dtype, config))
 special = {"rows_ptr": "*fp32", "coefficients_ptr": "*fp32", "tokens_ptr": "*i64"}
 special |= {"inv_temperature": "fp32", "scale": "fp32"}
@@ -5857,7 +5862,6 @@ WRONG_TOGETHER = {
     "--algo rloo --batch-size 3 --num-minibatches 3 --prompts x.txt": "at least 2",
     "--algo grpo --batch-size 1 --num-minibatches 1": "at least 2",
     "--advantage others --group-size 1": "at least 2",
-    "--kl-estimator k1": "k1.*holds nothing",
     "--algo course --micro-batch-size 2": "micro-batch-size.*whole",
     "--whiten minibatch --micro-batch-size 2": "micro-batch-size.*whole",
     "--total-phases 3": "greater than --warmup-steps 3",
@@ -6349,7 +6353,7 @@ def test_any_prompts_are_used_or_refused(gpt2, tmp_path):
     """And each that is not refused can be written after, shown and judged."""
     policies = [TransformerWithValueHead(name) for name in (gpt2, chat_model(tmp_path / "chat", gpt2))]
     conversation = [{"role": "user", "content": "Is this a test?"}]
-    path, rewards = tmp_path / "prompts.jsonl", [rlhf.Reward("periods", rlhf.reward_fn_char_count(), 1.0)]
+    path, rewards = tmp_path / "prompts.jsonl", [rlhf.RewardTerm("periods", rlhf.reward_fn_char_count(), 1.0)]
 
     def prompts(draw: random.Random):
         path.write_bytes(json_lines(draw, {"prompt": draw.choice(["This is", conversation]), "answer": 3}))
@@ -6360,7 +6364,7 @@ def test_any_prompts_are_used_or_refused(gpt2, tmp_path):
         args = RLHFArgs(gen_len=4, device="cpu", **settings)
 
         def run():
-            examples = rlhf.fitting(policy, rlhf.load_examples(args, path), args)
+            examples = rlhf.prompts_that_fit(policy, rlhf.load_examples(args, path), args)
             tokens, mask = rlhf.tokenize(policy.tokenizer, [one["prompt"] for one in examples], "cpu")
             assert tokens.shape == mask.shape and tokens.shape[1] + 4 <= 64
             scores = rlhf.get_rewards(rewards, examples, ["."] * len(examples))
@@ -6972,7 +6976,7 @@ def test_behind_its_window_gpt_neo_draws_nothing(tmp_path):
     config = transformers.GPTNeoConfig(**GPT_NEO, attention_types=[[["local", "global"], 1]], window_size=12)
     trainer = RLHFTrainer(small_args(save_model(tmp_path, config), algo="grpo", gen_len=7))
     memory, *_ = trainer.rollout_phase()
-    torch.testing.assert_close(trainer.evaluate(memory).logprobs, memory.logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(trainer.policy_output(memory).logprobs, memory.logprobs, atol=1e-4, rtol=0)
     with pytest.raises(SettingError, match="less than the context of 12"):
         RLHFTrainer(small_args(str(tmp_path), algo="grpo", gen_len=12))
 
@@ -7014,7 +7018,7 @@ def test_what_is_replayed_is_what_would_be_computed(family, settings, tmp_path, 
             for _ in range(4):
                 memory, metrics, _ = trainer.rollout_phase()
                 found[-1].append((memory, metrics | trainer.learning_phase(memory)))
-            assert (getattr(trainer.policy.learning_pass, "replay", None) is not None) == replays
+            assert (getattr(trainer.policy.recorded_pass, "replay", None) is not None) == replays
     rtol = 0.05 if "dtype" in settings else 1e-3
     for (eager, old), (replayed, new) in zip(*found, strict=True):
         assert torch.equal(eager.tokens, replayed.tokens)
@@ -7215,7 +7219,7 @@ def expect_frequencies(drawn: torch.Tensor, probs: list[float], formula: str) ->
 
 def test_exercise_tokenize():
     tokenizer = types.SimpleNamespace(
-        begin=[9], room=99, eos_token_id=9, pad_token_id=77, encode=lambda text, **_: [int(x) for x in text]
+        begin=[9], eos_token_id=9, pad_token_id=77, encode=lambda text, **_: [int(x) for x in text]
     )
     tokens, mask = lesson.tokenize(tokenizer, ["12", "3456"], "cpu")
     case = 'prompts "12" and "3456", where a digit is a token and 9 is BOS and EOS'
@@ -7880,7 +7884,7 @@ WRONG_ANSWERS = {
         ("rewards.sum(dim=1)", "rewards[:, -1]"),
     ],
     "leave_one_out": [
-        ("n / (n - 1) * ", ""),
+        ("n / (n - 1)", "n / n"),
         ("n / (n - 1)", "(n - 1) / n"),
     ],
     "ReplayMemory.returns": [
@@ -7902,9 +7906,9 @@ WRONG_ANSWERS = {
         ("logprobs - old_logprobs", "logprobs - logprobs.detach()"),
         ("logprobs - old_logprobs", "logprobs.detach() - old_logprobs"),
         ("log_ratio.exp()", "log_ratio"),
-        ("(log_ratio * mask).sum(1)", "log_ratio.sum(1)"),
-        ("mask.sum(1).clamp(min=1)", "mask.shape[1]"),
-        (" / mask.sum(1).clamp(min=1)", ""),
+        ("(log_ratio * mask).sum(dim=1)", "log_ratio.sum(dim=1)"),
+        ("mask.sum(dim=1).clamp(min=1)", "mask.shape[1]"),
+        (" / mask.sum(dim=1).clamp(min=1)", ""),
     ],
     "clipped_surrogate": [
         ("torch.minimum", "torch.maximum"),
@@ -7965,6 +7969,13 @@ WRONG_ANSWERS = {
         ("new.values - old.returns", "new.values.detach() - old.returns"),
         ("policy_objective(new, old, kl_coef, args)", "policy_objective(new, old, args.kl_coef, args)"),
     ],
+    "lr_scale": [
+        ("[-1, args.warmup_steps,", "[0, args.warmup_steps,"),
+        ("[-1, args.warmup_steps,", "[-1, args.warmup_steps - 1,"),
+        ("[0, 1, args.final_scale]", "[0, 1, 0]"),
+        ("args.total_phases - 1", "args.total_phases"),
+        ("max(args.total_phases - 1, args.warmup_steps + 1)", "args.total_phases - 1"),
+    ],
     "adapt_kl_coef": [
         ("np.clip(step, -0.6, 0.6)", "min(step, 0.6)"),
         ("np.clip(step, -0.6, 0.6)", "max(step, -0.6)"),
@@ -7976,13 +7987,6 @@ WRONG_ANSWERS = {
             "if args.kl_target is None:\n        return args.kl_coef\n",
         ),
         ("math.exp(np", "math.exp(-np"),
-    ],
-    "lr_scale": [
-        ("[-1, args.warmup_steps,", "[0, args.warmup_steps,"),
-        ("[-1, args.warmup_steps,", "[-1, args.warmup_steps - 1,"),
-        ("[0, 1, args.final_scale]", "[0, 1, 0]"),
-        ("args.total_phases - 1", "args.total_phases"),
-        ("max(args.total_phases - 1, args.warmup_steps + 1)", "args.total_phases - 1"),
     ],
 }
 
