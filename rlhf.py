@@ -747,8 +747,9 @@ def get_rewards(
     """What each of the R reward functions gives each completion; NaN where one does not apply. A function is
     called once for the whole batch, with the columns of the prompts file as lists of copies, which it may
     change, and the extras (section 15)."""
-    columns = {key: [deepcopy(example[key]) for example in examples] for key in examples[0]} | extras
-    columns |= {"prompts": columns.pop("prompt"), "completions": completions}
+    columns = {key: [deepcopy(example[key]) for example in examples] for key in examples[0]}
+    prompts = columns.pop("prompt")
+    columns |= extras | {"prompts": prompts, "completions": completions}
     return torch.tensor([call_reward(term, columns) for term in terms]).T
 
 
@@ -1393,7 +1394,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_
 from copy import deepcopy
 from dataclasses import fields, replace
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import partial
 from importlib.metadata import packages_distributions, version
 from io import BytesIO, StringIO
 
@@ -1969,8 +1970,9 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     args = trainer.args
     size = len(trainer.examples)
     numbers = (np.arange(args.batch_size) + trainer.phase * args.batch_size) // args.samples_per_prompt
-    order = lru_cache(lambda epoch: np.random.default_rng((args.seed, epoch)).permutation(size))
-    return [trainer.examples[order(number // size)[number % size]] for number in numbers]
+    epochs = {*numbers // size}
+    orders = {epoch: np.random.default_rng((args.seed, epoch)).permutation(size) for epoch in epochs}
+    return [trainer.examples[orders[number // size][number % size]] for number in numbers]
 
 
 def decode(samples: Samples, tokenizer) -> list[str]:
