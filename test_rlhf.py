@@ -311,7 +311,8 @@ def test_a_table_of_a_kind_that_is_not_read_is_refused(tmp_path):
 
 
 def test_json_lines(tmp_path):
-    path, rows = tmp_path / "new" / "rows.jsonl", [{"prompt": "ünï"}, {"prompt": "漢字"}, {"prompt": ""}]
+    path = tmp_path / "new" / "and deeper" / "rows.jsonl"
+    rows = [{"prompt": "ünï"}, {"prompt": "漢字"}, {"prompt": ""}]
     rlhf.write_jsonl(path, rows)
     assert path.read_text(encoding="utf-8").splitlines() == [
         '{"prompt": "ünï"}',
@@ -735,6 +736,7 @@ def test_reward_functions_of_ones_own(tmp_path, gpt2, prompts_file):
     "returned, expected",
     [
         ([1.0], "1 values for 2 completions"),
+        ([1.0, 0.0, 0.0], "3 values for 2 completions"),
         (None, "raised TypeError"),
         ([0.0, math.nan], "value 1 is nan.*'bad'"),
         ([math.inf, 0.0], "value 0 is inf.*'good'"),
@@ -788,10 +790,13 @@ def test_every_completion_is_learned_from_in_each_pass(gpt2, size):
 
 
 def test_a_fit_rises_for_a_tenth_of_its_steps_and_falls_to_zero():
-    model, rates = nn.Linear(1, 1), []
+    model, rates = nn.Linear(1, 1).eval(), []
     step = torch.optim.AdamW.step
 
     def note(optimizer, *args):
+        assert model.training  # with dropout
+        norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm()
+        assert norm.item() == pytest.approx(1.0, abs=1e-3)  # of (1, 1)
         rates.append(optimizer.param_groups[0]["lr"])
         return step(optimizer, *args)
 
@@ -812,12 +817,32 @@ def test_lora_a_starts_as_in_peft_and_lora_b_at_zero():
 def test_the_more_pairs_the_fewer_times_each_is_learned(gpt2, tmp_path, monkeypatch, pairs, epochs):
     rows = [{"prompt": "This", "chosen": f" is {i}.", "rejected": f" has {i}."} for i in range(pairs)]
     learned = []
-    monkeypatch.setattr(rlhf, "fit", lambda model, batches, *_, **__: learned.extend(batches))
+
+    def fit(model, batches, loss_of, *_, **__) -> None:
+        assert loss_of(batches[0]).item() == pytest.approx(math.log(2))  # no opinion yet
+        learned.extend(batches)
+
+    monkeypatch.setattr(rlhf, "fit", fit)
     path = write_preferences(tmp_path / "p.jsonl", rows)
     rlhf.train_reward_model(path, RLHFArgs(base_model=gpt2), tmp_path / "reward_model", "cpu")
     texts = [text for chosen, _ in learned for text in chosen]
     training = pairs - math.ceil(0.15 * pairs)
     assert len(texts) == epochs * training and len(set(texts)) == training
+    assert texts[:training] != texts[training : 2 * training]  # each time in another order
+
+
+def test_the_seed_decides_which_pairs_are_held_out_and_in_which_order_the_others_come(
+    gpt2, tmp_path, monkeypatch
+):
+    rows = [{"prompt": "This", "chosen": f" is {i}.", "rejected": f" has {i}."} for i in range(20)]
+    path = write_preferences(tmp_path / "p.jsonl", rows)
+    learned = []
+    monkeypatch.setattr(rlhf, "fit", lambda model, batches, *_, **__: learned.append(batches))
+    for caller, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(caller)  # which decides nothing
+        args = RLHFArgs(base_model=gpt2, seed=seed)
+        rlhf.train_reward_model(path, args, tmp_path / f"{caller}", "cpu")
+    assert learned[0] == learned[1] != learned[2]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "neox", "llama"])
@@ -1454,7 +1479,9 @@ def test_a_run_is_reproducible_and_leaves_its_files(gpt2, tmp_path, capsys, algo
     assert "phase   4 of 4" in capsys.readouterr().out
     assert rlhf.main(["compare", str(tmp_path / "first"), str(tmp_path / "second"), "--output",
                       str(tmp_path / "both.png")]) == 0  # fmt: skip
-    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "both.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert int.from_bytes(picture[20:24], "big") > 825  # pixels of the panels: with the legend below
     assert rlhf.main(["compare", str(tmp_path)]) == 2
 
 
@@ -1472,10 +1499,27 @@ def test_it_learns(gpt2):
     assert rewards[-1] > 3 * (rewards[0] + 0.1)
 
 
+def test_tokens_per_second_are_of_all_completions_over_the_whole_phase(capsys):
+    log, logged = rlhf.RunLog.__new__(rlhf.RunLog), []
+    accelerator = types.SimpleNamespace(log=lambda metrics, step: logged.append((step, metrics)))
+    args = types.SimpleNamespace(batch_size=8, total_phases=9)
+    log.trainer = types.SimpleNamespace(phase=7, args=args, device="cpu", accelerator=accelerator)
+    log.is_main, log.metrics, log.completions = False, [], []
+    metrics = dict.fromkeys("reward kl entropy distinct_2".split(), 0.25) | {"equal_groups": 0.5}
+    metrics |= {"completion_length": 2.5, "rollout_seconds": 3.0, "learning_seconds": 1.0}
+    log.write(metrics, [])
+    ((step, found),) = logged
+    assert step == 7 and found["tokens_per_second"] == 5.0 and not log.metrics  # the first process has them
+    shown = "phase   7 of 9  reward 0.25  kl 0.25  entropy 0.25  distinct_2 0.25  5 tokens/s"
+    assert capsys.readouterr().out == shown + "\n"  # and no word of groups: half of them teach something
+
+
 def test_minibatch_means_are_weighted_by_tokens():
     new, old = random_minibatch(dtype=torch.float32)
     metrics = means_of(new, old, RLHFArgs(clip_coef=0.2))
     assert metrics["kl"] == pytest.approx(new.kl[old.mask].mean().item())
+    errors = (new.values - old.advantages - old.values)[old.mask]
+    assert metrics["value_loss"] == pytest.approx(errors.square().mean().item())
     ratio = (new.logprobs - old.logprobs).exp()[old.mask]
     assert metrics["clip_fraction"] == pytest.approx(((ratio > 1.2) | (ratio < 0.8)).float().mean().item())
     higher = means_of(new, old, RLHFArgs(clip_coef=0.2, clip_high=0.05))["clip_fraction"]
@@ -1528,9 +1572,10 @@ def test_a_critic_learns_of_equal_rewards_that_are_not_scaled(gpt2):
     assert losses[2] < 0.9 * losses[0]
 
 
-def test_where_all_is_masked_nothing_moves_and_no_kl_is_measured(gpt2, monkeypatch):
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_where_all_is_masked_nothing_moves_and_no_kl_is_measured(gpt2, algo):
     """Not by AdamW's moments of the phases before; and β stays, for a KL of 0 there would lower it."""
-    args = small_args(gpt2, algo="grpo", truncated="mask", reward=("char:e",), kl_target=0.1, warmup_steps=0)
+    args = small_args(gpt2, algo=algo, truncated="mask", reward=("char:e",), kl_target=0.1, warmup_steps=0)
     trainer = RLHFTrainer(args)
     memory, *_ = trainer.rollout_phase()
     memory.attention_mask[:] = True
@@ -1773,6 +1818,11 @@ def test_english_prose_is_sentences_without_code():
     assert len(text) > 100_000
     assert not re.search(r">>>|\.\.\.|::=|[_=<>\[\]{}|\d]|\(\)", text)
     assert all(document[0].isupper() and document.endswith(".") for document in prose)
+    sentences = [one for document in prose for one in re.split(r"(?<=\.) (?=[A-Z])", document)]
+    assert min(one.count(" ") for one in sentences) >= 3 and len({*sentences}) == len(sentences)
+    words = Counter(re.findall("[a-z]+", text.lower()))
+    once = sum(count == 1 for count in words.values())
+    assert once < 0.1 * len(words)  # a third, where sentences with rare words are not left out
 
 
 def test_tiny_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -2202,6 +2252,14 @@ def test_resume_of_a_run_that_is_further_than_asked_for(gpt2, tmp_path, capsys):
     assert len(rlhf.read_rows(run / "metrics.jsonl")) == 2
 
 
+def test_what_changes_no_number_may_change_when_a_run_goes_on(tmp_path):
+    run = save_run(tmp_path / "run", [], device="cpu", save_every=3, track="wandb", total_phases=60)
+    changes = {"device": "cuda:1", "save_every": 4, "track": "trackio", "total_phases": 99}
+    for name, value in changes.items():
+        args = RLHFArgs(resume=run, **{name: value})
+        assert getattr(args, name) == value and args.save_every == (4 if name == "save_every" else 3)
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_resume_with_several_rewards_and_their_weights(gpt2, tmp_path, capsys):
     flags = "--batch-size 4 --gen-len 4 --num-minibatches 2 --total-phases 2 --warmup-steps 1 --lora".split()
@@ -2433,6 +2491,7 @@ def test_a_directory_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
 def test_a_signal_stops_after_the_phase_and_leaves_a_checkpoint(gpt2, tmp_path, capsys):
     source, before = tmp_path / "reward.py", signal.default_int_handler
     signal.signal(signal.SIGINT, before)  # what runs in the background of a shell ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup
     harmless = "def f(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
     source.write_text(harmless)
     flags = "--batch-size 8 --gen-len 6 --num-minibatches 2".split()
@@ -2688,6 +2747,8 @@ def test_trackers_get_typed_settings_and_go_on_with_a_run(gpt2, tmp_path, monkey
     [
         ("USE_DEEPSPEED", "true", "accelerate's DEEPSPEED: not supported"),
         ("USE_FSDP", "true", "accelerate's FSDP: not supported"),
+        ("USE_MEGATRON_LM", "true", "accelerate's MEGATRON_LM: not supported"),
+        ("USE_PARALLELISM_CONFIG", "true", "accelerate's PARALLELISM_CONFIG: not supported"),
         ("GRADIENT_ACCUMULATION_STEPS", "4", "give --micro-batch-size"),
     ],
 )
@@ -2697,6 +2758,25 @@ def test_what_accelerate_launch_may_not_ask_for(gpt2, tmp_path, monkeypatch, cap
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "launched, found, expected",
+    [
+        ("2", {}, None),
+        ("2", {"mixed_precision": "no"}, None),
+        ("2", {"num_processes": 1}, "2 processes were launched, but 1 found each other; check --device"),
+        ("", {}, "1 processes were launched, but 2 found each other"),
+        ("4", {"num_processes": 4}, "--batch-size 8: .* by 4 processes times --num-minibatches 4"),
+        ("2", {"mixed_precision": "fp16"}, "mixed precision fp16: not supported; expected no or bf16"),
+    ],
+)
+def test_processes_must_find_each_other_and_share_the_work(monkeypatch, launched, found, expected):
+    monkeypatch.setenv("WORLD_SIZE", launched)
+    fine = {"num_processes": 2, "mixed_precision": "bf16", "gradient_accumulation_steps": 1}
+    accelerator = unittest.mock.Mock(Accelerator, **fine | found)
+    with pytest.raises(SettingError, match=expected) if expected else contextlib.nullcontext():
+        rlhf.check_processes(RLHFArgs(batch_size=8, num_minibatches=4), accelerator)
 
 
 def test_a_whole_run_under_torchrun(gpt2, tmp_path):
@@ -2761,6 +2841,15 @@ def test_classifier_reward_is_the_labels_probability(classifier, gpt2):
     assert 0 < trainer.rollout_phase()[1]["reward"] < 1
 
 
+def test_a_classifier_that_judges_keeps_no_graph(classifier, monkeypatch):
+    """Though a reward function of one's own may train something."""
+    logits, classify = [], rlhf.classify
+    monkeypatch.setattr(rlhf, "classify", lambda *inputs: logits.append(classify(*inputs)) or logits[-1])
+    reward = rlhf.Reward("good", rlhf.classifier_reward(f"{classifier}:GOOD", "cpu"), 1.0)
+    rlhf.get_rewards([reward], [{"prompt": "This is"}], [" a test."])
+    assert len(logits) == 1 and not logits[0].requires_grad
+
+
 def test_a_label_is_found_by_its_number(classifier):
     """A config.json may list them in any order; transformers.pipeline goes by the number."""
     config, text = Path(classifier, "config.json"), {"prompts": ["This is"], "completions": [" a test."]}
@@ -2792,6 +2881,27 @@ def test_classifiers_of_independent_labels_and_of_one_output(classifier, gpt2):
         **texts
     ) == pytest.approx(rlhf.load_reward(f"classifier:{classifier}", RLHFArgs(), Path(), "cpu")(**texts))
     assert rlhf.classifier_reward(f"{classifier}:LABEL_0", "cpu")(**texts) != [1.0]
+
+
+def test_a_classifier_pads_right_and_cuts_left_whatever_its_tokenizer_says_and_where_that_says(classifier):
+    config = Path(classifier, "tokenizer_config.json")
+    sides = {"padding_side": "left", "truncation_side": "right", "model_max_length": 16}
+    config.write_text(json.dumps(json.loads(config.read_text()) | sides))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(classifier)
+    texts = ["No.", "This is a test.", "It has words and stops, and a longer sentence. " * 5]
+    scores = rlhf.classifier_reward(f"{classifier}:GOOD", "cpu")([""] * 3, texts)
+    for text, score in zip(texts, scores, strict=True):  # one by one, without padding
+        tokens = tokenizer(text, return_tensors="pt").input_ids[:, -16:]
+        with torch.no_grad():
+            assert score == pytest.approx(model(tokens).logits.softmax(-1)[0, 1].item(), abs=1e-5)
+
+
+def test_a_classifier_judges_and_learns_in_float32_however_it_is_stored(classifier):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier)
+    model.bfloat16().save_pretrained(classifier)
+    loaded, _ = rlhf.load_classifier(classifier, "", "cpu")
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
 
 
 def test_a_regression_of_several_outputs_has_no_probabilities(classifier):
@@ -2948,6 +3058,18 @@ def test_a_kv_cache_by_its_new_name_is_found(gpt2, monkeypatch):
     TransformerWithValueHead(gpt2)  # which is held to the model's own logits, with a KV cache
 
 
+def test_padding_that_is_attended_to_is_noticed(gpt2, monkeypatch):
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    def call(self, *inputs, attention_mask, **named):
+        as_of_the_last_row = attention_mask[-1:].expand_as(attention_mask)  # in which nothing is padded
+        return nn.Module.__call__(self, *inputs, attention_mask=as_of_the_last_row, **named)
+
+    monkeypatch.setattr(AttentionBridge, "__call__", call)
+    with pytest.raises(SettingError, match="its logits are off by"):
+        rlhf.load_bridge(gpt2, "cpu")
+
+
 def test_a_kv_cache_that_stays_empty_is_noticed(gpt2, tmp_path, monkeypatch, capsys):
     """As it would with transformers 5.24 and TransformerLens 4.3: every token drawn without its prompt."""
     from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
@@ -3009,6 +3131,8 @@ def test_a_conversation_is_tokenized_as_its_template_has_it(gpt2, tmp_path):
     path = write_rows(tmp_path / "own.jsonl", [{"prompt": own}])
     ((_, example),) = rlhf.load_examples(RLHFArgs(system="Be brief."), path)
     assert example["prompt"] == own  # its own system message stays, and is the only one
+    ((_, example),) = rlhf.load_examples(RLHFArgs(system=""), None)  # where the template has one by default
+    assert example["prompt"][0] == {"role": "system", "content": ""}
 
 
 def test_a_conversation_that_ends_with_the_assistant_goes_on_there(gpt2, tmp_path):
@@ -3018,6 +3142,8 @@ def test_a_conversation_that_ends_with_the_assistant_goes_on_there(gpt2, tmp_pat
     assert tokenizer.decode(rlhf.token_ids(tokenizer, prompt)) == wanted
     whole = rlhf.joined(prompt, " a test.")  # what is shown, judged by a classifier, and learned from pairs
     assert whole == [*ASKED, {"role": "assistant", "content": "This is a test."}] and len(prompt) == 2
+    reply = {"role": "assistant", "content": "No."}  # which is whole
+    assert rlhf.joined(prompt, [reply]) == [*prompt, reply]
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": prompt, "chosen": " a", "rejected": " no"}] * 2)
     assert rlhf.load_preferences(path, tokenizer) == [(wanted + " a<eos>", wanted + " no<eos>")] * 2
 
@@ -3090,6 +3216,12 @@ def test_a_text_begins_as_its_tokenizer_begins_it(gpt2, tmp_path, kind, special,
             assert rlhf.token_ids(tokenizer, plain.decode(begin) + "This is") == begin + text
 
 
+def test_a_tokenizer_without_an_end_is_refused(gpt2, tmp_path):
+    """It pads with it, and would end no text."""
+    with pytest.raises(SettingError, match="has no tokenizer with an end-of-text token"):
+        rlhf.load_tokenizer(tokenizer_dir(tmp_path, gpt2, bos_token="<bos>"), "auto")
+
+
 def test_a_model_without_a_beginning_is_trained_without_one(gpt2, tmp_path):
     """TransformerLens gives such a tokenizer, Qwen's, end-of-text as its beginning."""
     base = tmp_path / "base"
@@ -3126,6 +3258,14 @@ def test_every_stop_token_that_the_model_declares_ends_a_completion(gpt2, tmp_pa
     assert ended > 16 and metrics["truncated"] < 0.9
 
 
+def test_a_model_that_declares_no_stop_token_has_its_tokenizers(gpt2, tmp_path):
+    base = shutil.copytree(gpt2, tmp_path / "base")
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((base / name).read_text()) | {"eos_token_id": None}
+        (base / name).write_text(json.dumps(settings))
+    assert TransformerWithValueHead(str(base)).stops.tolist() == [0]
+
+
 def test_rows_come_from_any_file(tmp_path, monkeypatch):
     import datasets
     import pyarrow.parquet
@@ -3153,6 +3293,14 @@ def test_rows_come_from_any_file(tmp_path, monkeypatch):
             rlhf.read_rows(source)
 
 
+def test_what_a_message_holds_need_be_no_text(gpt2, tmp_path):
+    """Parts, as of models that see pictures; and nothing, beside the call of a tool."""
+    turns = [{"role": "user", "content": [{"type": "text", "text": "Is this a test?"}]}]
+    turns.append({"role": "assistant", "content": None, "tool_calls": []})
+    ((_, example),) = rlhf.load_examples(RLHFArgs(), write_rows(tmp_path / "p.jsonl", [{"prompt": turns}]))
+    assert example["prompt"] == turns and "Is this a test?" in rlhf.as_text(turns)
+
+
 def test_columns_are_named_and_missing_ones_are_none(gpt2, tmp_path):
     rows = [{"question": "Is this", "answer": "yes"}, {"question": "It has"}]
     path = write_rows(tmp_path / "p.jsonl", rows)
@@ -3160,6 +3308,8 @@ def test_columns_are_named_and_missing_ones_are_none(gpt2, tmp_path):
     assert [(row["prompt"], row["answer"]) for row in examples] == [("Is this", "yes"), ("It has", None)]
     with pytest.raises(SettingError, match='line 1: expected a text .* under "prompt", found None'):
         rlhf.load_examples(RLHFArgs(), path)
+    ((_, example),) = rlhf.load_examples(RLHFArgs(prompt_column="question", prefix="No"), None)
+    assert example["prompt"] == "No"
 
 
 def test_a_prompt_that_leaves_no_room_is_named_dropped_or_cut(gpt2, tmp_path, capsys):
@@ -3204,7 +3354,7 @@ def test_the_name_of_a_table_is_no_pattern(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = tmp_path / "prompts [1]*.csv"
     path.write_text("prompt,answer\nThis is,7\n")
-    assert [row for _, row in rlhf.read_rows(path)] == [{"prompt": "This is", "answer": 7}]
+    assert rlhf.read_rows(path) == [(f"{path}, row 1", {"prompt": "This is", "answer": 7})]
 
 
 def test_an_end_of_text_token_that_the_model_does_not_know_is_refused(gpt2, tmp_path):
@@ -3411,6 +3561,7 @@ def test_settings_from_python_are_what_a_person_writes(gpt2, tmp_path):
     args = RLHFArgs(run_dir="runs/x", prompts="p.txt", reward="periods", lora_targets="o", batch_size=8.0)
     assert (args.run_dir, args.prompts, args.reward) == (Path("runs/x"), "p.txt", ("periods",))
     assert args.lora_targets == ("o",) and args.batch_size == 8 and isinstance(args.batch_size, int)
+    assert RLHFArgs(reward_weights=2).reward_weights == (2.0,)  # of the default reward
     for wrong in ({"batch_size": "many"}, {"lora": "maybe"}, {"reward": 3}, {"reward": ("periods", 3)}):
         ((name, value),) = wrong.items()
         with pytest.raises(SettingError, match=f"--{name.replace('_', '-')} .*: should be a valid"):
@@ -3480,6 +3631,15 @@ def test_repeated_targets_count_once_and_none_are_refused(gpt2, tmp_path):
         RLHFArgs(lora_targets=())
 
 
+def test_an_adapter_names_its_base_model_as_transformers_does(gpt2, tmp_path):
+    """PEFT loads it by that name; TransformerLens has shorter ones."""
+    trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True))
+    args = dataclasses.replace(trainer.args, base_model="gpt2-small")
+    rlhf.export_adapter(trainer.policy, args, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "gpt2"
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_views_of_transformer_lens_show_the_trained_model(family, tmp_path):
     base = save_model(tmp_path / "base", FAMILIES[family]())
@@ -3532,6 +3692,25 @@ def test_each_phase_is_saved_once(gpt2, tmp_path, monkeypatch, phases, expected)
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_the_last_two_checkpoints_are_kept_and_whatever_fails_leaves_one_more(gpt2, tmp_path):
+    """Not a reward function alone: a GPU's memory may be full."""
+    settings = dict(lora=True, total_phases=6, run_dir=tmp_path / "run")
+    trainer = RLHFTrainer(small_args(gpt2, save_every=2, **settings))
+    rollout_phase = trainer.rollout_phase
+
+    def fails():
+        if trainer.phase == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return rollout_phase()
+
+    trainer.rollout_phase = fails
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir())
+    assert names == ["phase-00004.pt", "phase-00005.pt"]
+
+
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("stop, expected", [(0, [0]), (2, [2, 2]), (3, [2, 3])])
 def test_a_stop_saves_its_phase(gpt2, tmp_path, monkeypatch, stop, expected):
     saved, save = [], rlhf.save_checkpoint
@@ -3552,8 +3731,13 @@ def test_prompts_are_shuffled_once_an_epoch(gpt2, tmp_path, monkeypatch):
     for trainer.phase in range(5):  # four prompts each
         drawn += [example["prompt"] for example in rlhf.examples_of(trainer)[::2]]
     assert len(shuffled) <= 5 + 3  # each phase, and where it begins another epoch
-    for epoch in range(4):
-        assert len(set(drawn[5 * epoch : 5 * epoch + 5])) == 5
+    epochs = [tuple(drawn[5 * epoch : 5 * epoch + 5]) for epoch in range(4)]
+    assert all(len(set(epoch)) == 5 for epoch in epochs) and len(set(epochs)) > 1
+    trainer.phase, begins = 0, set()
+    for seed in range(5):
+        trainer.args = dataclasses.replace(trainer.args, seed=seed)
+        begins.add(tuple(example["prompt"] for example in rlhf.examples_of(trainer)))
+    assert len(begins) > 1
 
 
 def test_a_part_of_a_fused_matrix_that_could_not_be_exported_is_refused(tmp_path):
@@ -3644,6 +3828,15 @@ def test_the_readme_names_these_families():
     assert tested[1].split(", ") == [*ALL_FAMILIES] and tested[2].split(", ") == [*REFUSED_FAMILIES]
 
 
+@pytest.mark.parametrize(
+    "error, line",
+    [(ValueError("\n\n wrong\nmore"), "wrong"), (KeyError(), "KeyError"), (OSError(" "), "OSError")],
+)
+def test_of_an_error_that_first_line_is_shown_which_says_something(error, line):
+    with pytest.raises(SettingError, match=f"^this: {line}$"), rlhf.explained("this"):
+        raise error
+
+
 def test_an_interrupt_outside_of_training_is_no_traceback(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -3667,6 +3860,19 @@ def test_what_a_person_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_outside_of_the_main_thread_signals_stay_as_they_are():
+    """As in a notebook's server: Python lets no other thread set handlers."""
+    before, trainer = signal.getsignal(signal.SIGTERM), RLHFTrainer.__new__(RLHFTrainer)
+    trainer.accelerator = types.SimpleNamespace(check_trigger=lambda: False)
+
+    def train() -> str:
+        with rlhf.stop_signals(trainer):
+            return "trained"
+
+    with rlhf.ThreadPoolExecutor() as threads:
+        assert threads.submit(train).result() == "trained" and signal.getsignal(signal.SIGTERM) == before
+
+
 def test_cut_prompts_are_cut_for_every_command(gpt2):
     policy = TransformerWithValueHead(gpt2)
     args = RLHFArgs(gen_len=8, long_prompts="cut")
@@ -3682,6 +3888,12 @@ def test_labels_are_drawn_as_in_training(gpt2):
     rlhf.draw_pair(policy, examples, RLHFArgs(gen_len=4), 0)
     with pytest.raises(SettingError, match="20 times twice the same"):
         rlhf.draw_pair(policy, examples, RLHFArgs(gen_len=4, top_k=1), 0)
+
+
+def test_prompts_take_turns_when_completions_are_labelled(gpt2):
+    policy, examples = TransformerWithValueHead(gpt2), [{"prompt": "This is"}, {"prompt": "No"}]
+    pairs = [rlhf.draw_pair(policy, examples, RLHFArgs(gen_len=4), number) for number in range(4)]
+    assert [prompt for prompt, *_ in pairs] == ["This is", "No"] * 2 and len({*pairs}) == 4
 
 
 def test_conversations_can_be_labelled(gpt2, tmp_path, type_keys, capsys):  # noqa: F811
@@ -3786,6 +3998,7 @@ def test_logged_numbers_of_any_kind_are_written_and_change_nothing_else(gpt2, tm
         log_metric("phase", 7)
         log_extra("seen", list(torch.arange(len(prompts))))
         log_extra("reward", ["mine"] * len(prompts))
+        log_extra("phase", ["mine"] * len(prompts))
         return [float(len(text)) for text in completions]
 
     run = tmp_path / "run"
@@ -3878,12 +4091,33 @@ def test_a_data_set_on_the_hub_is_named_with_split_and_subset(monkeypatch):
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_held_out_prompts_that_no_reward_applies_to_are_0_in_json(gpt2, tmp_path):
+    answers = [None, None]
+
+    def reward(prompts, completions, **columns):
+        return answers
+
+    path = write_rows(tmp_path / "held_out.jsonl", [{"prompt": "No"}, {"prompt": "This"}])
+    trainer = RLHFTrainer(small_args(gpt2, reward=reward, eval_prompts=path))
+    assert rlhf.held_out_rewards(trainer) == {"eval_reward": 0.0, "eval_reward_greedy": 0.0}
+    answers[1] = 3.0  # then the mean is of the others
+    assert rlhf.held_out_rewards(trainer) == {"eval_reward": 3.0, "eval_reward_greedy": 3.0}
+
+
+def test_samples_before_during_and_after_training_are_drawn_with_the_same_numbers(gpt2):
+    trainer, examples = RLHFTrainer(small_args(gpt2)), [{"prompt": "This is"}] * 4
+    before = rlhf.showcase(trainer, examples, trainer.args)
+    trainer.phase = 3
+    torch.manual_seed(9)
+    assert rlhf.showcase(trainer, examples, trainer.args) == before
+    assert len({row["completion"] for row in before}) > 1
+
+
+def test_the_mean_reward_where_none_applies_is_0(gpt2):
     def reward(prompts, completions, **columns):
         return [None] * len(prompts)
 
-    path = write_rows(tmp_path / "held_out.jsonl", [{"prompt": "No"}])
-    trainer = RLHFTrainer(small_args(gpt2, reward=reward, eval_prompts=path))
-    assert rlhf.held_out_rewards(trainer) == {"eval_reward": 0.0, "eval_reward_greedy": 0.0}
+    _, metrics, _ = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, reward=reward)).rollout_phase()
+    assert metrics["reward"] == metrics["reward/reward"] == metrics["reward_std"] == 0.0
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -4904,7 +5138,7 @@ def test_each_key_does_what_it_says(tmp_path, type_keys, monkeypatch, capsys):
     monkeypatch.setattr(rlhf.console, "width", 80)
     file = tmp_path / "new" / "p.jsonl"
     type_keys(
-        "l\n\nxr s u\nr l q l"
+        "l\n\nxüρr s u\nr l q l"
     )  # newlines, spaces and unknown keys are passed over; after q nothing is read
     rlhf.ask(file, 100, numbered_pair)
     # 0 left, 1 right, 2 skipped, 1 taken back, 1 right, 3 left
@@ -4931,6 +5165,23 @@ def test_a_skipped_pair_does_not_come_again(tmp_path, type_keys):
     type_keys("l")  # in the next session only what was skipped behind the last answer
     rlhf.ask(tmp_path / "p.jsonl", 9, numbered_pair)
     assert chosen(tmp_path / "p.jsonl") == ["left 0", "right 2", "left 3"]
+
+
+def test_a_pair_is_shown_whole_in_two_columns_of_one_width(monkeypatch, capsys):
+    monkeypatch.setattr(rlhf.console, "width", 60)
+    rlhf.show_pair("ü" * 100, "x" * 100, "a word, ", "pair 1 of 2")
+    rlhf.show_pair("", "", "word " * 30, "pair 2 of 2")
+    output = capsys.readouterr().out
+    assert [output.count(text) for text in ("ü", "x", "word", "(nothing)")] == [100, 100, 31, 1]
+    assert max(map(len, output.splitlines())) <= 60
+    heads = [line for line in output.splitlines() if "left  " in line]
+    assert len(heads) == 2 and all(abs(line.index("right") - 31) <= 1 for line in heads)
+
+
+def test_no_pair_steers_the_terminal(capsys):
+    rlhf.show_pair("p\x1b[31m", "l\x9b31m", "r\x07", "pair 1 of 2")
+    output = capsys.readouterr().out
+    assert "pair 1 of 2" in output and not {"\x1b", "\x9b", "\x07"} & {*output}
 
 
 def test_undo_of_nothing_is_harmless_and_of_the_only_answer_empties_the_file(tmp_path, type_keys):
@@ -4963,6 +5214,13 @@ def test_older_files_go_on(tmp_path, type_keys):
     type_keys("ll")
     rlhf.ask(file, 4, numbered_pair)
     assert chosen(file) == ["x", "x", "left 2", "left 3"]
+
+
+def test_a_session_goes_on_whatever_number_a_pair_has(tmp_path, type_keys):
+    file = write_rows(tmp_path / "p.jsonl", [answer(-7, "x", "y")])
+    type_keys("l")
+    rlhf.ask(file, 2, lambda number: numbered_pair(rlhf.seed_of(0, number) and number))
+    assert chosen(file) == ["x", "left 8"]
 
 
 @pytest.mark.parametrize(
@@ -5245,18 +5503,24 @@ def score(model, tokenizer, texts):
         return rlhf.classify(model, tokenizer, texts)[:, 0]
 
 
-def test_merging_changes_nothing(gpt2):  # noqa: F811
-    model, tokenizer = rlhf.load_classifier(gpt2, "", "cpu", num_labels=1)
+@pytest.mark.parametrize("family, count", [("gpt2", 4), ("neox", 4), ("llama", 8)])
+def test_merging_changes_nothing(family, count, tmp_path):
+    """Of the attention in each of two blocks: c_attn and c_proj; query_key_value and dense; q, k, v and o."""
+    base = save_model(tmp_path, FAMILIES[family]())
+    model, tokenizer = rlhf.load_classifier(base, "", "cpu", num_labels=1)
     torch.manual_seed(0)
     torch.nn.init.normal_(model.score.weight)
     texts = ["This is", "No.", "It has words and stops"]
     base, names = score(model, tokenizer, texts), model.state_dict().keys()
     with rlhf.dropout_and_lora(model):
+        model.train()
+        one, other = (score(model, tokenizer, texts) for _ in range(2))
+        assert not torch.allclose(one, other)  # dropout
         model.eval()
         layers = [layer for layer in model.modules() if isinstance(layer, rlhf.LoRALinear)]
-        assert len(layers) == 4  # c_attn and c_proj of two blocks
+        assert len(layers) == count
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        assert len(trained) == 2 * 4 + 1 and "score.weight" in trained
+        assert len(trained) == 2 * count + 1 and "score.weight" in trained
         torch.testing.assert_close(score(model, tokenizer, texts), base)
         for layer in layers:
             torch.nn.init.normal_(layer.lora_b, std=0.2)
@@ -5287,7 +5551,10 @@ def test_a_run_learns_its_reward_and_remembers_it(learned, gpt2, tmp_path, capsy
     again = rlhf.classifier_reward(str(run / "reward_model"), "cpu")
     (reward,) = again(prompts=[sample["prompt"]], completions=[sample["completion"]])
     assert sample["reward"] == pytest.approx(reward, abs=1e-4)
+    some.unlink()
+    assert rlhf.main(["--resume", str(run)]) == 0  # which learns no reward again
     assert rlhf.main(["inspect", str(run), "--samples", "4", "--gen-len", "6"]) == 0
+    capsys.readouterr()
     for rewards in (["preferences:nowhere.jsonl"], [f"preferences:{learned[0]}"] * 2):
         flags = [flag for reward in rewards for flag in ("--reward", reward)]
         assert rlhf.main([*argv[:-1], str(tmp_path / "other"), *flags]) == 2
@@ -5408,6 +5675,28 @@ def test_attributions_add_up_to_the_logit_and_each_is_the_heads_own(tmp_path, ar
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["cohere", "granite"])
+def test_a_logit_that_is_no_sum_of_heads_and_mlps_is_not_attributed(family, tmp_path):
+    """Their output layers scale it; shares of what was not scaled would be of another size."""
+    bridge = rlhf.load_bridge(save_model(tmp_path, HEADS[family][0]()), "cpu")[0]
+    bridge.unembed.original_component.weight.mul_(30)
+    tokens = torch.full((1, 9), 17)
+    texts = rlhf.Texts(tokens, tokens, torch.ones(1, 9).bool(), "?", 17)
+    with pytest.raises(SettingError, match="inspect: .*scales.*: this logit is no sum of heads and MLPs"):
+        rlhf.attribute(rlhf.read(bridge, texts), texts)
+
+
+@torch.no_grad()
+def test_a_gain_that_is_stored_less_one_is_whole_in_attributions(tmp_path):
+    """Gemma's. Where the shares and the rest are not the logit, they are refused."""
+    bridge = rlhf.load_bridge(save_model(tmp_path, ALL_FAMILIES["Gemma"]()), "cpu")[0]
+    bridge.ln_final.original_component.weight.normal_(std=0.3)
+    tokens = torch.randint(1, 250, (3, 9))
+    texts = rlhf.Texts(tokens, tokens, torch.ones(3, 9).bool(), "?", 17)
+    assert rlhf.attribute(rlhf.read(bridge, texts), texts).shape == (2, 5)
+
+
+@torch.no_grad()
 def test_what_all_logits_share_is_nobodys(tmp_path):
     """One vector added to all rows of the unembedding changes all logits alike, no probability, no share."""
     bridge = rlhf.load_bridge(save_model(tmp_path, ARCHITECTURES["qwen"]()), "cpu")[0]
@@ -5437,6 +5726,8 @@ def test_the_drop_is_what_the_logit_loses(collapsed, gpt2, capsys):  # noqa: F81
     table = rows_of_the_table(capsys.readouterr().out)
     assert (collapsed / "inspect.png").read_bytes().startswith(b"\x89PNG")
     assert table.keys() == {"L0H0", "L0H1", "L0MLP", "L1H0", "L1H1", "L1MLP"}
+    gains = [float(gain) for _, _, gain, _ in table.values()]
+    assert gains == sorted(gains, reverse=True) and gains[0] > gains[-1]
     texts, (_, trained) = read_both(gpt2, collapsed, samples=8, gen_len=10)
     assert (texts.tokens[:, 1:][texts.where[:, :-1]] == texts.token_id).all()  # the column before each stop
 
@@ -5502,8 +5793,9 @@ def test_lens_and_kl_by_brute_force(collapsed, gpt2, capsys, token):  # noqa: F8
                 values.append(float((a * (a / b).log()).sum()))
         assert kl[position].item() == pytest.approx(sum(values) / len(values), rel=1e-3)
         of_tokens += values
-    printed = float(re.search(r"mean (\S+) nats a token", capsys.readouterr().out)[1])
-    assert printed == pytest.approx(sum(of_tokens) / len(of_tokens), rel=6e-3)
+    printed = re.search(r"mean (\S+) nats a token, most at token (\d+): (\S+)", capsys.readouterr().out)
+    assert float(printed[1]) == pytest.approx(sum(of_tokens) / len(of_tokens), rel=6e-3)
+    assert kl[int(printed[2]) - 1] == max(kl) and float(printed[3]) == pytest.approx(max(kl).item(), rel=6e-3)
     axis = Figure().subplots()
     rlhf.when_it_is_decided(axis, (base, trained), texts)
     *_, lens = (line.get_ydata() for line in axis.lines)
@@ -5553,6 +5845,7 @@ def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, 
     original = rlhf.what_moved
 
     def keep(axis, readings):
+        assert [one.logits.dtype for one in readings] == [torch.float32] * 2
         original(axis, readings)
         moved.append(([*rlhf.block_matrices(readings[0].bridge.blocks[0])], axis.images[0].get_array()))
 
@@ -5560,6 +5853,26 @@ def test_of_bfloat16_and_lora_no_rounding_is_taken_for_training(gpt2, tmp_path, 
     assert rlhf.main(["inspect", str(run), "--samples", "2", "--gen-len", "4"]) == 0
     for name, sizes in zip(*moved[0], strict=True):
         assert ((sizes == 0) == (name in ("in", "out"))).all(), name
+
+
+def test_inspect_has_a_prompt_and_a_seed_of_its_own_and_begins_texts_as_training_did(
+    collapsed, gpt2, tmp_path, monkeypatch
+):
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": "No"}])
+    run = shutil.copytree(collapsed, tmp_path / "run")
+    record = {"base_model": gpt2, "prompts": str(prompts), "prepend_bos": "no", "temperature": 2.0}
+    (run / "args.json").write_text(json.dumps(record))
+    seen, read = [], rlhf.read
+    monkeypatch.setattr(rlhf, "read", lambda bridge, texts: seen.append(texts.tokens) or read(bridge, texts))
+    monkeypatch.setattr(rlhf, "who_writes_it", lambda *_: None)
+    for flags in ([], ["--prompt", "This is"], ["--prompt", "This is", "--seed", "1"]):
+        assert rlhf.main(["inspect", str(run), "--samples", "4", "--gen-len", "4", *flags]) == 0
+    first, own, other_seed = seen[::2]  # both models read the same
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt2)
+    for tokens, text in ((first, "No"), (own, "This is"), (other_seed, "This is")):
+        begin = tokenizer.encode(text, add_special_tokens=False)
+        assert tokens[:, : len(begin)].tolist() == [begin] * 4
+    assert own.tolist() != other_seed.tolist()
 
 
 def test_an_empty_prompt_can_be_inspected(collapsed, capsys):
@@ -5578,6 +5891,7 @@ def test_what_cannot_be_inspected_says_so_in_one_line(collapsed, tmp_path, capsy
         ([str(collapsed), "--gen-len", "-1"], "--gen-len -1: should be greater than or equal to 1"),
         ([str(collapsed), "--token", "zqj"], "--token 'zqj': must be a single token"),
         ([str(collapsed), "--token", ""], "--token '': must be a single token"),
+        ([str(collapsed), "--samples", "0"], "--samples 0: must be at least 1"),
         ([str(collapsed), "--gen-len", "100"], "context of 64"),
         ([str(collapsed / "model")], "is no run directory"),
     ]:
@@ -5623,23 +5937,28 @@ def panels(figure) -> dict:
     return {axis.get_title().split(",")[0].split(":")[0]: axis for axis in figure.axes}
 
 
-def test_compare_makes_one_line_of_seeds(tmp_path, figures):
+def test_compare_makes_one_line_of_seeds(tmp_path, figures, capsys):
     runs = [
         save_run(tmp_path / "a", history(1), seed=0, kl_coef=0.1),
         save_run(tmp_path / "b", history(3, phases=3), seed=1, kl_coef=0.1, save_every=5, track="wandb"),
-        save_run(tmp_path / "c", history(5), seed=0, kl_coef=0.2, run_dir=tmp_path / "c"),
+        save_run(tmp_path / "c", history(5, phases=7), seed=0, kl_coef=0.2, run_dir=tmp_path / "c"),
     ]
+    goes_on = json.loads((tmp_path / "b" / "args.json").read_text()) | {"resume": str(tmp_path / "b")}
+    (tmp_path / "b" / "args.json").write_text(json.dumps(goes_on))
     assert rlhf.main(["compare", *runs, "--output", str(tmp_path / "c.png")]) == 0
     (figure,) = figures
     reward = panels(figure)["mean reward"]
     mean, other = reward.lines
-    assert mean.get_ydata().tolist() == [2, 4, 6] and other.get_ydata().tolist() == [5, 10, 15, 20]
+    assert mean.get_ydata().tolist() == [2, 4, 6] and other.get_ydata().tolist() == [*range(5, 36, 5)]
     band = reward.collections[0].get_paths()[0].vertices
     assert {(1.0, 1.0), (1.0, 3.0), (3.0, 3.0), (3.0, 9.0)} <= {tuple(v) for v in band.tolist()}
     labels = [text.get_text().replace("\n", "") for text in figure.legends[0].get_texts()]
     assert labels == [f"{tmp_path / 'a'}", f"{tmp_path / 'c'}"]
+    seeds, alone, _ = capsys.readouterr().out.splitlines()  # means of the last five phases, or of all
+    assert seeds.startswith(f"{tmp_path / 'a'}  reward 4.25 (2.50 to 6.00)  kl 4.25 (2.50 to 6.00)  ")
+    assert alone == f"{tmp_path / 'c'}  reward 25.00  kl 25.00  distinct_2 25.00"
     path = panels(figure)["frontier"].lines[0]
-    assert list(path.get_xdata()) == list(path.get_ydata()) == [2, 4, 6]
+    assert list(path.get_xdata()) == list(path.get_ydata()) == [2, 4, 6] and path.get_markevery() == [-1]
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)  # the legend stands below everything else
     legend = figure.legends[0].get_window_extent(renderer)
@@ -5655,13 +5974,18 @@ def test_no_two_runs_look_alike(tmp_path, figures):
 
 
 def test_a_gold_reward_has_a_panel_of_its_own(tmp_path, figures):
-    rlhf.plot_curves({"run": [history(-1, gold_reward=7)]}, tmp_path / "c.png")
+    rlhf.plot_curves({"a run " * 60: [history(-1, gold_reward=7)]}, tmp_path / "c.png")
+    (label,) = figures[0].legends[0].get_texts()
+    assert max(map(len, label.get_text().splitlines())) <= 110  # as wide as the panels
     rlhf.plot_curves({"run": [history(-1)]}, tmp_path / "c.png")
     reward, gold = (panels(figures[0])[name] for name in ("mean reward", "gold reward"))
     assert list(reward.lines[0].get_ydata()) == [-1, -2, -3, -4] and reward.get_ylim()[0] < -4
     assert list(gold.lines[0].get_ydata()) == [7, 14, 21, 28] and gold.get_ylim()[0] == 0
     assert not gold.get_shared_y_axes().joined(gold, reward)
     assert [name for name, axis in panels(figures[1]).items() if not axis.get_visible()] == ["gold reward"]
+    both = {"plain": [history(-1)], "gold": [history(-1, gold_reward=7)]}
+    rlhf.plot_curves(both, tmp_path / "c.png")
+    assert all(axis.get_visible() for axis in figures[2].axes)
 
 
 def test_a_sample_steers_no_terminal_and_stays_on_its_line(monkeypatch, capsys):
@@ -5670,6 +5994,8 @@ def test_a_sample_steers_no_terminal_and_stays_on_its_line(monkeypatch, capsys):
     assert rlhf.one_line(text) == "�[31m⏎This [bold]is :smile: "
     for turns in "\u061c\u200e\u200f\u202a\u202e\u2066\u2069":  # the direction of writing
         assert rlhf.printable(f"a{turns}b") == "a�b"
+    for number in {*range(32), *range(127, 160)} - {9, 10}:  # \x9b alone is ESC [
+        assert rlhf.printable(f"a{chr(number)}b") == "a�b"
     log = rlhf.RunLog.__new__(rlhf.RunLog)
     log.is_main, log.completions = False, []
     monkeypatch.setenv("TERM", "dumb")
@@ -6736,6 +7062,16 @@ def test_each_hook_alone_sees_in_a_pass_what_run_with_cache_has(name, tmp_path):
                     assert not torch.allclose(features, plain), hook_name
 
 
+@pytest.mark.parametrize("part", ["ln1", "attn.q", "attn.o", "mlp.in", "mlp.out"])
+def test_a_backward_hook_alone_is_given_the_gradient(gpt2, part):
+    policy, seen = TransformerWithValueHead(gpt2), []
+    hook = (f"blocks.1.{part}.hook_out", lambda gradient, hook: seen.append(gradient))
+    with policy.bridge.hooks(bwd_hooks=[hook]):
+        features, _ = policy.features(torch.arange(1, 13).view(2, 6), torch.ones(2, 6).bool())
+        features.square().sum().backward()
+    assert len(seen) == 1
+
+
 def test_a_fingerprint_counts_weights_of_any_shape():
     """Apertus has some without an axis. 1.0 is of bits 0x3F800000: two int16, 0 and 0x3F80."""
     weights = {"a": torch.ones(()), "b": torch.ones(2, 3), "c": torch.ones(4, dtype=torch.bfloat16)}
@@ -6938,6 +7274,8 @@ def test_nothing_is_replayed_without_a_gpu_or_with_a_hook_of_yours_or_under_auto
     policy.bridge.blocks[1].hook_out.add_hook(lambda x, hook: None)
     assert not rlhf.can_replay(policy)
     policy.bridge.reset_hooks()
+    with policy.bridge.hooks(bwd_hooks=[("blocks.1.hook_out", lambda gradient, hook: None)]):
+        assert not rlhf.can_replay(policy)
     assert rlhf.can_replay(policy)
     with rlhf.adapters_off():
         assert not rlhf.can_replay(policy)
