@@ -267,7 +267,7 @@ def positions(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     >>> positions(torch.tensor([[False, True, True, True]]))
     tensor([[0, 0, 1, 2]])
     """
-    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def distinct_prompts(
@@ -1890,7 +1890,6 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
         import datasets
 
         rows = datasets.load_dataset(**table).to_list()
-    require(rows, f"{source}: is empty")
     return [(f"{source}, row {number}", row) for number, row in enumerate(rows, start=1)]
 
 

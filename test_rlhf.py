@@ -2845,7 +2845,7 @@ def test_a_classifier_that_judges_keeps_no_graph(classifier, monkeypatch):
     """Though a reward function of one's own may train something."""
     logits, classify = [], rlhf.classify
     monkeypatch.setattr(rlhf, "classify", lambda *inputs: logits.append(classify(*inputs)) or logits[-1])
-    reward = rlhf.Reward("good", rlhf.classifier_reward(f"{classifier}:GOOD", "cpu"), 1.0)
+    reward = rlhf.RewardTerm("good", rlhf.classifier_reward(f"{classifier}:GOOD", "cpu"), 1.0)
     rlhf.get_rewards([reward], [{"prompt": "This is"}], [" a test."])
     assert len(logits) == 1 and not logits[0].requires_grad
 
@@ -8121,7 +8121,7 @@ WRONG_ANSWERS = {
         ("token_ids(tokenizer, prompt)", "tokenizer.encode(prompt)"),
     ],
     "positions": [
-        ("attention_mask.cumsum(dim=1) - 1", "torch.ones_like(attention_mask).cumsum(dim=1) - 1"),
+        ("attention_mask.long()", "torch.ones_like(attention_mask).long()"),
         (".clamp(min=0)", ""),
         (" - 1)", ")"),
     ],
