@@ -38,6 +38,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -7527,18 +7528,48 @@ lesson = rlhf
 
 
 def expect(got, wanted, formula: str) -> None:
-    """Numbers, lists or tensors are the same; if they are not, the message says by which formula."""
+    """Numbers, lists or tensors are the same, NaN too; if they are not, the message says by which formula. Of
+    many rows it shows the first that differs."""
     __tracebackhide__ = True  # the reader wants to see the line that expects
     got, wanted = (torch.as_tensor(x).detach().to(torch.float64) for x in (got, wanted))
-    same = got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    if got.shape == wanted.shape:
+        differs = ~torch.isclose(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+        if not differs.any():
+            return
+        if got.dim() and len(got) > 10:
+            row = int(differs.reshape(len(got), -1).any(dim=1).nonzero()[0])
+            formula = f"{formula}; of {len(got)} rows, row {row} is the first that differs"
+            got, wanted = got[row], wanted[row]
+    elif max(got.numel(), wanted.numel()) > 100:
+        formula = f"{formula}; the shape"
+        got, wanted = torch.tensor(got.shape), torch.tensor(wanted.shape)
     shown = [torch.round(x, decimals=4).tolist() for x in (wanted, got)]
-    assert same, f"{formula}\n    expected {shown[0]}\n    got      {shown[1]}"
+    raise AssertionError(f"{formula}\n    expected {shown[0]}\n    got      {shown[1]}")
+
+
+def called(function, *arguments, **named):
+    """What the function returns; the tensors that it is given, also within records, must stay as they are."""
+    __tracebackhide__ = True
+    given = {}
+    for name, one in signature(function).bind(*arguments, **named).arguments.items():
+        if isinstance(one, torch.Tensor):
+            given[name] = one
+        else:
+            fields = one._asdict() if hasattr(one, "_asdict") else getattr(one, "__dict__", {})
+            given |= {f"{name}.{field}": x for field, x in fields.items() if isinstance(x, torch.Tensor)}
+    before = {name: one.detach().clone() for name, one in given.items()}
+    result = function(*arguments, **named)
+    for name, one in given.items():
+        expect(one, before[name], f"{name} must stay as it is: compute in a new tensor")
+    return result
 
 
 def slopes(got: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Gradients of the sum; 0 to what is not used."""
     assert got.requires_grad, "expected a number through which a gradient flows, got a constant"
-    return torch.autograd.grad(got.sum(), inputs, allow_unused=True, materialize_grads=True)
+    return torch.autograd.grad(
+        got.sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
 
 
 def log_softmax_by_hand(logits: list[float], temperature: float = 1.0) -> list[float]:
@@ -7565,6 +7596,9 @@ def test_exercise_tokenize():
     expect(tokens, wanted, f"each prompt behind BOS, padded on the left with EOS; {case}")
     wanted = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     expect(mask, wanted, f"the mask is 0 on the padding and 1 on BOS, though both are token 9; {case}")
+    on = [x.device.type for x in lesson.tokenize(tokenizer, ["12", "3456"], "meta")]
+    message = "tokens and mask are on `device`; device is meta"
+    assert on == ["meta", "meta"], f"{message}\n    expected meta, meta\n    got      {', '.join(on)}"
 
 
 def test_exercise_positions():
@@ -7587,23 +7621,46 @@ def test_exercise_get_logprobs():
     logits = [[[1.0, 0.0, -2.0], [0.5, 3.0, 1.0]], [[-1.0, 2.0, 0.0], [2.0, 2.0, 2.0]]]
     ref_logits = [[[0.0, 1.0, 1.0], [0.5, 2.0, 1.0]], [[-1.0, 0.0, 0.0], [0.0, 2.0, -2.0]]]
     tokens = [[0, 2], [1, -100]]
-    for temperature in (1.0, 0.5):
+    for temperature in (0.5, 1.0):
         wanted = torch.zeros(3, 2, 2, dtype=torch.float64)
+        gradients = torch.zeros(3, 2, 2, 3, dtype=torch.float64)
         for row, t in [(0, 0), (0, 1), (1, 0)]:
             p = log_softmax_by_hand(logits[row][t], temperature)
             q = log_softmax_by_hand(ref_logits[row][t], temperature)
             wanted[0, row, t] = p[tokens[row][t]]
-            wanted[1, row, t] = -sum(math.exp(a) * a for a in p)
-            wanted[2, row, t] = sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+            wanted[1, row, t] = entropy = -sum(math.exp(a) * a for a in p)
+            wanted[2, row, t] = kl = sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+            for v, (a, b) in enumerate(zip(p, q, strict=True)):
+                gradients[0, row, t, v] = ((v == tokens[row][t]) - math.exp(a)) / temperature
+                gradients[1, row, t, v] = -math.exp(a) * (a + entropy) / temperature
+                gradients[2, row, t, v] = math.exp(a) * (a - b - kl) / temperature
         case = f"temperature {temperature}, logits {logits}, tokens {tokens}, ref_logits {ref_logits}"
         inputs = torch.tensor(logits), torch.tensor(tokens), temperature
-        logprobs, entropy, kl = lesson.get_logprobs(*inputs, torch.tensor(ref_logits))
-        expect(logprobs, wanted[0], f"log softmax(logits / temperature)[token], 0 at -100; {case}")
-        expect(entropy, wanted[1], f"H = -Σ_v π(v) log π(v), 0 at -100; {case}")
-        expect(kl, wanted[2], f"KL = Σ_v π(v) (log π(v) - log π_ref(v)), 0 at -100; {case}")
+        results = called(lesson.get_logprobs, *inputs, torch.tensor(ref_logits))
+        formulas = [
+            "log softmax(logits / temperature)[token]",
+            "H = -Σ_v π(v) log π(v)",
+            "KL = Σ_v π(v) (log π(v) - log π_ref(v))",
+        ]
+        for got, right, formula in zip(results, wanted, formulas, strict=True):
+            expect(got, right, f"{formula}, 0 at -100; {case}")
         assert lesson.get_logprobs(*inputs)[2] is None, "expected no KL, None, without ref_logits"
         half = lesson.get_logprobs(torch.tensor(logits).bfloat16(), *inputs[1:])[0]
         expect(half, wanted[0], f"logits in half precision are first made float32; {case}")
+        trained = torch.tensor(logits, requires_grad=True)
+        results = lesson.get_logprobs(trained, *inputs[1:], torch.tensor(ref_logits))
+        formulas[0] += "; d/dlogit_v = (1 if v is the token, else 0, - π(v)) / temperature"
+        formulas[1] += "; dH/dlogit_v = -π(v) (log π(v) + H) / temperature"
+        formulas[2] += "; dKL/dlogit_v = π(v) (log π(v) - log π_ref(v) - KL) / temperature"
+        for got, right, formula in zip(results, gradients, formulas, strict=True):
+            (gradient,) = slopes(got, trained)
+            expect(gradient, right, f"gradient of {formula}; {case}")
+    far = torch.tensor([[0.0, 200.0]])
+    case = "logits 0 and 200, of the reference 200 and 0, token 0"
+    logprobs, entropy, kl = lesson.get_logprobs(far, torch.tensor([0]), 1.0, far.flip(1))
+    expect(logprobs, [-200.0], f"log π(token) = logit - log Σ_v exp(logit_v), and finite; {case}")
+    expect(entropy, [0.0], f"H = -Σ_v π(v) log π(v), and finite; {case}")
+    expect(kl, [200.0], f"KL = Σ_v π(v) (log π(v) - log π_ref(v)), and finite; {case}")
 
 
 def test_exercise_completion_features():
@@ -7612,70 +7669,128 @@ def test_exercise_completion_features():
 
         def __init__(self):
             nn.Module.__init__(self)
-            self.cache, self.prompt, self.stops = None, torch.empty(0), torch.tensor([0])
+            self.one = nn.Parameter(torch.ones(()))
+            self.cache = self.prompts = None
+            # As on a GPU: what was recorded has a gradient, whether one is asked for or not.
+            hook = types.SimpleNamespace(fwd_hooks=[None], bwd_hooks=[])
+            self.bridge = types.SimpleNamespace(hook_dict={"ln_final.hook_out": hook})
+            self.stops = types.SimpleNamespace(is_cuda=True)
+            self.recorded_pass = torch.enable_grad()(self.features_after)
 
         def prompt_cache(self, prompts, of_row):
-            self.cache, self.prompt = transformers.DynamicCache(), prompts[of_row]
+            self.cache, self.prompts, self.of_row = transformers.DynamicCache(), prompts, of_row
             return self.cache
 
         def features(self, tokens, attention_mask, cache=None):
-            assert cache is self.cache, "expected keys and values of the prompt from prompt_cache"
-            expect(
-                attention_mask.shape[1], 6, "the mask is of all columns so far, the prompt's too: 0 to T-2"
-            )
-            return tokens[..., None].float(), tokens + 100.0
+            self.read, self.last, self.width = cache, tokens[0, -1], attention_mask.shape[1]
+            return tokens[..., None] * self.one, (tokens + 100) * self.one
 
     formula = "column t speaks of token t + 1: tokens P to T-1 are scored by columns P-1 to T-2; P = 4, T = 7"
     for B in (2, 65):  # so many that the prompt of each is worth a cache
         zeros = torch.zeros(B, 3)  # C = 3
         mask = torch.ones(B, 7).bool()
-        samples = lesson.Samples(torch.arange(7).expand(B, 7), mask, logprobs=zeros, values=zeros)
+        mask[0, 0] = False  # the prompt of row 0 is padded
+        samples = lesson.Samples(torch.arange(7).repeat(B, 1), mask, logprobs=zeros, values=zeros)
         columns = Columns()
-        features, values = columns.completion_features(samples)
-        expect(features, [[[3.0], [4.0], [5.0]]] * B, f"features: {formula}")
-        expect(values, [[103.0, 104.0, 105.0]] * B, f"values (100 + column): {formula}")
-    expect(columns.prompt, [[0, 1, 2, 3]] * B, "prompt_cache gets the prompt: columns 0 to P-1")
+        features, values = called(columns.completion_features, samples)
+        case = f"{formula}, {B} rows, of which all must be"
+        expect(features.unique(dim=0), [[[3.0], [4.0], [5.0]]], f"features: {case}")
+        expect(values.unique(dim=0), [[103.0, 104.0, 105.0]], f"values (100 + column): {case}")
+        expect(len(features), B, f"a row for each of the samples; {case}")
+        flows = [x.requires_grad for x in (features, values)]
+        assert all(flows), f"expected a gradient to flow through features and values, got {flows}"
+        with torch.no_grad():
+            flows = [x.requires_grad for x in Columns().completion_features(samples)]
+        assert not any(flows), f"under no_grad expected features and values without gradient, got {flows}"
+        told = "columns 0 to T-2 are computed: column T-1 speaks of no token; P = 4, T = 7"
+        expect(columns.last, 5, f"{told}; the last column given to the model")
+        expect(columns.width, 6, f"{told}; the width of the mask, which is of the prompt's columns too")
+        if columns.prompts is None:
+            assert B * 4 <= 256, (
+                f"{B} prompts of 4 tokens are many (above 256 in all): expected that the prompt goes through "
+                "prompt_cache, and features read the cache; got features without prompt_cache"
+            )
+            continue
+        assert columns.read is columns.cache, (
+            "expected features to read what prompt_cache returned, got other"
+        )
+        told = "prompt_cache gets each of distinct_prompts once: columns 0 to P-1, -1 where padded"
+        prompts = columns.prompts.tolist()
+        case = f"{told}; rows 0 is (pad, 1, 2, 3), all others are (0, 1, 2, 3)"
+        expect(columns.prompts.unique(dim=0), [[-1, 1, 2, 3], [0, 1, 2, 3]], case)
+        expect(len(prompts), 2, f"{case}; the number of prompts")
+        expect(columns.prompts[columns.of_row][:2], [[-1, 1, 2, 3], [0, 1, 2, 3]], f"{case}; rows 0 and 1")
 
 
-def lora_layer(kind: type[nn.Module], dtype: torch.dtype = torch.float32):
+def lora_layer(kind: type[nn.Module], dtype: torch.dtype = torch.float32, has_bias: bool = True):
     """W = [[1, 2], [3, 4]], bias 10, 20, lora_a [[1, 0], [2, 1]], lora_b [[1, 3], [0, 2]], α 6, rank 2."""
     base, W = kind(2, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     base.weight.data = (W if kind is nn.Linear else W.t()).to(dtype).contiguous()
-    base.bias.data = torch.tensor([10.0, 20.0], dtype=dtype)
+    base.bias = nn.Parameter(torch.tensor([10.0, 20.0], dtype=dtype)) if has_bias else None
     layer = lesson.LoRALinear(base, rank=2, alpha=6.0)
     layer.lora_a.data = torch.tensor([[1.0, 0.0], [2.0, 1.0]])
     layer.lora_b.data = torch.tensor([[1.0, 3.0], [0.0, 2.0]])
     return layer
 
 
+def forward_of(layer: nn.Module, x: torch.Tensor, formula: str) -> torch.Tensor:
+    """layer(x), in the dtype of x; torch refuses a product of two dtypes."""
+    try:
+        h = called(layer.forward, x)
+    except (RuntimeError, TypeError) as error:
+        raise AssertionError(f"{formula}\n    expected h in {x.dtype}\n    got      {error}") from error
+    assert h.dtype == x.dtype, f"{formula}\n    expected h in {x.dtype}\n    got      {h.dtype}"
+    return h
+
+
 def test_exercise_forward():
     # x = (1, -1): W x + bias = (9, 19);  lora_a x = (1, 1);  lora_b (1, 1) = (4, 2);  times 6/2: (12, 6)
+    formula = "h = W x + bias + (α/rank) lora_b (lora_a x)"
     for kind in (nn.Linear, transformers.pytorch_utils.Conv1D):
         layer, x = lora_layer(kind), torch.tensor([[1.0, -1.0]], requires_grad=True)
         case = f"{lora_layer.__doc__} x = (1, -1), W in a {kind.__name__}"
-        h = layer(x)
-        expect(h, [[21.0, 25.0]], f"h = W x + bias + (α/rank) lora_b (lora_a x); {case}")
+        h = called(layer.forward, x)
+        expect(h, [[21.0, 25.0]], f"{formula}; {case}")
         to_a, to_b, to_x = slopes(h, layer.lora_a, layer.lora_b, x)
         # dh/dlora_b = 3 (1, 1)ᵀ (lora_a x)ᵀ;  dh/dlora_a = 3 (lora_bᵀ (1, 1)) xᵀ = 3 (1, 5)ᵀ (1, -1)
         expect(to_b, [[3.0, 3.0], [3.0, 3.0]], f"gradient of sum(h) to lora_b; {case}")
         expect(to_a, [[3.0, -3.0], [15.0, -15.0]], f"gradient of sum(h) to lora_a; {case}")
         # to x: Wᵀ (1, 1) = (4, 6), and 3 lora_aᵀ lora_bᵀ (1, 1) = 3 lora_aᵀ (1, 5) = (33, 15)
         expect(to_x, [[37.0, 21.0]], f"gradient of sum(h) to x; {case}")
+        lesson.LoRALinear.in_pass = True
+        try:
+            h = layer(x)
+        finally:
+            lesson.LoRALinear.in_pass = False
+        told = "within a pass, where in_pass is True and `weight` W alone, the same h"
+        expect(h, [[21.0, 25.0]], f"{formula}; {told}; {case}")
         layer.enabled = False
         expect(layer(x), [[9.0, 19.0]], f"h = W x + bias when not enabled; {case}")
+        layer, told = lora_layer(kind, torch.bfloat16), "W, bias and x are bfloat16, the adapters float32"
+        h = forward_of(layer, x.bfloat16(), f"{formula}; {told}; {case}")
+        expect(h, [[21.0, 25.0]], f"{formula}; {told}; {case}")
+    case = f"without a bias, which is None; else {case}"
+    layer = lora_layer(nn.Linear, has_bias=False)
+    expect(forward_of(layer, x, f"{formula}; {case}"), [[11.0, 5.0]], f"{formula}; {case}")
 
 
 def test_exercise_update():
     # lora_b lora_a = [[1 + 6, 3], [4, 2]] = [[7, 3], [4, 2]];  times 6/2: [[21, 9], [12, 6]]
     for kind in (nn.Linear, transformers.pytorch_utils.Conv1D):
-        wanted = [[21.0, 9.0], [12.0, 6.0]]
-        expect(
-            lora_layer(kind).update, wanted, f"(α/rank) lora_b lora_a, [d_out, d_in]; {lora_layer.__doc__}"
-        )
+        layer, wanted = lora_layer(kind), [[21.0, 9.0], [12.0, 6.0]]
+        formula = f"(α/rank) lora_b lora_a, [d_out, d_in]; {lora_layer.__doc__}"
+        expect(layer.update, wanted, formula)
+        # d/dlora_b = 3 (1, 1)ᵀ (lora_a (1, 1)ᵀ)ᵀ = 3 (1, 1)ᵀ (1, 3);  d/dlora_a = 3 (1, 5)ᵀ (1, 1)
+        to_a, to_b = slopes(layer.update, layer.lora_a, layer.lora_b)
+        expect(to_b, [[3.0, 9.0], [3.0, 9.0]], f"gradient to lora_b of the sum of {formula}")
+        expect(to_a, [[3.0, 3.0], [15.0, 15.0]], f"gradient to lora_a of the sum of {formula}")
+        layer.enabled = False
+        expect(layer.update, wanted, f"the same when not enabled: {formula}")
 
 
 def chain_policy(transitions: torch.Tensor):
-    """A policy of V tokens, EOS = 0, the logits of whose next token are transitions[last token].
+    """A policy of V tokens, the logits of whose next token are transitions[last token]. A text ends with 0 or
+    with EOS, which is V - 1.
 
     Its critic says how many tokens there are so far.
     """
@@ -7685,7 +7800,8 @@ def chain_policy(transitions: torch.Tensor):
             nn.Module.__init__(self)
             config = types.SimpleNamespace(config=transformers.GPT2Config())
             self.bridge = types.SimpleNamespace(original_model=config, blocks=[])
-            self.tokenizer, self.stops = types.SimpleNamespace(eos_token_id=0), torch.tensor([0])
+            eos = len(transitions) - 1
+            self.tokenizer, self.stops = types.SimpleNamespace(eos_token_id=eos), torch.tensor([0, eos])
 
         def features(self, tokens, attention_mask, cache=None):
             values = attention_mask.float().cumsum(dim=1)
@@ -7699,18 +7815,20 @@ def chain_policy(transitions: torch.Tensor):
 
 
 def test_exercise_get_samples():
-    # After 3 always comes 2, then 1, then 0, the end of text.
-    always = 100 * nn.functional.one_hot(torch.tensor([3, 0, 1, 2])).float()
-    prompts, mask = torch.tensor([[0, 3, 2], [3, 3, 3]]), torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
+    # After 3 always comes 2, then 1, then 0.
+    always = 100 * nn.functional.one_hot(torch.tensor([3, 0, 1, 2, 3])).float()
+    always = nn.functional.pad(always, (0, 1))
+    prompts, mask = torch.tensor([[4, 3, 2], [3, 3, 3]]), torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
     for gen_len in (5, 3):
-        case = f"after 3 comes 2, then 1, then EOS = 0; prompts (pad, 3, 2) and (3, 3, 3), gen_len {gen_len}"
-        samples = lesson.get_samples(chain_policy(always), prompts, mask, gen_len)
-        wanted = [[0, 3, 2, 1, 0, 0], [3, 3, 3, 2, 1, 0]]
+        case = "after 3 comes 2, then 1, then 0; policy.stops are 0 and 4, and EOS is 4"
+        case = f"{case}; prompts (pad, 3, 2) and (3, 3, 3), gen_len {gen_len}"
+        samples = called(lesson.get_samples, chain_policy(always), prompts, mask, gen_len)
+        wanted = [[4, 3, 2, 1, 0, 4], [3, 3, 3, 2, 1, 0]]
         expect(
             samples.tokens, wanted, f"prompt, completion, EOS as padding, no column that none reaches; {case}"
         )
         wanted = [[0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
-        expect(samples.attention_mask, wanted, f"EOS is drawn, so it is 1; what follows is 0; {case}")
+        expect(samples.attention_mask, wanted, f"the 0 is drawn, so it is 1; what follows is 0; {case}")
         wanted = [[2.0, 3.0, 0.0], [3.0, 4.0, 5.0]]
         expect(samples.values, wanted, f"V before each token (the tokens so far), 0 where masked; {case}")
         expect(samples.logprobs, torch.zeros(2, 3), f"log 1 = 0 for each token; {case}")
@@ -7718,14 +7836,14 @@ def test_exercise_get_samples():
         samples = lesson.get_samples(
             chain_policy(always), prompts.flip(0), mask.flip(0), 5, rows_at_once=rows_at_once
         )
-        wanted = [[3, 3, 3, 2, 1, 0], [0, 3, 2, 1, 0, 0]]
+        wanted = [[3, 3, 3, 2, 1, 0], [4, 3, 2, 1, 0, 4]]
         expect(samples.tokens, wanted, f"the same with rows_at_once {rows_at_once}; {case}")
     short = lesson.get_samples(chain_policy(always), prompts, mask, 1)
-    expect(short.tokens, [[0, 3, 2, 1], [3, 3, 3, 2]], "gen_len = 1 draws one token")
+    expect(short.tokens, [[4, 3, 2, 1], [3, 3, 3, 2]], "gen_len = 1 draws one token")
 
     # Many rows, that differ by chance.
     logits, temperature = [0.5, -1.0, 1.0, 0.0], 0.5
-    case = f"logits {logits} after every token, temperature {temperature}"
+    case = f"logits {logits} after every token, policy.stops 0 and 3, temperature {temperature}"
     transitions = torch.tensor([logits] * 4, requires_grad=True)
     inputs = torch.tensor([[3]]).expand(2000, 1), torch.ones(2000, 1).bool()
     by_hand = log_softmax_by_hand(logits, temperature)
@@ -7742,9 +7860,9 @@ def test_exercise_get_samples():
         expect_frequencies(first, probs, f"π = softmax(logits / temperature), {cut}; {case}")
         wanted = torch.zeros(samples.logprobs.shape)
         for row, drawn in enumerate(samples.tokens[:, 1:].tolist()):
-            length = drawn.index(0) + 1 if 0 in drawn else len(drawn)
+            length = next((t + 1 for t, token in enumerate(drawn) if token in (0, 3)), len(drawn))
             wanted[row, :length] = torch.tensor([by_hand[token] for token in drawn[:length]])
-        formula = "log softmax(logits / temperature)[token] over the whole vocabulary, 0 behind EOS"
+        formula = "log softmax(logits / temperature)[token] over the whole vocabulary, 0 behind the end"
         expect(samples.logprobs, wanted, f"{formula}; {cut}, {case}")
         assert not samples.logprobs.requires_grad, "expected log π_old as a constant, got one with a gradient"
         generator.manual_seed(0)
@@ -7768,25 +7886,41 @@ def test_exercise_sample_token():
     for uniform in (0.0, 1.0):  # 1 stands for a product that rounds up
         token = int(lesson.sample_token(probs[:1], torch.tensor([uniform])))
         assert token in (1, 3, 4), f"{formula}; uniform is {uniform}: expected token 1, 3 or 4, got {token}"
+    uniform, wanted = [0.01, 0.05, 0.09, 0.11, 0.4, 0.69, 0.71, 0.85, 0.99], [1, 1, 1, 3, 3, 3, 4, 4, 4]
+    formula = (
+        "the first token up to which the sum of probs is above uniform · Σ probs; no other random numbers"
+    )
+    case = f"probs {weights}, with sums 0, 0.2, 0.2, 1.4, 2, 2; uniform {uniform}"
+    for _ in range(2):
+        expect(lesson.sample_token(probs[:9], torch.tensor(uniform)), wanted, f"{formula}; {case}")
 
 
 def test_exercise_normalize_reward():
     # mean 3, squared distances 4, 1, 0, 9: standard deviation sqrt(14 / 3) = 2.160247
     wanted = [-2 / 2.160247, -1 / 2.160247, 0.0, 3 / 2.160247]
-    formula = "(r - mean) / std with std² = Σ (r - mean)² / (B - 1)"
-    expect(lesson.normalize_reward(torch.tensor([1.0, 2.0, 3.0, 6.0])), wanted, f"{formula}; r = 1, 2, 3, 6")
+    formula = "(r - mean) / (std + 1e-6) with std² = Σ (r - mean)² / (B - 1)"
+    got = called(lesson.normalize_reward, torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    expect(got, wanted, f"{formula}; r = 1, 2, 3, 6")
     equal = lesson.normalize_reward(torch.full((8,), 100.1))
     expect(equal, torch.zeros(8), "equal rewards become exactly 0; r = 100.1, eight times")
     one = lesson.normalize_reward(torch.tensor([5.0]))
     expect(one, [0.0], "a batch of one has no deviation, so 0; r = 5")
-    got = lesson.normalize_reward(torch.tensor([1.0, math.nan, 2.0, 3.0, 6.0]))[[0, 2, 3, 4]]
-    expect(got, wanted, f"{formula}, of those that are not NaN; r = 1, NaN, 2, 3, 6")
+    got = called(lesson.normalize_reward, torch.tensor([1.0, math.nan, 2.0, 3.0, 6.0]))
+    wanted.insert(1, math.nan)
+    expect(got, wanted, f"{formula}, of those that are not NaN, and NaN stays NaN; r = 1, NaN, 2, 3, 6")
+    got = lesson.normalize_reward(torch.tensor([[1.0, 3.0], [10.0, 30.0]]))  # std √2 and √200
+    case = "over the last axis: each row for itself; r = (1, 3) and (10, 30)"
+    expect(got, [[-(0.5**0.5), 0.5**0.5]] * 2, f"{formula}; {case}")
+    # mean 1e-6, distances 1e-6: standard deviation √2 · 1e-6
+    got = lesson.normalize_reward(torch.tensor([0.0, 2e-6]))
+    wanted = [-1 / (2**0.5 + 1), 1 / (2**0.5 + 1)]
+    expect(got, wanted, f"{formula}, the 1e-6 outside of the root; r = 0, 0.000002")
 
 
 def test_exercise_token_rewards():
     mask = torch.tensor([[True, True, True], [True, False, False]])
     penalty = torch.tensor([[0.5, 0.0, -0.25], [0.125, 7.0, 7.0]])
-    got = lesson.token_rewards(torch.tensor([2.0, -1.0]), penalty, mask)
+    got = called(lesson.token_rewards, torch.tensor([2.0, -1.0]), penalty, mask)
     formula = "r_t = -penalty_t, and on the last token the reward, too; 0 where masked"
     case = f"rewards 2, -1, penalty {penalty.tolist()}, lengths 3, 1"
     expect(got, [[-0.5, 0.0, 2.25], [-1.125, 0.0, 0.0]], f"{formula}; {case}")
@@ -7812,7 +7946,7 @@ def test_exercise_gae():
             for k in range(t, length):  # Â_t = Σ_k (γλ)^(k-t) δ_k
                 delta = rewards[row, k].item() + gamma * V[k + 1] - V[k]
                 wanted[row, t] += (gamma * lam) ** (k - t) * delta
-    got = lesson.gae(rewards, values, mask, lesson.RLHFArgs(gamma=gamma, gae_lambda=lam))
+    got = called(lesson.gae, rewards, values, mask, lesson.RLHFArgs(gamma=gamma, gae_lambda=lam))
     case = f"V {values.tolist()}, rewards {rewards.tolist()}, lengths {lengths}, γ = 0.9, λ = 0.8"
     expect(got, wanted, f"{formula}; Â = 0 where masked; {case}")
 
@@ -7831,22 +7965,52 @@ def test_exercise_group_relative():
     std = torch.tensor([math.sqrt(14 / 3)] * 4 + [0.5] * 4)
     args = lesson.RLHFArgs(algo="grpo", batch_size=8, group_size=4)
     formula = "Â = (r - mean(r)) / std(r) of the group, std² = Σ (r - mean)² / (K - 1), 0 where masked"
-    got = lesson.group_relative(rewards, values, mask, args)
+    got = called(lesson.group_relative, rewards, values, mask, args)
     expect(got, (centred / std)[:, None] * mask, f"{formula}; {group_case.__doc__}")
-    got = lesson.group_relative(rewards, values, mask, dataclasses.replace(args, scale_rewards="none"))
-    formula = "with scale_rewards none Â = r - mean(r) of the group"
-    expect(got, centred[:, None] * mask, f"{formula}; {group_case.__doc__}")
+    for other in ("none", "batch"):
+        got = lesson.group_relative(rewards, values, mask, dataclasses.replace(args, scale_rewards=other))
+        told = f"with scale_rewards {other} Â = r - mean(r) of the group, divided by nothing here"
+        expect(got, centred[:, None] * mask, f"{told}; {group_case.__doc__}")
+    # One group: mean 1, squared distances 1, 1, 0, 4, 4, 1, 0, 1; std² = 12 / 7
+    rewards = torch.tensor([[0.0, 2.0, 1.0, 3.0, -1.0, 0.0, 1.0, 2.0]]).T
+    wanted = (rewards - 1) / math.sqrt(12 / 7)
+    args, mask = lesson.RLHFArgs(algo="grpo", batch_size=8), torch.ones(8, 1).bool()
+    case = f"without group_size K = samples_per_prompt, here all 8; r = {rewards[:, 0].tolist()}"
+    expect(lesson.group_relative(rewards, rewards, mask, args), wanted, f"{formula}; {case}")
+    # Of those that have a reward: mean 3, squared distances 4, 1, 9; std² = 14 / 2
+    rewards = torch.tensor([[0.0, 1.0], [1.0, math.nan], [0.0, 2.0], [5.0, 1.0]])
+    args, mask = lesson.RLHFArgs(algo="grpo", batch_size=4), torch.ones(4, 2).bool()
+    centred = torch.tensor([-2.0, math.nan, -1.0, 3.0])
+    case = "a completion with a NaN has no reward: its Â is NaN, and it does not count; r = 1, NaN, 2, 6"
+    got = called(lesson.group_relative, rewards, rewards, mask, args)
+    expect(got, (centred / 7**0.5)[:, None].expand(4, 2), f"{formula}; {case}")
+    got = lesson.group_relative(rewards, rewards, mask, dataclasses.replace(args, scale_rewards="none"))
+    expect(got, centred[:, None].expand(4, 2), f"with scale_rewards none Â = r - mean(r); {case}")
 
 
 def test_exercise_leave_one_out():
     rewards, values, mask = group_case()
-    groups, wanted = rewards.sum(dim=1).view(2, 4).tolist(), []
+    groups, wanted, divided = rewards.sum(dim=1).view(2, 4).tolist(), [], []
     for group in groups:
-        wanted += [group[i] - sum(group[:i] + group[i + 1 :]) / 3 for i in range(4)]
+        less_others = [group[i] - sum(group[:i] + group[i + 1 :]) / 3 for i in range(4)]
+        wanted += less_others
+        divided += [x / statistics.stdev(group) for x in less_others]
     args = lesson.RLHFArgs(algo="rloo", batch_size=8, group_size=4)
-    got = lesson.leave_one_out(rewards, values, mask, args)
+    got = called(lesson.leave_one_out, rewards, values, mask, args)
     formula = "Â_i = r_i - mean of the other K - 1 rewards of the group, 0 where masked"
     expect(got, torch.tensor(wanted)[:, None] * mask, f"{formula}; {group_case.__doc__}")
+    got = lesson.leave_one_out(rewards, values, mask, dataclasses.replace(args, scale_rewards="group"))
+    told = "with scale_rewards group divided by std(r) of the group, std² = Σ (r - mean)² / (K - 1)"
+    expect(got, torch.tensor(divided)[:, None] * mask, f"{formula}; {told}; {group_case.__doc__}")
+    # 1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2; in the second group there are no others
+    nan = math.nan
+    rewards = torch.tensor([[1.0, nan, 2.0, 6.0, nan, nan, 5.0, nan]]).T
+    got = called(lesson.leave_one_out, rewards, rewards, torch.ones(8, 1).bool(), args)
+    formula = "Â_i = r_i - mean of the other n - 1 rewards of the group, n of the K being no NaN"
+    case = (
+        "the Â of NaN is NaN, and so is that of the only one, n = 1; r = (1, NaN, 2, 6), (NaN, NaN, 5, NaN)"
+    )
+    expect(got[:, 0], [-3.0, nan, -1.5, 4.5, nan, nan, nan, nan], f"{formula}; {case}")
 
 
 def memory_case(**fields):
@@ -7868,7 +8032,7 @@ def memory_case(**fields):
 
 def test_exercise_returns():
     advantages, values = torch.tensor([[3.0, 1.0, -2.0]]), torch.tensor([[0.5, 1.0, 4.0]])
-    got = memory_case(advantages=advantages, values=values).returns
+    got = called(lambda memory: memory.returns, memory_case(advantages=advantages, values=values))
     case = "advantages 3, 1, -2, values 0.5, 1, 4"
     expect(got, [[3.5, 2.0, 2.0]], f"V_target = Â + V, with the advantages as they are; {case}")
 
@@ -7904,6 +8068,16 @@ def test_exercise_get_minibatches():
     for one in memory.get_minibatches(passes, count, torch.Generator().manual_seed(0)):
         prompts = one.tokens[:, 0].unique()
         assert len(prompts) == 1, f"expected rows of a prompt together; 2 prompts, {case}, got {one.tokens}"
+    for each in (1, 2, 8):
+        memory.tokens[:, 0] = torch.arange(8) // each
+        case = f"8 rows, of which {each} have the same prompt, 20 passes, 2 minibatches a pass"
+        minibatches = list(memory.get_minibatches(20, count, torch.Generator().manual_seed(0)))
+        first = sorted({one.advantages[0, 0].item() for one in minibatches[::count]})
+        message = f"expected passes that begin with rows of more than one prompt; {case}"
+        assert len({row // each for row in first}) > 1 or each == 8, f"{message}, got always rows {first}"
+        parts = sorted({tuple(sorted(one.advantages[:, 0].tolist())) for one in minibatches})
+        message = f"expected rows (prompts) that are in new company in each pass; {case}"
+        assert len(parts) > count, f"{message}, got the same {count} minibatches in each: {parts}"
 
 
 def test_prompts_stay_together_in_minibatches():
@@ -7927,20 +8101,23 @@ def test_prompts_stay_together_in_minibatches():
 
 
 def test_exercise_importance_ratio():
-    rho, mask = torch.tensor([[2.0, 0.5, 8.0], [3.0, 9.0, 9.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
-    old = torch.full((2, 3), -2.0)
+    rho = torch.tensor([[2.0, 0.5, 8.0], [3.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
+    old = torch.full((3, 3), -2.0)
     logprobs = (rho.log() + old).requires_grad_()
     formula = "ρ = exp(logprobs - old_logprobs)"
-    got = lesson.importance_ratio(logprobs, old, mask, per="token")
-    expect(got * mask, rho * mask, f"{formula}; π / π_old = {rho.tolist()}")
-    expect(slopes(got * mask, logprobs)[0], rho * mask, f"dρ/dlogprobs = ρ of {formula}")
-    case = (
-        "per completion, of the tokens that are not masked; π / π_old = (2, 1/2, 8) and (3, masked, masked)"
-    )
-    got = lesson.importance_ratio(logprobs, old, mask, per="sequence")
+    case = "of the tokens that are not masked; π / π_old = (2, 1/2, 8) and (3, masked, masked)"
+    got = called(lesson.importance_ratio, logprobs, old, mask, per="token")
+    expect(got[mask], rho[mask], f"{formula}; {case}")
+    expect(slopes(got[mask], logprobs)[0][mask], rho[mask], f"dρ/dlogprobs = ρ of {formula}; {case}")
+    case = f"per completion, {case}"
+    got = called(lesson.importance_ratio, logprobs, old, mask, per="sequence")
     expect(got[mask], [2.0, 2.0, 2.0, 3.0], f"geometric mean: 8 ** (1/3) = 2; {case}")
-    wanted = torch.tensor([[2.0, 2.0, 2.0], [3.0, 0.0, 0.0]])  # Σ over 3 tokens of 2 / 3 each
-    expect(slopes(got * mask, logprobs)[0], wanted, f"gradient of its sum; {case}")
+    # Σ over 3 tokens of 2 / 3 each
+    expect(slopes(got[mask], logprobs)[0][mask], [2.0, 2.0, 2.0, 3.0], f"gradient of its sum; {case}")
+    told = "geometric mean of no token: exp(0) = 1; a completion that is all masked"
+    expect(got[2], [1.0, 1.0, 1.0], told)
+    expect(slopes(got, logprobs)[0][2], [0.0, 0.0, 0.0], f"gradient of its sum; {told}")
 
 
 def test_exercise_clipped_surrogate():
@@ -7974,8 +8151,13 @@ def test_exercise_kl_estimate():
         expect(got, [wanted], formula)
         (gradient,) = slopes(got, logprobs)
         expect(gradient, [slope], f"gradient to log π_θ of {formula}")
-    far = lesson.kl_estimate(torch.tensor([[-200.0]]), torch.tensor([[-0.5]]), "k3")
-    expect(far, [[math.exp(10) - 11]], "beyond log q = 10 it counts as 10; log q = 199.5")
+    for ref, log_q, wanted in [
+        (0.0, "200, which counts as 10", {"k1": -10.0, "k2": 50.0, "k3": math.exp(10) - 11}),
+        (-220.0, "-20, which is not cut off", {"k1": 20.0, "k2": 200.0, "k3": 19.0}),
+    ]:
+        for estimator, (formula, *_) in cases.items():
+            got = called(lesson.kl_estimate, torch.tensor([[-200.0]]), torch.tensor([[ref]]), estimator)
+            expect(got, [[wanted[estimator]]], f"{formula}, log q at most 10; log q = {log_q}")
 
 
 def test_exercise_masked_mean():
@@ -7986,99 +8168,141 @@ def test_exercise_masked_mean():
         ("token", "sum / number of tokens that are not masked: 15 / 4", 3.75),
         ("constant", "sum / (b · gen_len): 15 / (2 · 5)", 1.5),
     ]:
-        expect(lesson.masked_mean(x, mask, average, gen_len=5), wanted, f"{average}: {formula}; {case}")
+        got = called(lesson.masked_mean, x, mask, average, gen_len=5)
+        expect(got, wanted, f"{average}: {formula}; {case}")
     mask[1] = False  # a completion that is not learned from
     got = lesson.masked_mean(x, mask, "sequence")
     expect(got, 3.0, "sequence: a completion without tokens does not count; x = (1, 2, 6) and all masked")
+    got = lesson.masked_mean(x, mask, "constant", gen_len=5)
+    formula = "constant: sum / (b · gen_len), b with completions without tokens: 9 / (2 · 5)"
+    expect(got, 0.9, f"{formula}; x = (1, 2, 6) and all masked, gen_len 5")
+    for average in ("sequence", "token", "constant"):
+        got = lesson.masked_mean(x, torch.zeros(2, 3).bool(), average, gen_len=5)
+        expect(got, 0.0, f"{average}: mean of no token at all: 0; a minibatch that is all masked")
 
 
 def test_exercise_whitened():
     x, mask = torch.tensor([[1.0, 2.0, 3.0], [6.0, 99.0, 99.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     wanted = [[-2 / 2.160247, -1 / 2.160247, 0.0], [3 / 2.160247, 0.0, 0.0]]  # √(14/3) = 2.160247
     formula = "(x - mean) / std over all tokens that are not masked, 0 where masked"
-    expect(lesson.whitened(x, mask), wanted, f"{formula}; x = (1, 2, 3) and (6, masked, masked)")
+    got = called(lesson.whitened, x, mask)
+    expect(got, wanted, f"{formula}; x = (1, 2, 3) and (6, masked, masked)")
+    for case in ("only x = 2 not masked: it has no deviation", "all masked"):
+        mask = torch.zeros(2, 3).bool()
+        mask[0, 1] = case != "all masked"
+        expect(lesson.whitened(x, mask), torch.zeros(2, 3), f"{formula}, so 0; {case}")
 
 
 def objective_case():
-    """Completions of 4, 1 and 3 tokens: π_old, Â, V of when they were drawn; π, KL, entropy, V of now."""
-    torch.manual_seed(0)
-    mask = torch.arange(4) < torch.tensor([4, 1, 3])[:, None]
+    """π / π_old = (1.5, 0.5) and (1.1, masked), log π_old -2, Â (1, -2) and (3, masked), V_old (0.5, 1) and
+    (2, masked), V (1, 3) and (0, masked), KL (0.5, 0.25) and (2, masked), H (1, 2) and (4, masked)."""
+    mask = torch.tensor([[True, True], [True, False]])
+    ratio = torch.tensor([[1.5, 0.5], [1.1, 7.0]])
     old = memory_case(
-        logprobs=-torch.rand(3, 4) - 1, advantages=torch.randn(3, 4), values=torch.randn(3, 4), mask=mask
+        logprobs=torch.full((2, 2), -2.0),
+        advantages=torch.tensor([[1.0, -2.0], [3.0, 7.0]]),
+        values=torch.tensor([[0.5, 1.0], [2.0, 7.0]]),
+        mask=mask,
     )
-    new = [old.logprobs + 0.5 * torch.randn(3, 4), torch.rand(3, 4), torch.rand(3, 4), torch.randn(3, 4)]
-    return lesson.PolicyOutput(*(x.requires_grad_() for x in new)), old
+    new = lesson.PolicyOutput(
+        logprobs=ratio.log() - 2,
+        entropy=torch.tensor([[1.0, 2.0], [4.0, 7.0]]),
+        kl=torch.tensor([[0.5, 0.25], [2.0, 7.0]]),
+        values=torch.tensor([[1.0, 3.0], [0.0, 7.0]]),
+    )
+    for one in new:
+        one.requires_grad_()
+    return new, old
 
 
-def objective_by_hand(new, old, kl_coef: float, args, average: str, vf_coef: float) -> float:
-    rows, lengths = [], [4, 1, 3]
-    tokens = [old.advantages[row, t].item() for row, length in enumerate(lengths) for t in range(length)]
-    mean, std = (statistics.mean(tokens), statistics.stdev(tokens)) if args.whiten == "minibatch" else (0, 1)
-    for row, length in enumerate(lengths):
-        terms = []
-        ratios = [math.exp(new.logprobs[row, t].item() - old.logprobs[row, t].item()) for t in range(length)]
-        if args.ratio == "sequence":
-            ratios = [math.prod(ratios) ** (1 / length)] * length
-        for t, ratio in enumerate(ratios):
-            a = (old.advantages[row, t].item() - mean) / std
-            clipped = min(max(ratio, 1 - args.clip_coef), 1 + args.clip_high)
-            error = new.values[row, t].item() - (old.advantages[row, t].item() + old.values[row, t].item())
-            surrogate = min(ratio * a, clipped * a)
-            if args.clip == "weight":
-                surrogate = clipped * a * new.logprobs[row, t].item()
-            term = surrogate - (kl_coef if args.kl_in == "loss" else 0) * new.kl[row, t].item()
-            terms.append(term + args.ent_coef * new.entropy[row, t].item() - vf_coef * error**2)
-        rows.append(terms)
-    if average == "sequence":
-        return sum(sum(terms) / len(terms) for terms in rows) / 3
-    return sum(map(sum, rows)) / (8 if average == "token" else 3 * 5)
+# What one token of the case counts for in the mean; gen_len is 5.
+SHARES = {
+    "sequence": [[1 / 4, 1 / 4], [1 / 2, 0.0]],
+    "token": [[1 / 3, 1 / 3], [1 / 3, 0.0]],
+    "constant": [[1 / 10, 1 / 10], [1 / 10, 0.0]],
+}
 
 
 def judge_objective(objective, formula: str, has_critic: bool) -> None:
     new, old = objective_case()
-    whole = dict(clip_coef=0.1, clip_high=0.3, kl_coef=0.9, ent_coef=0.7, vf_coef=0.6, gen_len=5)
-    for average, switch in [
-        ("sequence", {}),
-        ("token", {}),
-        ("constant", {}),
-        ("sequence", {"ratio": "sequence"}),
-        ("token", {"clip": "weight"}),
-        ("token", {"whiten": "minibatch"}),
-        ("token", {"kl_in": "reward"}),
-    ]:
-        args = lesson.RLHFArgs(**whole, **switch, loss_average=average)
-        beta = 0.0 if "kl_in" in switch else 0.4
-        case = (
-            f"{objective_case.__doc__} clip to 0.9 and 1.3, β = 0.4, c_ent = 0.7, c_vf = 0.6, {average} mean"
-        )
-        case = f"{case}, {switch or 'no switch'}"
-        got = objective(new, old, 0.4, args)
-        wanted = objective_by_hand(new, old, 0.4, args, average, args.vf_coef if has_critic else 0.0)
-        expect(got, wanted, f"{formula}; {case}")
-        # Gradients of the first token of the second completion, whose share of the mean is known.
-        share = {"sequence": 1 / 3, "token": 1 / 8, "constant": 1 / 15}[average]
-        fields = (new.kl, new.entropy, new.values) if has_critic else (new.kl, new.entropy)
-        kl, entropy, *values = slopes(got, *fields)
-        expect(kl[1, 0], -beta * share, f"gradient to one token's KL: -β times its share {share:.3f}; {case}")
-        expect(entropy[1, 0], 0.7 * share, f"gradient to its entropy: c_ent times its share; {case}")
+    no_advantage = dataclasses.replace(old, advantages=torch.zeros(2, 2))
+    case = " ".join(objective_case.__doc__.split())
+
+    def answer(old, beta: float, **switches) -> torch.Tensor:
+        settings = dict(clip_coef=0.1, clip_high=0.3, kl_coef=0.9, ent_coef=0.0, vf_coef=0.0, gen_len=5)
+        return called(objective, new, old, beta, lesson.RLHFArgs(**settings | switches))
+
+    def expect_mean(got, terms: list, average: str, term: str) -> None:
+        __tracebackhide__ = True
+        wanted = (torch.tensor(SHARES[average]) * torch.tensor(terms)).sum()
+        shown = [[round(x, 4) for x in row[: 2 - at]] for at, row in enumerate(terms)]
+        told = f"E[ {term} ]\n    E is the {average} mean (gen_len 5) over what is not masked, of {shown}"
+        expect(got, wanted, f"{told}\n    {case}")
+
+    # Term by term. clip(ρ) is (1.3, 0.9) and 1.1; the geometric mean of 1.5 and 0.5 is 0.8660.
+    none = "with β = c_ent = 0" + has_critic * " = c_vf"
+    for average in SHARES:
+        got = answer(old, 0.0, loss_average=average)
+        expect_mean(got, [[1.3, -1.8], [3.3, 0]], average, f"min(ρ Â, clip(ρ, 0.9, 1.3) Â), {none}")
+        got = answer(no_advantage, 0.4, loss_average=average)
+        expect_mean(got, [[-0.2, -0.1], [-0.8, 0]], average, "- β KL, with Â = c_ent = 0, β = 0.4")
+        got = answer(no_advantage, 0.0, loss_average=average, ent_coef=0.7)
+        expect_mean(got, [[0.7, 1.4], [2.8, 0]], average, "c_ent H, with Â = β = 0, c_ent = 0.7")
+        if has_critic:  # V - V_target = (-0.5, 4) and -5
+            got = answer(old, 0.0, loss_average=average, vf_coef=0.6) - answer(old, 0.0, loss_average=average)
+            terms = [[-0.15, -9.6], [-15.0, 0]]
+            expect_mean(got, terms, average, "- c_vf (V - (Â + V_old))²: what c_vf = 0.6 adds, β = c_ent = 0")
+    got = answer(no_advantage, 0.4, kl_in="reward")
+    expect_mean(got, [[0, 0], [0, 0]], "sequence", "no β KL with kl_in reward, Â = c_ent = 0, β = 0.4")
+    got = answer(old, 0.0, ratio="sequence")
+    terms = [[0.75**0.5, -1.8], [3.3, 0]]
+    expect_mean(
+        got, terms, "sequence", f"min(ρ Â, clip(ρ) Â), ρ per sequence: (0.866, 0.866) and 1.1, {none}"
+    )
+    # Of 1, -2, 3 the mean is 2/3, and std² = (1/9 + 64/9 + 49/9) / 2 = 19/3: Â = 0.1325 times (1, -8) and 7
+    unit = (1 / 3) / (19 / 3) ** 0.5
+    got = answer(old, 0.0, whiten="minibatch")
+    terms = [[1.3 * unit, -8 * 0.9 * unit], [7 * 1.1 * unit, 0]]
+    expect_mean(got, terms, "sequence", f"min(ρ Â, clip(ρ) Â), Â whitened: (0.132, -1.06) and 0.927, {none}")
+    got = answer(old, 0.0, clip="weight")
+    log_pi = [[math.log(1.5) - 2, math.log(0.5) - 2], [math.log(1.1) - 2, 0]]
+    weight = [[1.3, -1.8], [3.3, 0]]  # clip(ρ) Â
+    terms = [[a * b for a, b in zip(*rows, strict=True)] for rows in zip(weight, log_pi, strict=True)]
+    expect_mean(got, terms, "sequence", f"clip(ρ) Â log π, with clip weight, {none}")
+    shares = torch.tensor(SHARES["sequence"])
+    told = "gradient to log π, with clip weight: clip(ρ) Â times its share, where clip(ρ) is a constant, also"
+    told = f"{told} where nothing is clipped, ρ = 1.1; sequence mean, {none}"
+    expect(slopes(got, new.logprobs)[0], torch.tensor(weight) * shares, f"{told}; {case}")
+
+    # All together.
+    for average in SHARES:
+        got = answer(old, 0.4, loss_average=average, ent_coef=0.7, vf_coef=0.6)
+        terms = [[1.3 - 0.2 + 0.7, -1.8 - 0.1 + 1.4], [3.3 - 0.8 + 2.8, 0]]
+        settings = "β = 0.4, c_ent = 0.7"
         if has_critic:
-            slope = -0.6 * 2 * (new.values - old.advantages - old.values)[1, 0] * share
-            formula_of_slope = "gradient to its value: -2 c_vf (V - V_target) times its share"
-            expect(values[0][1, 0], slope, f"{formula_of_slope}; {case}")
-        if args.clip == "weight":
-            weight = math.exp((new.logprobs - old.logprobs)[1, 0].item())
-            slope = min(max(weight, 0.9), 1.3) * old.advantages[1, 0] * share
-            (logprobs,) = slopes(objective(new, old, 0.4, args), new.logprobs)
-            expect(logprobs[1, 0], slope, f"gradient to log π: clip(ρ) Â, no more, times its share; {case}")
+            terms = [[terms[0][0] - 0.15, terms[0][1] - 9.6], [terms[1][0] - 15.0, 0]]
+            settings = f"{settings}, c_vf = 0.6"
+        expect_mean(got, terms, average, f"{formula}: all terms, {settings}")
+        shares = torch.tensor(SHARES[average])
+        told = f"{average} mean, {settings}; {case}"
+        wanted = torch.tensor([[0.0, 0.0], [3.3, 0.0]]) * shares
+        message = "log π: ρ Â times its share, 0 where ρ Â is clipped"
+        expect(slopes(got, new.logprobs)[0], wanted, f"gradient to {message}; {told}")
+        expect(slopes(got, new.kl)[0], -0.4 * shares, f"gradient to KL: -β times its share; {told}")
+        expect(slopes(got, new.entropy)[0], 0.7 * shares, f"gradient to H: c_ent times its share; {told}")
+        if has_critic:
+            wanted = -1.2 * torch.tensor([[-0.5, 4.0], [-5.0, 0.0]]) * shares
+            message = "V: -2 c_vf (V - V_target) times its share"
+            expect(slopes(got, new.values)[0], wanted, f"gradient to {message}; {told}")
 
 
 def test_exercise_policy_objective():
-    formula = "J = mean of min(ρ Â, clip(ρ) Â) - β KL + c_ent entropy, over what is not masked"
+    formula = "min(ρ Â, clip(ρ) Â) - β KL + c_ent H"
     judge_objective(lesson.policy_objective, formula, has_critic=False)
 
 
 def test_exercise_ppo_objective():
-    formula = "J_PPO = J - c_vf mean of (V - V_target)², V_target = Â + V_old, over what is not masked"
+    formula = "min(ρ Â, clip(ρ) Â) - β KL + c_ent H - c_vf (V - V_target)²"
     judge_objective(lesson.ppo_objective, formula, has_critic=True)
 
 
@@ -8094,9 +8318,18 @@ def test_exercise_adapt_kl_coef():
         (9.0, 2.0, math.exp(0.6)),
         (0.1, 2.0, math.exp(-0.6)),
         (0.01, 1e-9, math.exp(-0.6)),  # both below a hundredth of the target: neither tells anything
+        (0.04, 1e-9, (0.02 * 2**5) ** 0.4),  # one of them is: it counts as 0.02, a hundredth of the target
+        (0.05, 0.0, (0.025 * 2.5**5) ** 0.4),
+        (0.0, 0.0, math.exp(-0.6)),
+        (0.0, 2.0, math.exp(-0.6)),
+        (-0.5, 2.0, math.exp(-0.6)),  # an estimate may be below 0
     ]:
-        told = f"{formula}, KL = {kl}, last KL = {last_kl}"
-        expect(lesson.adapt_kl_coef(0.5, kl, last_kl, args), 0.5 * ratio, told)
+        told = f"{formula}, KL = {kl}, last KL = {last_kl}, each at least a hundredth of the target, 0.02"
+        try:
+            got = lesson.adapt_kl_coef(0.5, kl, last_kl, args)
+        except (ValueError, ArithmeticError) as error:
+            raise AssertionError(f"{told}\n    expected {0.5 * ratio}\n    got      {error!r}") from error
+        expect(got, 0.5 * ratio, told)
     expect(lesson.adapt_kl_coef(0.5, 9.0, 1.0, lesson.RLHFArgs()), 0.5, "without a target β stays as it is")
 
 
@@ -8119,6 +8352,7 @@ WRONG_ANSWERS = {
         ('padding_side="left"', 'padding_side="right"'),
         ("mask, tokenizer.eos_token_id", "mask, tokenizer.pad_token_id"),
         ("token_ids(tokenizer, prompt)", "tokenizer.encode(prompt)"),
+        (".to(device)", ""),
     ],
     "positions": [
         ("attention_mask.long()", "torch.ones_like(attention_mask).long()"),
@@ -8138,6 +8372,22 @@ WRONG_ANSWERS = {
         ("kl = (log_pi.exp() * (log_pi - log_ref))", "kl = (log_ref.exp() * (log_ref - log_pi))"),
         ("entropy = -(", "entropy = ("),
         ("tokens.clamp(min=0)", "tokens.clamp(min=0).roll(1, -1)"),
+        ("(log_pi.exp() * log_pi)", "(log_pi.exp().detach() * log_pi)"),
+        ("kl = (log_pi.exp() *", "kl = (log_pi.exp().detach() *"),
+        (
+            "log_pi = (logits.float() / temperature).log_softmax(dim=-1)",
+            "log_pi = (logits.float() / temperature).softmax(dim=-1).log()",
+        ),
+        (
+            "log_ref = (ref_logits.float() / temperature).log_softmax(dim=-1)",
+            "log_ref = (ref_logits.float() / temperature).softmax(dim=-1).log()",
+        ),
+        (
+            "logits.float() / temperature).log_softmax(dim=-1)\n    mask",
+            "logits.float().div_(temperature)).log_softmax(dim=-1)\n    mask",
+        ),
+        ("log_ref = (ref_logits.float() / temperature)", "log_ref = ref_logits.float().div_(temperature)"),
+        ("tokens.clamp(min=0)", "tokens.clamp_(min=0)"),
     ],
     "TransformerWithValueHead.completion_features": [
         ("tokens[:, P - 1 :], mask, ", "samples.tokens[:, P:], samples.attention_mask, "),
@@ -8151,6 +8401,20 @@ WRONG_ANSWERS = {
         ),
         ("features[:, P - 1 :]", "features[:, : 1 - P]"),
         ("values[:, P - 1 :]", "values[:, : 1 - P]"),
+        ("*distinct_prompts(tokens, mask, P)", "*distinct_prompts(tokens, torch.ones_like(mask), P)"),
+        (
+            "*distinct_prompts(tokens, mask, P)",
+            "tokens[:, :P].where(mask[:, :P], -1), torch.arange(len(tokens))",
+        ),
+        ("torch.is_grad_enabled() and can_replay", "can_replay"),
+        (
+            "        features, values = compute(tokens, mask)\n"
+            "        return features[:, P - 1 :], values[:, P - 1 :]",
+            "        features, values = compute(samples.tokens, samples.attention_mask)\n"
+            "        return features[:, P - 1 : -1], values[:, P - 1 : -1]",
+        ),
+        ("> 256", "> 2560"),
+        ("return features[:, P - 1 :], ", "return features[:, P - 1 :].detach(), "),
     ],
     "LoRALinear.forward": [
         ("self.lora_a, self.lora_b,", "self.lora_b, self.lora_a,"),
@@ -8159,11 +8423,30 @@ WRONG_ANSWERS = {
         ("self.bias, self", "None, self"),
         ("if not self.enabled", "if False"),
         ("self.lora_a, self.lora_b,", "self.lora_a.detach(), self.lora_b,"),
+        (
+            "lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)",
+            "nn.functional.linear(x, self.weight, self.bias)",
+        ),
+        (
+            "lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)",
+            "self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T",
+        ),
+        (
+            "lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)",
+            "self.base(x) + self.scale * (x.float() @ self.lora_a.T) @ self.lora_b.T",
+        ),
+        (
+            "lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)",
+            "x @ as_rows(self.base).T + self.bias + (self.scale * (x.float() @ self.lora_a.T) @ "
+            "self.lora_b.T).to(x)",
+        ),
     ],
     "LoRALinear.update": [
         ("self.scale * self.lora_b @ self.lora_a", "self.lora_b @ self.lora_a"),
         ("self.lora_b @ self.lora_a", "self.lora_a @ self.lora_b"),
         ("self.lora_b @ self.lora_a", "(self.lora_b @ self.lora_a).T"),
+        ("return self.scale * self.lora_b @", "return self.scale * self.lora_b.detach() @"),
+        ("return self.scale", "return self.enabled * self.scale"),
     ],
     "get_samples": [
         ("logprobs[:, :C]", "logprobs[:, :C].requires_grad_()"),
@@ -8183,6 +8466,10 @@ WRONG_ANSWERS = {
         ("row_slices(B,", "row_slices(1,"),
         ("generator=generator, ", ""),
         ("mask[rows], P)", "mask[rows], P - 1)"),
+        ("policy.stops", "torch.tensor([policy.tokenizer.eos_token_id])"),
+        ("value=policy.tokenizer.eos_token_id", "value=0"),
+        ("pad(prompt_mask, ", "pad(prompt_mask.fill_(True), "),
+        ("pad(prompt_tokens, ", "pad(prompt_tokens.where(prompt_mask, 0), "),
     ],
     "sample_token": [
         ("uniform[:, None] * total", "uniform[:, None]"),
@@ -8190,18 +8477,31 @@ WRONG_ANSWERS = {
         (", right=True", ""),
         ("torch.minimum(token, torch.searchsorted(cumulative, total))", "token"),
         ("return torch.minimum", "return probs.argmax(dim=-1)\n    return torch.minimum"),
+        ("return torch.minimum", "return torch.multinomial(probs, 1).squeeze(1)\n    return torch.minimum"),
     ],
     "normalize_reward": [
         ("deviation(rewards)", "rewards.std(correction=0)"),
         ("centered(rewards)", "rewards - rewards.mean()"),
         ("/ (deviation(rewards) + 1e-6)", ""),
         ("deviation(rewards)", "rewards.std()"),
+        (
+            "rewards = centered(rewards)\n    return rewards / (deviation(rewards) + 1e-6)",
+            "flat = centered(rewards.flatten())\n"
+            "    return (flat / (deviation(flat) + 1e-6)).view_as(rewards)",
+        ),
+        (
+            "return rewards / (deviation(rewards) + 1e-6)",
+            "return (rewards / (deviation(rewards) + 1e-6)).nan_to_num()",
+        ),
+        ("deviation(rewards) + 1e-6", "(deviation(rewards).square() + 1e-6).sqrt()"),
+        ("rewards = centered(rewards)", "rewards = rewards.copy_(centered(rewards))"),
     ],
     "token_rewards": [
         ("mask.sum(dim=1, keepdim=True) - 1", "torch.full_like(mask[:, :1].long(), mask.shape[1] - 1)"),
         (" - kl_penalty * mask", ""),
         (" - kl_penalty * mask", " + kl_penalty * mask"),
         (" - kl_penalty * mask", " - kl_penalty"),
+        ("kl_penalty * mask", "kl_penalty.mul_(mask)"),
     ],
     "gae": [
         ("values = values * mask", "values = values * 1"),
@@ -8211,6 +8511,7 @@ WRONG_ANSWERS = {
         ("- values[:, t]", "+ values[:, t]"),
         ("reversed(range(values.shape[1]))", "range(values.shape[1])"),
         ("return advantages", "return advantages + values"),
+        ("values = values * mask", "values *= mask"),
     ],
     "group_relative": [
         ("relative(groups)", "(centered(groups) / groups.std(dim=1, keepdim=True, correction=0))"),
@@ -8220,15 +8521,42 @@ WRONG_ANSWERS = {
         ('(prompt K) 1") * mask', '(prompt K) 1") * torch.ones_like(mask)'),
         ("relative(groups)", "groups"),
         ("rewards.sum(dim=1)", "rewards[:, -1]"),
+        ('== "group"', '!= "none"'),
+        ("args.samples_per_prompt", "(args.group_size or 1)"),
+        (
+            'normalize_reward if args.scale_rewards == "group" else centered',
+            "(\n"
+            "        (lambda r: (r - r.mean(1, True)) / (r.std(1, keepdim=True) + 1e-6))\n"
+            '        if args.scale_rewards == "group"\n'
+            "        else (lambda r: r - r.mean(1, True))\n"
+            "    )",
+        ),
+        ("rewards.sum(dim=1)", "rewards.nansum(dim=1)"),
     ],
     "leave_one_out": [
         ("n / (n - 1)", "n / n"),
         ("n / (n - 1)", "(n - 1) / n"),
+        ("n / (n - 1)", "torch.full_like(n, K) / (K - 1)"),
+        ("n / (n - 1)", "n / (n - 1).clamp(min=1)"),
+        (
+            "* group_relative(rewards, values, mask, args)",
+            '* group_relative(rewards, values, mask, replace(args, scale_rewards="none"))',
+        ),
+        (
+            'return repeat(n / (n - 1), "prompt -> (prompt K) 1", K=K) * group_relative(rewards, '
+            "values, mask, args)",
+            'r = rearrange(rewards.sum(dim=1), "(prompt K) -> prompt K", K=K)\n'
+            "    others = (r.sum(dim=1, keepdim=True) - r) / (K - 1)\n"
+            '    if args.scale_rewards == "group":\n'
+            "        r, others = (x / (r.std(dim=1, keepdim=True) + 1e-6) for x in (r, others))\n"
+            '    return rearrange(r - others, "prompt K -> (prompt K) 1") * mask',
+        ),
     ],
     "ReplayMemory.returns": [
         ("self.advantages + self.values", "self.advantages"),
         ("self.advantages + self.values", "self.advantages - self.values"),
         ("self.advantages +", "(self.advantages - self.advantages.mean()) / self.advantages.std() +"),
+        ("self.advantages + self.values", "self.advantages.add_(self.values)"),
     ],
     "ReplayMemory.get_minibatches": [
         ("torch.randperm(len(self.tokens),", "torch.randint(len(self.tokens), (len(self.tokens),),"),
@@ -8238,6 +8566,19 @@ WRONG_ANSWERS = {
         (".chunk(count)", ".split(count)"),
         ("generator=generator,", "generator=generator.manual_seed(generator.initial_seed()),"),
         ("order[first.argsort(stable=True)]", "order"),
+        ("first.argsort(stable=True)", "prompts.argsort(stable=True)"),
+        (
+            "in order[first.argsort(stable=True)].chunk(count):",
+            "in [\n"
+            "                prompt_of.argsort(stable=True).chunk(count)[part]\n"
+            "                for part in torch.randperm(count, generator=generator)\n"
+            "            ]:",
+        ),
+        (
+            "in order[first.argsort(stable=True)].chunk(count):",
+            "in [\n                order[torch.isin(order, part)]\n"
+            "                for part in prompt_of.argsort(stable=True).chunk(count)\n            ]:",
+        ),
     ],
     "importance_ratio": [
         ("logprobs - old_logprobs", "old_logprobs - logprobs"),
@@ -8247,6 +8588,8 @@ WRONG_ANSWERS = {
         ("(log_ratio * mask).sum(dim=1)", "log_ratio.sum(dim=1)"),
         ("mask.sum(dim=1).clamp(min=1)", "mask.shape[1]"),
         (" / mask.sum(dim=1).clamp(min=1)", ""),
+        ("mask.sum(dim=1).clamp(min=1)", "mask.sum(dim=1)"),
+        ("logprobs - old_logprobs", "old_logprobs.neg_().add_(logprobs)"),
     ],
     "clipped_surrogate": [
         ("torch.minimum", "torch.maximum"),
@@ -8265,6 +8608,8 @@ WRONG_ANSWERS = {
         ("log_q.square() / 2", "log_q.square()"),
         ('{"k1": -log_q', '{"k1": log_q'),
         ("ref_logprobs - logprobs", "ref_logprobs - logprobs.detach()"),
+        (".clamp(max=10)", ""),
+        (".clamp(max=10)", ".clamp(-10, 10)"),
     ],
     "masked_mean": [
         ("x = x * mask", "x = x * 1"),
@@ -8273,12 +8618,25 @@ WRONG_ANSWERS = {
         ("count.sum().clamp(min=1) if average", "mask.numel() if average"),
         ("len(x) * gen_len", "mask.numel()"),
         ('average == "sequence"', 'average != "constant"'),
+        ("x = x * mask", "x *= mask"),
+        ("count.clamp(min=1)).sum()", "count).sum()"),
+        ("(count > 0).sum().clamp(min=1)", "(count > 0).sum()"),
+        ("count.sum().clamp(min=1)", "count.sum()"),
+        ("len(x) * gen_len", "(count > 0).sum() * gen_len"),
     ],
     "whitened": [
         ("x.where(mask, math.nan)", "x"),
         ("x.where(mask, math.nan)", "(x * mask)"),
         (".nan_to_num()", ".mul((mask.sum() / (mask.sum() - 1)).sqrt()).nan_to_num()"),
         ("normalize_reward(", "centered("),
+        (
+            "return normalize_reward(x.where(mask, math.nan).flatten()).nan_to_num().view_as(mask)",
+            "kept = x[mask]\n    return ((x - kept.mean()) / (kept.std() + 1e-6)).where(mask, 0.0)",
+        ),
+        (
+            "return normalize_reward(x.where(mask, math.nan).flatten()).nan_to_num().view_as(mask)",
+            "kept = x[mask]\n    return (x - kept.mean()) / (deviation(kept - kept.mean()) + 1e-6) * mask",
+        ),
     ],
     "policy_objective": [
         ("surrogate - beta * new.kl", "surrogate + beta * new.kl"),
@@ -8296,6 +8654,9 @@ WRONG_ANSWERS = {
         ("old.mask, args.ratio", 'old.mask, "token"'),
         (".detach() * advantages * new.logprobs", " * advantages"),
         ('args.whiten == "minibatch"', "False"),
+        (".detach() * advantages", " * advantages"),
+        ("else old.advantages", "else old.advantages.mul_(old.mask)"),
+        ("surrogate - beta", "surrogate.detach() - beta"),
     ],
     "ppo_objective": [
         ("- args.vf_coef", "+ args.vf_coef"),
@@ -8306,6 +8667,7 @@ WRONG_ANSWERS = {
         ("args.loss_average", '"token"'),
         ("new.values - old.returns", "new.values.detach() - old.returns"),
         ("policy_objective(new, old, kl_coef, args)", "policy_objective(new, old, args.kl_coef, args)"),
+        ("new.values - old.returns", "new.values - old.advantages.add_(old.values)"),
     ],
     "lr_scale": [
         ("[-1, args.warmup_steps,", "[0, args.warmup_steps,"),
@@ -8325,6 +8687,21 @@ WRONG_ANSWERS = {
             "if args.kl_target is None:\n        return args.kl_coef\n",
         ),
         ("math.exp(np", "math.exp(-np"),
+        (
+            "now, before = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))",
+            "now, before = kl / args.kl_target, max(last_kl / args.kl_target, 0.01)",
+        ),
+        (
+            "now, before = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))",
+            "now, before = max(kl / args.kl_target, 0.01), last_kl / args.kl_target + 1e-12",
+        ),
+        ("max(one / args.kl_target, 0.01)", "max(one, 0.01) / args.kl_target"),
+        (
+            "now, before = (max(one / args.kl_target, 0.01) for one in (kl, last_kl))\n"
+            "    step = 0.4 * math.log(now * (now / before) ** 5)",
+            "now, before = (one / args.kl_target + 1e-12 for one in (kl, last_kl))\n"
+            "    step = 0.4 * math.log(max(now * (now / before) ** 5, 0.01))",
+        ),
     ],
 }
 
