@@ -7716,7 +7716,7 @@ def test_exercise_completion_features():
         )
         told = "prompt_cache gets each of distinct_prompts once: columns 0 to P-1, -1 where padded"
         prompts = columns.prompts.tolist()
-        case = f"{told}; rows 0 is (pad, 1, 2, 3), all others are (0, 1, 2, 3)"
+        case = f"{told}; row 0 has (pad, 1, 2, 3), all others have (0, 1, 2, 3)"
         expect(columns.prompts.unique(dim=0), [[-1, 1, 2, 3], [0, 1, 2, 3]], case)
         expect(len(prompts), 2, f"{case}; the number of prompts")
         expect(columns.prompts[columns.of_row][:2], [[-1, 1, 2, 3], [0, 1, 2, 3]], f"{case}; rows 0 and 1")
@@ -8236,11 +8236,13 @@ def judge_objective(objective, formula: str, has_critic: bool) -> None:
         __tracebackhide__ = True
         wanted = (torch.tensor(SHARES[average]) * torch.tensor(terms)).sum()
         shown = [[round(x, 4) for x in row[: 2 - at]] for at, row in enumerate(terms)]
-        told = f"E[ {term} ]\n    E is the {average} mean (gen_len 5) over what is not masked, of {shown}"
-        expect(got, wanted, f"{told}\n    {case}")
+        told = f"the {average} mean (gen_len 5) of {shown}, of what is not masked"
+        expect(got, wanted, f"mean of {term}\n    {told}\n    {case}")
 
     # Term by term. clip(ρ) is (1.3, 0.9) and 1.1; the geometric mean of 1.5 and 0.5 is 0.8660.
-    none = "with β = c_ent = 0" + has_critic * " = c_vf"
+    none = (
+        f"with β = c_ent = {'c_vf = ' * has_critic}0; β is the argument, and not args.kl_coef, which is 0.9"
+    )
     for average in SHARES:
         got = answer(old, 0.0, loss_average=average)
         expect_mean(got, [[1.3, -1.8], [3.3, 0]], average, f"min(ρ Â, clip(ρ, 0.9, 1.3) Â), {none}")
@@ -8253,7 +8255,7 @@ def judge_objective(objective, formula: str, has_critic: bool) -> None:
             terms = [[-0.15, -9.6], [-15.0, 0]]
             expect_mean(got, terms, average, "- c_vf (V - (Â + V_old))²: what c_vf = 0.6 adds, β = c_ent = 0")
     got = answer(no_advantage, 0.4, kl_in="reward")
-    expect_mean(got, [[0, 0], [0, 0]], "sequence", "no β KL with kl_in reward, Â = c_ent = 0, β = 0.4")
+    expect_mean(got, [[0, 0], [0, 0]], "sequence", "0, no β KL, with kl_in reward, Â = c_ent = 0, β = 0.4")
     got = answer(old, 0.0, ratio="sequence")
     terms = [[0.75**0.5, -1.8], [3.3, 0]]
     expect_mean(
