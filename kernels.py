@@ -853,8 +853,8 @@ def call_watched(function, *inputs: Tensor) -> tuple[tuple, bool]:
 class RecordedPass:
     """Calls `function`, which takes tensors and returns a tuple of them, through which gradients flow to the
     parameters that are trained. From the second call in a row with inputs of the same shapes on, all that it
-    launches on the GPU, forward and backward, is recorded once and replayed (a CUDA graph): of a small kernel
-    Python's part takes ten times as long as the GPU's.
+    launches on the GPU, forward and backward, is recorded once and replayed (a CUDA graph), if it can be
+    (`call_watched`): of a small kernel Python's part takes ten times as long as the GPU's.
 
     What a call returns, the next one overwrites, gradients too: each call's backward pass, and all that is
     done with its gradients, comes before the next call. While it records, no autograd graph that reaches the
@@ -891,8 +891,8 @@ class RecordedPass:
 
 
 def replays(step) -> Iterator[tuple[Tensor, ...]]:
-    """What step() returns, again and again, without gradients. After the second time it is not called any
-    more, but what it launched is launched again, on the same tensors, and overwrites what was returned."""
+    """What step() returns, again and again, without gradients. If it can be recorded, it is called twice:
+    then what it launched is launched again, on the same tensors, and overwrites what was returned."""
     outputs, is_recordable = call_watched(step)
     yield outputs
     again = step
@@ -969,7 +969,7 @@ def peak_memory(device: str) -> int:
         import psutil
 
         return psutil.Process().memory_info().peak_wset
-    import resource  # which Windows has not
+    import resource  # which Windows lacks
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -15,7 +15,7 @@
             one step of AdamW up the gradient of the objective                             # 10
         log one line                                                                       # 11
 
-PPO has `gae`, GRPO `group_relative`, RLOO `leave_one_out` (in the course: compute_advantages). PPO learns
+PPO has `gae`, GRPO `group_relative`, RLOO `leave_one_out` (ARENA's course: compute_advantages). PPO learns
 values too: its objective also has - vf_coef (values now - returns)², where returns = advantages + values of
 the rollout phase. What else tells the published algorithms apart is a few switches: ALGORITHM_TABLE, at the
 end of section 9.
@@ -68,8 +68,9 @@ Left out   because it would hide the idea: a reward function for each token, a c
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -91,8 +92,8 @@ from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_li
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
-# comment the flag's help. Bounds stand in the types; `check_types` enforces them. It is in the workshop, like
-# all that sections 1 to 11 call and do not define.
+# comment the flag's help. Bounds stand in the types; `check_types` enforces them. It is in the workshop, the
+# part after section 11, like all that sections 1 to 11 call and neither define nor import.
 
 RewardFn = Callable[..., list[float | None]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
@@ -111,7 +112,7 @@ class RLHFArgs:
     # dataclasses.replace keeps what --algo has filled in below: give another --algo to RLHFArgs itself.
 
     # The experiment
-    algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "course"] = "ppo"  # section 9
+    algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "course"] = "ppo"  # section 9
     base_model: str = "tiny"  # `tiny`, `smollm2`, a name that TransformerLens knows, hub id, or directory
     reward: Repeatable = ()  # periods, char:X, sentiment, classifier:MODEL, preferences:FILE, FILE.py:NAME
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
@@ -342,8 +343,8 @@ def get_logprobs(
 
         log π(token)      entropy = - Σ_v π(v) log π(v)      KL = Σ_v π(v) (log π(v) - log π_ref(v))
 
-    All are 0 where the token is masked. Logits, the reference's too, are made float32 and divided by the
-    temperature. They must be finite.
+    All are 0 where the token is masked. Logits (finite ones), the reference's too, are made float32 and
+    divided by the temperature.
 
     >>> reference = torch.tensor([0.0, 1.0])  # chances of 0.27 and 0.73
     >>> logprobs, entropy, kl = get_logprobs(torch.zeros(2), torch.tensor(1), ref_logits=reference)
@@ -371,8 +372,9 @@ def get_logprobs(
 #     bridge.original_model              the Hugging Face model, made of the hooked parts: hooks fire here too
 #     bridge.original_model.base_model   the same without its output layer
 #     bridge.blocks[i].attn.q            a hooked part; .original_component is the nn.Linear or Conv1D inside
-# The value head is such a hook, and any experiment of yours can be another. With a KV cache it sees the new
-# columns alone; those of bridge.unembed fire only where the bridge itself is run: this file takes its matrix.
+# The value head is such a hook, and any experiment of yours can be another. With a cache of attention's keys
+# and values it sees the new columns alone; those of bridge.unembed fire only where the bridge itself is run:
+# this file takes its matrix.
 
 
 class TransformerWithValueHead(nn.Module):
@@ -482,8 +484,9 @@ class TransformerWithValueHead(nn.Module):
         return self.features(tokens, attention_mask, self.prompt_cache(*prompts) if prompts else None)
 
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
-        """Features and values aligned with the completion: those of columns P-1 to T-2, of 0 to T-2 computed.
-        With many tokens of prompts, `features_after` computes each of the `distinct_prompts` once."""
+        """Features and values aligned with the completion: those of columns P-1 to T-2; column T-1, which
+        scores nothing, is not computed. With many tokens of prompts, `features_after` computes each of the
+        `distinct_prompts` once."""
         P = samples.prompt_width
         tokens, mask = samples.tokens[:, :-1], samples.attention_mask[:, :-1]
         # On a GPU a learning pass of the same shapes as the last is launched again as it was recorded
@@ -627,7 +630,7 @@ def get_samples(
     the result is the same, drawn for that many prompts at a time, in less memory.
 
     C is the length of the longest completion drawn, at most gen_len. Prompts must be padded on the left.
-    After a completion's end tokens are EOS, the mask is False, logprobs and values are 0.
+    After a completion's end, tokens are EOS, the mask is False, logprobs and values are 0.
     """
     B, P = prompt_tokens.shape
     C = 0  # of the longest completion so far
@@ -696,7 +699,7 @@ def complete(
     """From examples, dicts with a "prompt", to a completion of each, as tokens and as text (`decode`: section
     13)."""
     tokens, mask = tokenize(policy.tokenizer, [example["prompt"] for example in examples], generator.device)
-    room = policy.bridge.cfg.n_ctx - args.gen_len  # --long-prompts cut; all others fit
+    room = policy.bridge.cfg.n_ctx - args.gen_len  # for --long-prompts cut: all others fit
     samples = get_samples(
         policy,
         tokens[:, -room:],
@@ -745,8 +748,8 @@ def get_rewards(
     terms: list[RewardTerm], examples: list[dict], completions: list[str], **extras
 ) -> Float[Tensor, "B R"]:
     """What each of the R reward functions gives each completion; NaN where one does not apply. A function is
-    called once for the whole batch, with the columns of the prompts file as lists of copies, which it may
-    change, and the extras (section 15)."""
+    called once for the whole batch, with the columns of the prompts file as lists of copies (what one
+    function changes in them the next one sees), and the extras (section 15)."""
     columns = {key: [deepcopy(example[key]) for example in examples] for key in examples[0]}
     prompts = columns.pop("prompt")
     columns |= extras | {"prompts": prompts, "completions": completions}
@@ -832,8 +835,8 @@ def gae(
     >>> gae(torch.tensor([[0.0, 1.0]]), values, mask, args)  # from the right: 1 - 0.2; 0.2 - 0.5 + 0.5 * 0.8
     tensor([[0.1000, 0.8000]])
     """
-    # Past a completion's end there may be -100: gather_rows pads with it. Once it is 0, V and Â
-    # are 0 there too, and the recursion needs no special case.
+    # Past a completion's end there may be -100: gather_rows pads with it. Once it is 0, V and Â are 0 there
+    # too, and the recursion needs no special case.
     values = values * mask
     advantages = torch.zeros_like(values)
     next_value = next_advantage = 0.0
@@ -898,7 +901,7 @@ class ReplayMemory(Samples):
 
     advantages: Float[Tensor, "B C"]
     ref_features: Float[Tensor, "B C D"]  # of the reference, for the exact KL
-    ref_logprobs: Float[Tensor, "B C"]  # for its estimates, in the loss, the reward and the log
+    ref_logprobs: Float[Tensor, "B C"]  # for estimates of the KL, in the loss and the log
 
     @property
     def returns(self) -> Float[Tensor, "B C"]:
@@ -999,7 +1002,7 @@ def kl_estimate(
 
     weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556); `RLHFTrainer.policy_output` multiplies by ρ. All this
     holds state by state: that early tokens lead to other states later is missing from each of these
-    gradients. A penalty in the reward includes it, but is noisier. log q is at most 10, for q may be
+    gradients. A penalty in the reward includes it, but is noisier. Above 10, log q is cut off: q may be
     infinite.
 
     >>> now, ref = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.27, 0.73]]).log()  # V = 2, as above
@@ -1063,8 +1066,8 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
 # line wins over the cell. All have an entropy bonus, as PPO, and a KL in the loss is the exact one, as in the
 # course. As published they have `--ent-coef 0` (except PPO and the course) and GRPO has `--kl-estimator k3`.
-# ε, β and λ are this file's choice, except: ε of all but GRPO and RLOO; β = 0, where the paper has no
-# reference; λ = 0, the course's one-step advantage.
+# ε, β and λ are this file's choice, except: ε of all but GRPO and RLOO; β = 0 of Dr. GRPO, DAPO
+# and CISPO, which do without a reference; λ = 0, the course's one-step advantage.
 # - `-`: the upper end is 1 + clip_coef. Where a number is, --clip-coef moves the lower end alone.
 # - ppo: the paper has no reference, and averages over all tokens; InstructGPT has the KL in the reward.
 # - rloo: REINFORCE, whose gradient the surrogate has while ρ = 1, in a phase's first step; later ones are
@@ -1102,14 +1105,14 @@ for switch, *cells in switches:
 # `enabled`, and nothing here asks for --algo, only for the settings that it stands for. Several processes may
 # share the work by rows, each with its part of the batch. With a single one own_share, gather_rows and
 # average_gradients do nothing, gradient_weight is 1 (or a micro-batch's share of its minibatch), and
-# summarize divides sums by their count. In the workshop several processes and logging come first; settings,
-# prompts, models and rewards are in sections 12 to 15, files in 16.
+# summarize divides sums by the tokens' count. In the workshop several processes and logging come first;
+# settings, prompts, models and rewards are in sections 12 to 15, files in 16.
 
 
 class RLHFTrainer:
     """Alternates rollout phases and learning phases: `RLHFTrainer(RLHFArgs(algo="grpo", lora=True)).train()`.
 
-    What the trainer does stands before what it holds; `__init__`, the last, makes:
+    What the trainer does stands before what it holds, which `__init__`, the last, makes:
 
     policy, reference     the model that is trained, and what it was; with LoRA they are one
     examples, terms       the prompts with their columns; the terms of the reward
@@ -1120,13 +1123,13 @@ class RLHFTrainer:
     def train(self) -> None:
         """All phases that are still to come; `running`, in the workshop, is what happens around them."""
         with running(self) as log:
-            while not (self.is_done or self.accelerator.check_trigger()):  # by Ctrl-C
+            while not (self.is_done or self.accelerator.check_trigger()):  # which Ctrl-C sets
                 start = perf_counter()
                 with saved_on_error(self):
                     memory, metrics, completions = self.rollout_phase()
                 middle = perf_counter()
                 # Where every group's rewards are equal (with a critic: the batch's), a step would follow KL
-                # and entropy alone, and stay in AdamW's moments. So none is taken, and there the leash does
+                # and entropy alone, and AdamW's moments would keep it. So none is taken, and the leash does
                 # not pull, either; the pass is made for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics |= {"rollout_seconds": middle - start, "learning_seconds": perf_counter() - middle}
@@ -1228,11 +1231,11 @@ class RLHFTrainer:
         self.phase += 1
         return means
 
-    # What the two phases are made of:
+    # What the learning phase asks of the policy:
 
     def policy_output(self, minibatch: ReplayMemory) -> PolicyOutput:
-        """What the policy says now of the minibatch's completions; gradients flow. On a GPU, finish with one
-        call, its backward pass and its values, before the next: that may overwrite both, silently
+        """What the policy says now of the minibatch's completions; gradients flow. On a GPU be done with one
+        call's values and backward pass before the next call, which may overwrite both, silently
         (RecordedPass in kernels.py)."""
         args = self.args
         reference = ()
@@ -1250,7 +1253,7 @@ class RLHFTrainer:
         return PolicyOutput(logprobs, entropy, kl, values)
 
     def __init__(self, args: RLHFArgs):
-        # What chooses, checks and loads is in sections 12 to 16; at bad input it stops with one line.
+        # What chooses, checks and loads is in the workshop; at bad input it stops with one line.
         self.args = args
         self.accelerator, self.device = pick_device(args.device)
         (self.run_dir,) = broadcast_object_list([choose_run_dir(args)])  # the first process's, for all
@@ -1316,8 +1319,8 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> float:
-    """β ← β exp(clip(0.4 log(ahead / target), ±0.6)) after each phase, with ahead = KL (KL / last KL)⁵; fixed
-    without a target.
+    """β ← β exp(clip(0.4 log(ahead / target), ±0.6)) with ahead = KL (KL / last KL)⁵, after each phase that
+    took a step; fixed without a target.
 
     β must rise where the KL is above its target and fall where it is below (1909.08593, section 2.2). But the
     KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
@@ -1337,8 +1340,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 
 
 # ---- 11 Update to log --------------------------------------------------------------------------------------
-# In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here are the metric
-# that shows mode collapse and those of the learning phase; the workshop has those of the rollout phase, for
+# In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here: the metric
+# that shows mode collapse, and those of the learning phase; the workshop has those of the rollout phase, for
 # one `explained_variance`: how much of the returns the critic had foreseen, 1 all of it.
 
 
@@ -1389,9 +1392,9 @@ import tempfile
 import textwrap
 import traceback
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stderr, suppress
-from copy import deepcopy
 from dataclasses import fields, replace
 from datetime import datetime
 from functools import partial
@@ -1465,8 +1468,8 @@ def blamed(what: str) -> Iterator[None]:
 
 
 # ---- Several processes -------------------------------------------------------------------------------------
-# The device, and what the trainer shares with its peers under torchrun or `accelerate launch`. Rows of the
-# batch are shared out evenly; gradients and metrics become means over all.
+# The device, seeds, and what the trainer shares with its peers under torchrun or `accelerate launch`. Rows of
+# the batch are shared out evenly; gradients and metrics become means over all.
 
 
 def pick_device(device: str) -> tuple[Accelerator, str]:
@@ -1554,13 +1557,14 @@ def summarize(sums: list[dict[str, float]]) -> dict[str, float]:
     return {name: total / count for name, total in totals.items()}
 
 
-# ---- 11 goes on: files, terminal and pictures --------------------------------------------------------------
-# In: metrics and samples. Out: lines in files, on the terminal, and in pictures.
+# ---- 11 goes on: around the phases; files, terminal and pictures -------------------------------------------
+# In: the trainer, metrics and samples. Out: what happens around the phases, the metrics of the rollout phase
+# and of held-out prompts; lines in files and on the terminal, and pictures.
 
 
 @contextmanager
 def running(trainer: RLHFTrainer) -> Iterator["RunLog"]:
-    """What happens around the phases: the log, samples before and after, Ctrl-C, and the result's export."""
+    """What happens around the phases: lock and log, samples before and after, Ctrl-C, checkpoint, export."""
     examples = (trainer.examples * 8)[:8]  # to show before and after; few are repeated
     with only_one(trainer.run_dir / "args.json"), RunLog(trainer) as log, stop_signals(trainer):
         if trainer.phase == 0:
@@ -1571,6 +1575,46 @@ def running(trainer: RLHFTrainer) -> Iterator["RunLog"]:
         export(trainer)
         if trainer.is_done:
             log.samples("after", showcase(trainer, examples, trainer.args))
+
+
+@contextmanager
+def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
+    """Within, the first Ctrl-C, SIGTERM or SIGHUP (a terminal that closes) asks for a stop after the phase; a
+    second stops at once."""
+    trainer.accelerator.check_trigger()  # forgets what a second Ctrl-C left behind
+    trainer.stopped_by = signal.SIGINT
+    with ExitStack() as restore:
+
+        def note(number: int, frame) -> None:
+            trainer.stopped_by = number
+            trainer.accelerator.set_trigger()  # which all processes see
+            restore.close()
+            console.print("stopping after this phase; once more to stop at once")
+
+        with suppress(ValueError):  # outside of the main thread Python sets no handlers
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                    restore.callback(signal.signal, number, signal.signal(number, note))
+        yield
+
+
+def start_tracker(trainer: RLHFTrainer) -> None:
+    """Opens what --track names, through accelerate; with --resume the run goes on there, too."""
+    args = trainer.args
+    run_dir = trainer.run_dir
+    if not args.track:
+        return
+    # tensorboard wants its directory before it is chosen
+    trainer.accelerator.project_configuration.set_directories(run_dir)
+    trainer.accelerator.log_with = [args.track]
+    settings = {name: x if isinstance(x, int | float | str) else str(x) for name, x in vars(args).items()}
+    run = {"name": run_dir.name, "resume": "allow" if args.resume else "never"}
+    # wandb ends the name of each of its directories with the run's id.
+    earlier = max((path.name[-8:] for path in run_dir.glob("wandb/*run-*")), default=None)
+    with explained(f"--track {args.track}: cannot be opened; is it installed?"):
+        trainer.accelerator.init_trackers(
+            "rlhf", settings, {"trackio": run, "wandb": run | {"dir": str(run_dir), "id": earlier}}
+        )
 
 
 class RunLog(AbstractContextManager):
@@ -1594,8 +1638,8 @@ class RunLog(AbstractContextManager):
             console.print(f"results in {run_dir}")
 
     def phase(self, metrics: dict, samples: list[dict]) -> None:
-        """What the phase leaves behind: every --save-every phases and after the last one the rewards of the
-        held-out prompts and a checkpoint, too."""
+        """After a phase: writes it down; every --save-every phases, and after the last one, also judges the
+        held-out prompts and leaves a checkpoint."""
         trainer = self.trainer
         is_due = trainer.phase % trainer.args.save_every == 0 or trainer.is_done
         try:
@@ -1607,8 +1651,8 @@ class RunLog(AbstractContextManager):
                 save_checkpoint(trainer)
 
     def write(self, metrics: dict, samples: list[dict]) -> None:
-        """The samples into samples.jsonl, the metrics and what the phase cost into metrics.jsonl, and of both
-        the most important on the terminal."""
+        """The samples into samples.jsonl; the metrics, and what the phase cost, into metrics.jsonl and to
+        --track; and of both the most important on the terminal."""
         trainer = self.trainer
         seconds = metrics["rollout_seconds"] + metrics["learning_seconds"]
         metrics = metrics | {
@@ -1693,8 +1737,8 @@ def rollout_metrics(
 
 
 def showcase(trainer: RLHFTrainer, examples: list[dict], args: RLHFArgs) -> list[dict]:
-    """A completion of each, drawn with the same random numbers before, during and after training; its reward
-    is without the penalty of --truncated."""
+    """A completion of each example, drawn with the same random numbers before, during and after training; its
+    reward is without the penalty of --truncated."""
     generator = torch.Generator(trainer.device).manual_seed(args.seed)
     with trainer.accelerator.autocast():  # as in the rollout phase
         samples, texts = complete(trainer.policy, examples, args, generator)
@@ -1801,9 +1845,9 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
         figure.legend(figure.axes[0].lines, labels, loc="upper left", bbox_to_anchor=(0, 0))  # below
 
 
-# ---- 12 Settings -------------------------------------------------------------------------------------------
-# In: the record as it was given. Out: each setting as its type says, or one line on what is wrong with it, or
-# does not go together.
+# ---- 12 Settings, checked ----------------------------------------------------------------------------------
+# In: the record as it was given. Out: each setting as its type says, or one line on what is wrong with it or
+# with a combination.
 
 
 def check_types(args: RLHFArgs) -> None:
@@ -1986,8 +2030,8 @@ def decode(samples: Samples, tokenizer) -> list[str]:
 def prompts_that_fit(
     policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs
 ) -> list[dict]:
-    """The examples whose prompts the model can read, and which leave room for gen_len tokens; --long-prompts
-    says what becomes of those that are too long."""
+    """The examples whose prompts the model can read, and which leave room for gen_len tokens; of those that
+    are too long --long-prompts says what becomes: `cut` keeps them as they are, and `complete` cuts them."""
     context = policy.bridge.cfg.n_ctx
     V = len(policy.output_layer[0])
     require(args.gen_len < context, f"--gen-len {args.gen_len}: must be less than the context of {context}")
@@ -2016,7 +2060,8 @@ def prompts_that_fit(
 
 
 # ---- 14 Models ---------------------------------------------------------------------------------------------
-# In: a name. Out: a model that computes what it computes elsewhere, and how it is run column by column.
+# In: a name. Out: a model that computes what it computes elsewhere; how it is run column by column; and its
+# matrices by name.
 
 
 def load_bridge(
@@ -2128,7 +2173,7 @@ def column_by_column(
     """`policy.features` of column P-1, P and so on. The caller fills tokens and mask meanwhile: of a column
     they must be there when it is asked for; the mask is False where nothing is yet. Keys and values go into
     buffers of T columns, where a DynamicCache would copy all of them for each. So all passes launch the same,
-    and on a GPU the second is recorded and replayed from then on (a CUDA graph)."""
+    and on a GPU the second is recorded, if it can be, and replayed from then on (a CUDA graph)."""
     cache = Cache(layers=[StaticLayer(tokens.shape[1]) for _ in policy.bridge.blocks])
     for i, layer in enumerate(policy.prompt_cache(*distinct_prompts(tokens, mask, P)).layers):
         cache.update(layer.keys, layer.values, i)
@@ -2485,8 +2530,8 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
 
 
 def fingerprint(trainer: RLHFTrainer) -> int:
-    """Of the model that training starts from, which a checkpoint must fit: the sum of its bits; some rows at
-    a time, for torch makes int64 of all that it adds up."""
+    """Of the model that training starts from, which a checkpoint must fit: the sum of its bits, a million
+    numbers at a time, for torch makes int64 of all that it adds up."""
     return sum(
         part.sum().item()
         for weight in trainer.reference.published.values()
@@ -2543,46 +2588,6 @@ def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
     except Exception:
         save_checkpoint(trainer)
         raise
-
-
-@contextmanager
-def stop_signals(trainer: RLHFTrainer) -> Iterator[None]:
-    """Within, the first Ctrl-C, SIGTERM or SIGHUP (a terminal that closes) asks for a stop after the phase; a
-    second stops at once."""
-    trainer.accelerator.check_trigger()  # forgets what a second Ctrl-C left behind
-    trainer.stopped_by = signal.SIGINT
-    with ExitStack() as restore:
-
-        def note(number: int, frame) -> None:
-            trainer.stopped_by = number
-            trainer.accelerator.set_trigger()  # which all processes see
-            restore.close()
-            console.print("stopping after this phase; once more to stop at once")
-
-        with suppress(ValueError):  # outside of the main thread Python sets no handlers
-            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                    restore.callback(signal.signal, number, signal.signal(number, note))
-        yield
-
-
-def start_tracker(trainer: RLHFTrainer) -> None:
-    """Opens what --track names, through accelerate; with --resume the run goes on there, too."""
-    args = trainer.args
-    run_dir = trainer.run_dir
-    if not args.track:
-        return
-    # tensorboard wants its directory before it is chosen
-    trainer.accelerator.project_configuration.set_directories(run_dir)
-    trainer.accelerator.log_with = [args.track]
-    settings = {name: x if isinstance(x, int | float | str) else str(x) for name, x in vars(args).items()}
-    run = {"name": run_dir.name, "resume": "allow" if args.resume else "never"}
-    # wandb ends the name of each of its directories with the run's id.
-    earlier = max((path.name[-8:] for path in run_dir.glob("wandb/*run-*")), default=None)
-    with explained(f"--track {args.track}: cannot be opened; is it installed?"):
-        trainer.accelerator.init_trackers(
-            "rlhf", settings, {"trackio": run, "wandb": run | {"dir": str(run_dir), "id": earlier}}
-        )
 
 
 @torch.no_grad
@@ -2673,9 +2678,9 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
     (path / "adapter_config.json").write_text(as_json(config))
 
 
-# ---- 17 The built-in model ---------------------------------------------------------------------------------
-# In: the English that every Python carries. Out: `tiny`, a GPT-2 of a million parameters, as a Hugging Face
-# directory.
+# ---- 17 The built-in models --------------------------------------------------------------------------------
+# In: the English that every Python carries, or a package. Out: `tiny`, a GPT-2 of a million parameters, or
+# `smollm2`, as a Hugging Face directory.
 
 
 def cached(name: str, make: Callable[[Path], object]) -> str:
@@ -2921,8 +2926,8 @@ def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
 
 
 def bradley_terry_loss(chosen: Float[Tensor, "b"], rejected: Float[Tensor, "b"]) -> Float[Tensor, ""]:
-    """-E[ log σ(r_chosen - r_rejected) ] (InstructGPT 2203.02155, eq. 1), the log-likelihood of people's
-    choices, if they choose by σ (Bradley and Terry; Christiano 1706.03741, eq. 1).
+    """-E[ log σ(r_chosen - r_rejected) ] (InstructGPT 2203.02155, eq. 1), minus the log-likelihood of
+    people's choices, if they choose by σ (Bradley and Terry; Christiano 1706.03741, eq. 1).
 
     >>> bradley_terry_loss(torch.tensor([1.0]), torch.tensor([1.0]))  # log 2: no opinion
     tensor(0.6931)
@@ -2991,7 +2996,7 @@ def dropout_and_lora(model: nn.Module) -> Iterator[None]:
 
 # ---- 20 What changed inside --------------------------------------------------------------------------------
 # In: a run directory. Out: the trained model beside the one it started from. One function a question, which
-# computes, prints a sentence or the table, and draws: where do they differ; when is a token decided; who
+# computes, draws, and prints where there is more to say: where do they differ; when is a token decided; who
 # writes it; what moved? All of it is read off TransformerLens.
 
 
@@ -3059,7 +3064,7 @@ def inspect(
 
 
 def draw_texts(model: TransformerWithValueHead, examples: list[dict], args: RLHFArgs, token: str) -> Texts:
-    """Completions of one prompt, so no row is padded on the left, and the right no causal model sees."""
+    """Completions of one prompt: so no row is padded on the left; what is on the right no model sees."""
     with explained(f"--token {token!r}: must be a single token; a leading space may matter"):
         token_id = model.bridge.to_single_token(token)
     drawn, _ = complete(model, examples, args, torch.Generator().manual_seed(args.seed))
@@ -3280,6 +3285,7 @@ def last_phases(name: str, group: list[list[dict]]) -> str:
 
 
 # ---- 22 Command line ---------------------------------------------------------------------------------------
+# In: argv. Out: the exit status.
 
 
 def parse(target: Callable, argv: list[str]):
