@@ -1066,8 +1066,8 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
 # The published algorithms are columns of one table, and its rows are settings: what is given on the command
 # line wins over the cell. All have an entropy bonus, as PPO, and a KL in the loss is the exact one, as in the
 # course. As published they have `--ent-coef 0` (except PPO and the course) and GRPO has `--kl-estimator k3`.
-# ε, β and λ are this file's choice, except: ε of all but GRPO and RLOO; β = 0 of Dr. GRPO, DAPO
-# and CISPO, which do without a reference; λ = 0, the course's one-step advantage.
+# ε, β and λ are this file's choice, except: ε of all but GRPO and RLOO; β = 0 of Dr. GRPO, DAPO and CISPO,
+# which do without a reference; λ = 0, the course's one-step advantage.
 # - `-`: the upper end is 1 + clip_coef. Where a number is, --clip-coef moves the lower end alone.
 # - ppo: the paper has no reference, and averages over all tokens; InstructGPT has the KL in the reward.
 # - rloo: REINFORCE, whose gradient the surrogate has while ρ = 1, in a phase's first step; later ones are
@@ -1325,8 +1325,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
     β must rise where the KL is above its target and fall where it is below (1909.08593, section 2.2). But the
     KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
     what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
-    a derivative (2007.03964). A KL below a hundredth of the target counts as that hundredth, also
-    the 0 before the first phase.
+    a derivative (2007.03964). A KL below a hundredth of the target counts as that hundredth, also the 0
+    before the first phase.
 
     >>> args = RLHFArgs(kl_target=1.0)
     >>> [round(adapt_kl_coef(1.0, 2.0, last_kl, args), 2) for last_kl in (2.0, 2.2)]  # 2 ** 0.4; falling
@@ -1570,7 +1570,7 @@ def running(trainer: RLHFTrainer) -> Iterator["RunLog"]:
         if trainer.phase == 0:
             log.samples("before", showcase(trainer, examples, trainer.args))
         yield log
-        if not trainer.is_done:  # stopped
+        if not log.is_due:  # stopped, and this phase is not saved yet
             save_checkpoint(trainer)
         export(trainer)
         if trainer.is_done:
@@ -1641,14 +1641,17 @@ class RunLog(AbstractContextManager):
         """After a phase: writes it down; every --save-every phases, and after the last one, also judges the
         held-out prompts and leaves a checkpoint."""
         trainer = self.trainer
-        is_due = trainer.phase % trainer.args.save_every == 0 or trainer.is_done
         try:
-            if is_due and trainer.held_out:
-                metrics |= held_out_rewards(trainer)
+            if self.is_due and trainer.held_out:
+                metrics = metrics | held_out_rewards(trainer)
         finally:  # also where a reward function failed: the phase is done, and counted
             self.write(metrics, samples)
-            if is_due:
+            if self.is_due:
                 save_checkpoint(trainer)
+
+    @property
+    def is_due(self) -> bool:
+        return self.trainer.phase % self.trainer.args.save_every == 0 or self.trainer.is_done
 
     def write(self, metrics: dict, samples: list[dict]) -> None:
         """The samples into samples.jsonl; the metrics, and what the phase cost, into metrics.jsonl and to
