@@ -1,34 +1,34 @@
-"""Reinforcement learning of a language model spends its memory in two operations: from hidden state to token
-log-probability, and the LoRA matmul. Each stands here below a reference in plain torch, which is its meaning
-and its test. And on a GPU it spends its time in Python, between one small kernel and the next: so passes are
-recorded.
+"""Reinforcement learning of a language model spends its memory in two operations: the way from hidden state
+to token log-probability, and the LoRA matmul. Each stands here below a reference in plain torch, its
+definition and its test. And on a GPU, training spends its time in Python, between one small kernel and the
+next: so passes are recorded.
 
     token_logprobs         log p(token) and H(p), from logits that are read once
-    linear_token_logprobs  the same and KL(p ‖ q) from hidden states h, logits h Uᵀ + b in bounded memory;
-                           h and U are rlhf.py's features and output layer, and this is what it calls
+    linear_token_logprobs  the same and KL(p ‖ q), from hidden states h whose logits are h Uᵀ + b, in bounded
+                           memory; h and U are rlhf.py's features and output layer; this is what it calls
     lora_linear            x Wᵀ + b + s (x Aᵀ) Bᵀ, as one kernel where that pays
-    float32_linear         x Wᵀ + b in float32: the logits above, for a sampler that needs them whole
+    float32_linear         x Wᵀ + b in float32: those logits, for a sampler that needs them whole
     RecordedPass           a pass of a model, forward and backward, replayed on a GPU (a CUDA graph)
-    replays                the same of a step that is taken over and over, without gradients
+    replays                likewise a step that is taken over and over, without gradients
 
-    N tokens (all leading axes, flattened)  x, y   logits of policy and reference, over the temperature τ
+    N tokens (all leading axes, flattened)  x, y   logits of policy and reference, divided by temperature τ
     n tokens of one chunk, the slice `part` p, q   their softmax; lse(x) = log Σ exp x, so log p = x - lse(x)
     V vocabulary                            H, KL  -Σ p log p and Σ p log(p/q), sums over the vocabulary
     D, D_ref  width of the hidden states    g_l, g_H, g_KL  incoming gradients of log p(token), H, KL
     d_in, d_out, rank  of LoRA's matrices   dx, dhidden, …  gradients to x, to hidden, …
 
-    8,192 tokens, V = 50,257, D = 1,024, bf16:   forward         backward        beside the inputs
+    8,192 tokens, V = 50,257, D = 1,024, bf16:   forward         backward        memory beside the inputs
     token_logprobs         bound by bandwidth    reads 0.8 GB    moves 1.6 GB    0.8 GB, the result
     linear_token_logprobs  bound by matmul       0.84 TFLOP      1.6 TFLOP       77 MB, and 268 MB kept
 
-Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. A chunk of rows bounds all of
-them here, but for the logits of the first rows: these are kept for the backward pass as far as a budget goes,
-and of a minibatch of reinforcement learning that is usually all.
+Plain torch holds x, log p, p, p log p and their gradients, N·V numbers each. Here they exist for one
+chunk of rows at a time, except for the logits of the first rows: as many as a budget allows are kept for the
+backward pass, and in a minibatch of reinforcement learning that is usually all of them.
 
-CUDA tensors take the Triton kernels, all others, and float64, the torch path, which is as correct and as
-frugal (`path_taken`; of lora_linear only small products in 16 bits). Whatever the dtype of what comes in,
-logits and statistics are float32 (`float32_linear` says why), or float64 for gradcheck; a gradient has the
-dtype of what it is to.
+CUDA tensors take the Triton kernels; all others, and float64, the torch path, which is as correct and as
+frugal (`path_taken`; of lora_linear, only small products in 16 bits take the kernel). Whatever the dtype of
+the inputs, logits and statistics are float32 (`float32_linear` says why), or float64 for gradcheck; a
+gradient has the dtype of the tensor it belongs to.
 Left out: a gradient to W (LoRA freezes it) and to the reference, float8, second derivatives.
 """
 
@@ -56,7 +56,7 @@ except ImportError:  # macOS and Windows have no Triton
     triton = constexpr = None
 try:
     from jaxtyping import Float, Integer
-except ImportError:  # whoever imports transformers in this directory gets this file, too
+except ImportError:  # whoever imports transformers in this directory imports this file, too: see its end
     from typing import Annotated
 
     Float = Integer = Annotated
@@ -64,12 +64,12 @@ except ImportError:  # whoever imports transformers in this directory gets this 
 CUDA = torch.cuda.is_available()
 IGNORE = -100  # the id of a masked token, torch's own convention
 MAX_RANK = 32  # the tile of x Aᵀ stays in registers, without spills, up to this rank
-FUSED_OUTPUTS = 2**21  # up to so many numbers, in 16 bits, one fused launch beats the vendor's three
-# Tokens whose logits are made at a time: enough of them to be worth reading U. On a CPU GPT-2's are 32 MB:
-# glibc keeps a block of that size for the next chunk, a larger one comes from the system anew, page by page.
+FUSED_OUTPUTS = 2**21  # up to so many outputs, in 16 bits, one fused launch beats the vendor's three
+# How many tokens' logits are made at a time: enough to make reading U worth it. On a CPU GPT-2's are 32 MB:
+# glibc keeps a block of that size for the next chunk; a larger one comes from the system anew, page by page.
 CHUNK_ROWS = 256 if CUDA else 160
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
-BLOCK_NUMBERS = 4 * 50257  # what the torch path takes of a chunk at a time, so that it stays in a cache
+BLOCK_NUMBERS = 4 * 50257  # how much of a chunk the torch path takes at a time, to stay in a cache
 
 
 # ---- Choosing a path ---------------------------------------------------------------------------------------
@@ -97,15 +97,15 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _check(**arguments: tuple) -> None:
-    """Each argument is its tensor (or None), axes as in the signatures, and dtypes. A letter stands for the
-    same size wherever it occurs."""
+    """Each argument is a tensor (or None), its axes as in the signatures, and the dtypes it may have.
+    The name of an axis stands for the same size wherever it occurs."""
     device, sizes = None, {}
     for name, (tensor, axes, dtypes) in arguments.items():
         if tensor is None:
             continue
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name}: dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
-        device = device or tensor.device  # of the first
+        device = device or tensor.device  # that of the first
         if tensor.device != device:
             raise ValueError(f"{name}: on {tensor.device}, expected {device}")
         letters, shape = axes.split(), tuple(tensor.shape)
@@ -119,8 +119,8 @@ def _check(**arguments: tuple) -> None:
 
 
 def _flat_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> Integer[Tensor, "N"]:
-    """The ids as the kernels read them. One outside of the vocabulary is an error on CPU; on CUDA, where
-    looking stalls, Triton makes log p NaN."""
+    """The ids as the kernels read them. An id outside the vocabulary is an error on CPU; on CUDA, where
+    checking would stall, the kernel makes log p NaN."""
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature}, expected a positive number")
     tokens = tokens.ravel().long()  # contiguous
@@ -157,8 +157,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _even_parts(V: int) -> list[slice]:
-    """0 to V as a multiple of 8, which tensor cores want, and the rest: GPT-2's V = 50,257 is odd, and in one
-    piece its products take six times as long.
+    """0 to V in two parts: a multiple of 8, which tensor cores want, and the rest. GPT-2's V = 50,257 is odd,
+    and products with it take six times as long in one piece.
 
     >>> _even_parts(50257)
     [slice(0, 50256, None), slice(50256, 50257, None)]
@@ -172,8 +172,9 @@ def float32_linear(
 ) -> Float[Tensor, "... d_out"]:
     """x Wᵀ + b, added up and returned in float32, even if the inputs are bf16 or fp16.
 
-    Why not returned in their dtype? bf16 has 8 bits: from 64 to 128 it counts in steps of 0.5. A softmax does
-    not see an offset that all logits share, but rounding does, and GPT-2's lie at -35 to -100.
+    Why not return them in the inputs' dtype? bf16 has 8 bits: from 64 to 128 it counts in steps of 0.5. An
+    offset that all logits share does not matter to a softmax, but it does to rounding, and GPT-2's logits lie
+    at -35 to -100.
 
     >>> half = torch.ones(1, 1).bfloat16()
     >>> float32_linear(half, -80 * half, half[0] / 8)  # in bf16: -80
@@ -182,14 +183,14 @@ def float32_linear(
     x, weight, bias = _autocast(x, weight, bias)
     V, wide = len(weight), _wide(x)
     with torch.autocast(x.device.type, enabled=False):
-        if x.is_cuda and x.dim() == 2 and not torch.is_grad_enabled():  # mm into a dtype has no derivative
+        if x.is_cuda and x.dim() == 2 and not torch.is_grad_enabled():  # mm with out_dtype has no derivative
             stride = -(-V // 64) * 64  # so that each row is aligned
             out = x.new_empty(len(x), stride, dtype=wide)[:, :V]
             for part in _even_parts(V):
                 torch.mm(x, weight[part].T, out_dtype=wide, out=out[:, part])
         else:
-            # W in parts: a cast of it all would cost half as much again as the product. And W xᵀ: on a CPU a
-            # wide matrix times a few rows takes two thirds of the time of these rows times the matrix.
+            # W is taken in parts: a cast of all of it would cost half as much again as the product. And the
+            # product is W xᵀ: with few rows in x, it takes two thirds of the time of x Wᵀ on a CPU.
             rows = x.to(wide).reshape(-1, x.shape[-1])
             parts = [(part.to(wide) @ rows.T).T for part in weight.split(2048)]
             out = torch.cat(parts, dim=-1).view(*x.shape[:-1], V)
@@ -202,7 +203,7 @@ def float32_linear(
 
 
 def _log_softmax(logits: Float[Tensor, "... V"], temperature: float) -> Float[Tensor, "... V"]:
-    """Of logits / τ, in float32 at least."""
+    """log softmax(logits / τ), in float32 at least."""
     return (logits.to(_wide(logits)) / temperature).log_softmax(-1)
 
 
@@ -215,7 +216,7 @@ def _mean(log_p: Float[Tensor, "... V"], values: Float[Tensor, "... V"]) -> Floa
 def _outputs(
     log_p: Float[Tensor, "... V"], log_q: Float[Tensor, "... V"] | None, tokens: Integer[Tensor, "..."]
 ) -> Float[Tensor, "3 ..."]:
-    """log p(token), H = -Σ p log p, KL = Σ p (log p - log q), or 0 without a reference; 0 where masked."""
+    """log p(token), H = -Σ p log p, KL = Σ p (log p - log q) (0 without a reference); all 0 where masked."""
     tokens = tokens.long()
     logprobs = log_p.gather(-1, tokens.clamp(min=0)[..., None]).squeeze(-1)
     entropy = -_mean(log_p, log_p)
@@ -246,8 +247,8 @@ def linear_token_logprobs_reference(
     ref_bias: Float[Tensor, "V"] | None = None,
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."], Float[Tensor, "..."] | None]:
     """`token_logprobs` of hidden Uᵀ + b and, with `ref_hidden`, the exact KL = Σ p (log p - log q) to the
-    reference (no gradient into it), whose head is `ref_unembed` and `ref_bias` or else the policy's own.
-    Rounds bf16 and fp16 logits, as plain torch does.
+    reference (no gradient flows into it), whose output layer is `ref_unembed` and `ref_bias` or, without
+    these, the policy's own. Rounds bf16 and fp16 logits, as plain torch does.
 
     >>> h, U = torch.tensor([0.0]), torch.tensor([[0.0], [1.0]])
     >>> linear_token_logprobs_reference(h, U, torch.tensor(1), ref_hidden=h + 1)[2]  # p = 1/2, q₁ = 0.731
@@ -267,7 +268,7 @@ def linear_token_logprobs_reference(
 
 @kernel
 def _load_logits(pointers, mask, inv_temperature):
-    """Logits over τ. Where there are none, -inf: a lane past the end is an impossible token."""
+    """Logits divided by τ; -inf past the end of the row, where a lane is thus an impossible token."""
     return tl.load(pointers, mask=mask, other=-float("inf")).to(tl.float32) * inv_temperature
 
 
@@ -285,7 +286,7 @@ def token_logprobs_forward_kernel(
     x_ptr,  # [N, V] policy logits, not yet divided by τ
     y_ptr,  # [N, V] reference logits, likewise; read only with HAS_REF
     tokens_ptr,  # [N]
-    rows_ptr,  # [7, N] float32 out: log p(token), H, KL, max x, log Σ exp(x - max x), and the last two of y
+    rows_ptr,  # [7, N] float32 out: log p(token), H, KL, max x, log Σ exp(x - max x), and these two of y
     N,
     V,
     stride,  # from one row of logits to the next
@@ -299,7 +300,7 @@ def token_logprobs_forward_kernel(
 
     With m the maximum so far, x̃ = x - m and ỹ = y - m_q, each lane adds up its own
         s = Σ exp x̃,   t = Σ exp(x̃) x̃,   u = Σ exp(x̃) (x̃ - ỹ),   s_q = Σ exp ỹ
-    and when the maximum grows by δ (of y: δ_q), every x̃ falls by δ:
+    and when the maximum grows by δ (that of y by δ_q), every x̃ falls by δ (ỹ by δ_q):
         s ← s e^-δ,   t ← (t - δ s) e^-δ,   u ← (u - (δ - δ_q) s) e^-δ,   s_q ← s_q e^-δ_q.
     Then log p = x̃ - log s, H = log s - t/s, KL = u/s - log s + log s_q: no difference of large numbers.
     """
@@ -346,7 +347,7 @@ def token_logprobs_backward_kernel(
     tokens_ptr,  # [N]
     rows_ptr,  # [7, N] float32, written by the forward kernel
     coefficients_ptr,  # [4, N] float32: g_l, a, g_H, g_KL
-    out_ptr,  # [N, V] out: dx / τ, in rows `stride` apart like the logits; may be these themselves
+    out_ptr,  # [N, V] out: dx / τ, in rows `stride` apart like the logits; may be x itself
     N,
     V,
     stride,  # from one row of logits to the next
@@ -379,7 +380,7 @@ def token_logprobs_backward_kernel(
 
 
 def _row_config(V: int) -> dict:
-    """Block and warps of the row kernels: 8 logits a thread, one 16-byte load of bf16, spill nothing."""
+    """Block and warps of the row kernels: 8 logits a thread, so one 16-byte load of bf16; nothing spills."""
     block = min(2048, max(16, triton.next_power_of_2(V)))
     return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
 
@@ -387,7 +388,7 @@ def _row_config(V: int) -> dict:
 def _run_rows(
     kernel, x: Float[Tensor, "N V"], y: Float[Tensor, "N V"] | None, temperature: float, *tensors: Tensor
 ) -> None:
-    """Launches one of the two kernels above; tensors: what it takes between y and N."""
+    """Launches one of the two kernels above; `tensors` are its arguments between y and N."""
     N, V = x.shape
     inputs = x, x if y is None else y, *tensors, N, V, x.stride(0), 1 / temperature
     with torch.cuda.device_of(x):  # Triton launches on the current GPU, wherever the tensors are
@@ -410,8 +411,8 @@ def row_slices(N: int, step: int) -> list[slice]:
 def _minus(
     logits: Float[Tensor, "n V"], temperature: float, m: Float[Tensor, "n"], *tops: Float[Tensor, "n"]
 ) -> Float[Tensor, "n V"]:
-    """logits / τ minus m and each of tops, one at a time: their sum would be rounded, and shift the whole
-    row."""
+    """logits / τ minus m and each of `tops`, one at a time: the sum of these would be rounded, and that
+    would shift the whole row."""
     x = torch.add(-m[:, None], logits, alpha=1 / temperature)
     for top in tops:
         x -= top[:, None]
@@ -419,7 +420,7 @@ def _minus(
 
 
 def _exponentials(logits: Float[Tensor, "n V"], temperature: float) -> tuple[Tensor, ...]:
-    """x̃ = x - max x and exp x̃ [n, V]; the sum of these, max x, and the sum's logarithm [n]."""
+    """x̃ = x - max x and exp x̃, both [n, V]; then Σ exp x̃, max x, and log Σ exp x̃, all [n]."""
     m = logits.amax(-1).to(_wide(logits)) / temperature
     x = _minus(logits, temperature, m)
     e = x.exp()
@@ -433,7 +434,7 @@ def _statistics(
     tokens: Integer[Tensor, "N"],
     temperature: float,
 ) -> Float[Tensor, "7 N"]:
-    """log p(token), H, KL, and the four rows from which the backward kernel makes p and q again."""
+    """log p(token), H, KL, and the four rows from which the backward pass makes p and q again."""
     N, V = logits.shape
     rows = logits.new_zeros(7, N, dtype=_wide(logits))
     if path_taken(logits) == "triton":
@@ -446,7 +447,7 @@ def _statistics(
         if ref_logits is not None:
             y, _, _, m_q[:], log_s_q[:] = _exponentials(ref_logits[part], temperature)
             kl[:] = (x - y).mul_(e).nansum(-1) / s - log_s + log_s_q
-        entropy[:] = log_s - e.mul_(x).nansum(-1) / s  # of an impossible token 0·∞, NaN, and counts as 0
+        entropy[:] = log_s - e.mul_(x).nansum(-1) / s  # 0·∞ of an impossible token: NaN, counts as 0
     rows[:3].masked_fill_(tokens == IGNORE, 0)
     return rows
 
@@ -455,7 +456,7 @@ def _coefficients(g: tuple, rows: Float[Tensor, "7 N"], tokens: Integer[Tensor, 
     """g_l, a, g_H, g_KL with which dx = g_l onehot(token) + p (a - g_H log p + g_KL log(p/q)), because
 
     ∂ log p(token)/∂x = onehot(token) - p,   ∂H/∂x = -p (log p + H),   ∂KL/∂x = p (log(p/q) - KL)
-    so a = -g_l - g_H H - g_KL KL. A masked token has all four 0.
+    so a = -g_l - g_H H - g_KL KL. For a masked token all four are 0.
     """
     g_l, g_H, g_KL = g
     _, entropy, kl, *_ = rows
@@ -472,8 +473,8 @@ def _write_gradient(
     coefficients: Float[Tensor, "4 N"],
     temperature: float,
 ) -> None:
-    """Writes the gradient to the logits, dx / τ with the dx of `_coefficients`; `out` may be the logits, and
-    has their strides."""
+    """Writes into `out` the gradient to the logits, dx / τ with the dx of `_coefficients`. `out` may be the
+    logits themselves, and has their strides."""
     if path_taken(logits) == "triton":
         tensors = tokens, rows.contiguous(), coefficients.contiguous(), out
         _run_rows(token_logprobs_backward_kernel, logits, ref_logits, temperature, *tensors)
@@ -517,7 +518,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def token_logprobs(
     logits: Float[Tensor, "... V"], tokens: Integer[Tensor, "..."], temperature: float = 1.0
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """`token_logprobs_reference`, each logit read once and nothing of N·V numbers kept but the gradient.
+    """`token_logprobs_reference`, but each logit is read once, and no N·V numbers are kept but the gradient.
 
     >>> token_logprobs(torch.zeros(2, 4), torch.tensor([2, -100]))[1]
     tensor([1.3863, 0.0000])
@@ -533,17 +534,18 @@ def token_logprobs(
 
 
 def _logits_of(part: slice, *heads: Tensor | None) -> tuple[Float[Tensor, "n V"] | None, ...]:
-    """Logits of policy and reference; heads: of each hidden states, unembedding and bias, or three None."""
+    """Logits of policy and reference. heads: hidden states, unembedding and bias of each, or three None."""
     return tuple(h if h is None else float32_linear(h[part], U, b) for h, U, b in (heads[:3], heads[3:]))
 
 
 class _LinearTokenLogprobs(torch.autograd.Function):
-    """Chunks of tokens: a matmul by the vendor's library, then the row operations above on what it made.
-    Backward takes a chunk of logits that was kept, or makes it again, writes their gradient over it, and
-    multiplies that by U.
+    """Goes by chunks of tokens: the vendor's matmul makes their logits, then come the row operations above.
+    Backward takes a chunk's logits as they were kept, or makes them again, writes their gradient over them
+    (in 16 bits beside them), and multiplies that gradient by U.
 
     Why not one kernel over vocabulary tiles (CCE, arXiv 2411.09009)? dh = dx U would need D accumulators a
-    row, or atomics, and a KL two tiles of logits at once; chunks let both operations share their row kernels.
+    row, or atomics, and a KL would need two tiles of logits at once. Chunks let this and `token_logprobs`
+    share their row kernels.
     The price on a GPU: U is read once a chunk, so a chunk of few tokens is bound by bandwidth.
     """
 
@@ -689,10 +691,10 @@ def lora_linear_kernel(
     BLOCK_IN: constexpr,
 ):
     """Computes x Wᵀ + b + s (x Aᵀ) Bᵀ for one tile [BLOCK_N, BLOCK_OUT] of the output.
-    Program: the tile, tiles in groups of 8 rows so that neighbours share W in L2.
+    Program: one tile. Tiles come in groups of 8 rows of tiles, so that neighbours share W in L2.
     FLOPs: 2 N d_in d_out + 2 N rank (d_in + d_out). Bytes: x, W, out once if L2 is kind. Bound by matmul.
-    Saves a round trip of x Aᵀ and of the output; the price is that every column of tiles computes x Aᵀ anew,
-    2 N d_in BLOCK_RANK · d_out / BLOCK_OUT instead of 2 N d_in rank.
+    Spares x Aᵀ and the output a trip to memory and back. The price is that every column of tiles computes
+    x Aᵀ anew, 2 N d_in BLOCK_RANK · d_out / BLOCK_OUT instead of 2 N d_in rank.
     """
     tiles_n, tiles_out = tl.cdiv(N, BLOCK_N), tl.cdiv(d_out, BLOCK_OUT)
     pid = tl.program_id(0)
@@ -729,9 +731,9 @@ def lora_linear_kernel(
 
 
 def _lora_config(rank: int) -> dict:
-    """Small tiles, since only small products come here (FUSED_OUTPUTS): they are many enough to fill a GPU.
-    Tensor cores want stages of loads in flight. A large rank takes registers, so its tiles are shallower: no
-    configuration spills on sm_80 or sm_90.
+    """Small tiles, since only small products come here (FUSED_OUTPUTS): so there are enough of them to fill a
+    GPU. Tensor cores want several stages of loads in flight. A large rank takes registers, so its tiles are
+    shallower: no configuration spills on sm_80 or sm_90.
     """
     return {
         "RANK": rank,
@@ -745,10 +747,10 @@ def _lora_config(rank: int) -> dict:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The kernel. Saves x, in memory anyway, and x Aᵀ. Backward is plain matmuls: with g = s dy B, of width
-    rank,
+    """Calls the kernel. Saves x, in memory anyway, and x Aᵀ. Backward is plain matmuls, since products with
+    the rank in them are too small to fuse; with g = s dy B, of width rank,
 
-    dx = dy W + g A,   dA = gᵀ x,   dB = s dyᵀ (x Aᵀ): what has the rank in it is too small to fuse.
+    dx = dy W + g A,   dA = gᵀ x,   dB = s dyᵀ (x Aᵀ).
     """
 
     @staticmethod
@@ -805,9 +807,9 @@ def lora_linear(
     lora_b: Float[Tensor, "d_out rank"],
     scale: float,
 ) -> Float[Tensor, "... d_out"]:
-    """`lora_linear_reference` with x read once, or added up in place. The torch path takes a rank above
-    MAX_RANK, more than FUSED_OUTPUTS numbers, and float32, in which there are no tensor cores to feed: three
-    products of the vendor's take a third of the time that the kernel took there (1,088 tokens, 1,024², H200).
+    """`lora_linear_reference`; the kernel reads x once, the torch path adds up in place. The torch path takes
+    a rank above MAX_RANK, more than FUSED_OUTPUTS outputs, and float32, which has no tensor cores to feed:
+    there the vendor's three products took a third of the time of the kernel (1,088 tokens, 1,024², H200).
 
     >>> one = torch.ones(1, 1)
     >>> lora_linear(one, one, None, 2 * one, 3 * one, 0.5)  # 1 + 0.5 · 2 · 3
@@ -838,12 +840,12 @@ def lora_linear(
 
 
 def call_watched(function, *inputs: Tensor) -> tuple[tuple, bool]:
-    """What function(*inputs) returns, and whether it can be recorded: not if Python waited in it for the GPU,
-    to read a number or to copy one there. Some models do (a mixture of experts, rotations that depend on the
-    length), and in the middle of a recording that is an error. (A backward pass is not watched.)"""
+    """What function(*inputs) returns, and whether it can be recorded: it cannot if Python waited in it for
+    the GPU, to read a number from it or to copy one to it. Some models do (a mixture of experts, rotations
+    that depend on the length), and during a recording that is an error. (A backward pass is not watched.)"""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")  # says, too, that it is a prototype and may miss some
+        torch.cuda.set_sync_debug_mode("warn")  # also warns that it is a prototype and may miss some
         try:
             outputs = function(*inputs)
         finally:
@@ -853,12 +855,12 @@ def call_watched(function, *inputs: Tensor) -> tuple[tuple, bool]:
 
 class RecordedPass:
     """Calls `function`, which takes tensors and returns a tuple of them, through which gradients flow to the
-    parameters that are trained. From the second call in a row with inputs of the same shapes on, all that it
-    launches on the GPU, forward and backward, is recorded once and replayed (a CUDA graph), if it can be
-    (`call_watched`): of a small kernel Python's part takes ten times as long as the GPU's.
+    parameters that are trained. At the second call in a row with inputs of the same shapes, all that it
+    launches on the GPU, forward and backward, is recorded once, and from then on replayed (a CUDA graph), if
+    that is possible (`call_watched`): for a small kernel, Python takes ten times as long as the GPU.
 
-    What a call returns, the next one overwrites, gradients too: each call's backward pass, and all that is
-    done with its gradients, comes before the next call. While it records, no autograd graph that reaches the
+    Each call overwrites what the one before it returned, gradients too: so be done with a call's backward
+    pass, and with its gradients, before the next call. While it records, no autograd graph that reaches the
     parameters may be alive. The memory that a recording works on stays reserved until the next one.
     """
 
@@ -872,7 +874,7 @@ class RecordedPass:
             self.shapes = None
             if self.replay:
                 self.replay = None
-                gc.collect()  # frees the older recording, which holds itself
+                gc.collect()  # frees the older recording, which refers to itself
             outputs, self.is_recordable = call_watched(self.function, *inputs)
             self.shapes = shapes
             return outputs
@@ -880,7 +882,7 @@ class RecordedPass:
             return self.function(*inputs)
         if self.replay is None:
             if self.trained is None:
-                gc.collect()  # frees the recordings of earlier models: trainer and model hold each other
+                gc.collect()  # frees the recordings of earlier models: trainer and model refer to each other
             self.trained = [one for one in self.parameters() if one.requires_grad]
             self.replay = torch.cuda.make_graphed_callables(
                 lambda *tensors: self.function(*tensors[: len(inputs)]),
@@ -892,8 +894,8 @@ class RecordedPass:
 
 
 def replays(step) -> Iterator[tuple[Tensor, ...]]:
-    """What step() returns, again and again, without gradients. If it can be recorded, it is called twice:
-    then what it launched is launched again, on the same tensors, and overwrites what was returned."""
+    """Yields what step() returns, again and again, without gradients. If step can be recorded, it is called
+    only twice: from then on its launches are replayed on the same tensors, and overwrite what it returned."""
     outputs, is_recordable = call_watched(step)
     yield outputs
     again = step
@@ -910,8 +912,8 @@ def replays(step) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _timed(function, inputs: dict, trained: list[str], runs: int = 4) -> tuple[list | tuple, float]:
-    """Outputs or, where inputs are trained, the gradients of their sum; and the median seconds of the last
-    three runs, before which one warms up."""
+    """Outputs or, where inputs are trained, the gradients of the outputs' sum; and the median seconds of the
+    last three runs, after one that warms up."""
     inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in trained}
     seconds = []
     for _ in range(runs):
@@ -927,19 +929,19 @@ def _timed(function, inputs: dict, trained: list[str], runs: int = 4) -> tuple[l
 
 
 def _error(results: list | tuple, truth: list | tuple) -> float:
-    """The largest error of all, each relative to the largest number of its tensor."""
+    """The largest of all errors, each relative to the largest number in its tensor."""
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(results, truth, strict=True))
 
 
 def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int) -> None:
-    """Prints error against float64, time and rate of each operation, each beside those of its reference; of
-    lora_linear with N = d_in = d_out = D, which on a GPU takes the kernel."""
+    """Prints error against float64, time and rate of each operation, beside those of its reference. For
+    lora_linear N = d_in = d_out = D, which on a GPU takes the kernel."""
     draw = functools.partial(torch.randn, device=device, dtype=dtype)
     tokens, logits = torch.randint(V, (N,), device=device), draw(N, V)
     head = {"hidden": draw(N, D), "unembed": draw(V, D) / D**0.5, "tokens": tokens}
     layer = {"x": draw(D, D), "weight": draw(D, D) / D**0.5, "bias": None, "scale": 2.0}
     layer |= {"lora_a": draw(16, D) / D**0.5, "lora_b": draw(D, 16)}
-    cases = [  # operation, its inputs, the trained ones; work forward, times what with backward, and its unit
+    cases = [  # operation, its inputs, the trained ones; work forward, its factor with backward, and its unit
         ("token_logprobs", {"logits": logits, "tokens": tokens}, ["logits"], logits.nbytes / 1e9, 3, "GB/s"),
         ("linear_token_logprobs", head, ["hidden"], 2e-12 * N * V * D, 2, "TFLOP/s"),
         ("lora_linear", layer, ["x", "lora_a", "lora_b"], 2e-12 * D**3, 2, "TFLOP/s"),
@@ -962,8 +964,8 @@ def report_speed(device: str, dtype: torch.dtype, N: int, V: int, D: int) -> Non
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that were ever in use: of this process or, on a GPU, as torch counts what is allocated
-    (not what a recording holds in between)."""
+    """The most bytes that were ever in use: by this process or, on a GPU, by tensors as torch counts what is
+    allocated (without what a recording holds in between)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -977,7 +979,7 @@ def peak_memory(device: str) -> int:
 
 
 def measure_memory(which: str, N: int = 4096, V: int = 50257) -> tuple[float, float]:
-    """MB above the inputs and seconds, forward and backward, N x 768; in its own process."""
+    """MB beyond the inputs, and seconds, forward and backward, for N x 768; needs a process of its own."""
     device = "cuda" if CUDA else "cpu"
     with torch.device(device):
         inputs = {"hidden": torch.randn(N, 768), "tokens": torch.randint(V, (N,))}
@@ -985,7 +987,7 @@ def measure_memory(which: str, N: int = 4096, V: int = 50257) -> tuple[float, fl
     if "KL" in which:
         inputs["ref_hidden"] = inputs["hidden"] + 0.1
     function = linear_token_logprobs_reference if "plain" in which else linear_token_logprobs
-    for rows in (2, N):  # the first, small, has kernels compiled, and the library's own buffers made
+    for rows in (2, N):  # the first, small one compiles kernels and makes the library's own buffers
         before = peak_memory(device)
         first = {name: x[:rows] for name, x in inputs.items()}
         _, seconds = _timed(function, first | {"unembed": unembed}, ["hidden"], runs=1)
@@ -1001,8 +1003,8 @@ def report_memory() -> None:
         print(f"{which:22} {megabytes:6.0f} MB {seconds:6.1f} s")
 
 
-# transformers imports Hugging Face's package of this name and finds this file. Where that one is installed,
-# both share the name: its modules are found below this one, and what this file has not is looked up there.
+# transformers imports Hugging Face's package `kernels` and finds this file. Where that package is installed,
+# both share the name: its modules are found below this one, and what this file lacks is looked up there.
 __path__ = [str(one.locate_file("kernels")) for one in importlib.metadata.distributions(name="kernels")]
 if __path__:
 

@@ -15,10 +15,10 @@
             one step of AdamW up the gradient of the objective                             # 10
         log one line                                                                       # 11
 
-PPO has `gae`, GRPO `group_relative`, RLOO `leave_one_out` (ARENA's course: compute_advantages). PPO learns
+PPO uses `gae`, GRPO `group_relative`, RLOO `leave_one_out` (compute_advantages in ARENA's course). PPO learns
 values too: its objective also has - vf_coef (values now - returns)², where returns = advantages + values of
-the rollout phase. What else tells the published algorithms apart is a few switches: ALGORITHM_TABLE, at the
-end of section 9.
+the rollout phase. Otherwise the published algorithms differ in a few switches only: see ALGORITHM_TABLE, at
+the end of section 9.
 
 From reinforcement learning to language models:
 
@@ -30,24 +30,24 @@ From reinforcement learning to language models:
 What is different from PPO on CartPole:
   - The policy can write before it is trained. The toy reward counts full stops: left alone, the policy finds
     out that "......" pays most, and writes little else: mode collapse, the plainest case of reward hacking.
-    So there is a reference, the model as it was, and a price β on leaving it: the KL penalty, its leash.
+    So there is a reference, the model as it was, and a price β on leaving it: the KL penalty, a leash.
   - Any state can be started from again: K completions of one prompt can be compared, and their mean
     reward can do the critic's work (GRPO, RLOO).
-  - There is one reward, at the end of a short episode, so there is nothing to discount: γ = 1. And λ = 1
-    trusts that reward, and not a critic that knows nothing at first; the price is a noisier advantage.
+  - There is one reward, at the end of a short episode, so there is nothing to discount: γ = 1. λ = 1
+    trusts that reward rather than a critic that knows nothing at first; the price is a noisier advantage.
   - There are V actions, thousands. Entropy and KL are sums over all of them, at every token: that costs
     memory.
-  - One forward pass sees all states of an episode, for each is the beginning of the next. Only drawing the
-    tokens has to go one by one.
+  - One forward pass sees all states of an episode, since each is the beginning of the next. Only the
+    drawing of tokens has to go one by one.
 
 Notation   B completions in a batch, b in a minibatch   K completions of a prompt, compared: a group
            P width of the prompts   C width of the completions   T = P + C columns
            D width of the residual stream   V size of the vocabulary   R reward functions
            In formulas: r reward, Â advantage, V_t the value of a state, ρ = π_θ / π_old the ratio of
-           probabilities, ε where it is clipped, β = kl_coef, H entropy, γ and λ those of GAE. log is the
+           probabilities, clipped at 1 ± ε, β = kl_coef, H entropy, γ and λ those of GAE. log is the
            natural logarithm: log-probabilities, entropy and KL divergence are in nats. c_ent is ent_coef, and
            c_vf is vf_coef.
-Words      residual stream: the D numbers of a column that each block of the transformer reads and adds to
+Words      residual stream: the D numbers of each column, which every transformer block reads and adds to
            hook: a function called on a result inside the model, which it may look at or replace
            TRL, PEFT: Hugging Face's libraries for RLHF, and for LoRA and other adapters
            TransformerLens: a library that sets hooks into language models
@@ -57,9 +57,9 @@ Papers     PPO, proximal policy optimization 1707.06347   GAE, generalized advan
            DAPO 2503.14476   CISPO 2506.13585   LoRA, low-rank adaptation 2106.09685
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
            differs and why.
-Left out   because it would hide the idea: a reward function for each token, a critic of its own (the value
-           head shares the policy's blocks) and a phase for it alone, clipping of values, dual clip, dropout
-           in the policy, samples of older phases.
+Left out   because it would hide the idea: a reward function for each token, a separate critic (here the value
+           head shares the policy's blocks) and a phase that trains only the critic, clipping of values, dual
+           clip, dropout in the policy, samples of older phases.
 
     python rlhf.py --algo grpo --lora                trains the built-in toy model, in two minutes on a laptop
     python rlhf.py --algo grpo --lora --kl-coef 0    the same without its leash: mode collapse
@@ -92,8 +92,9 @@ from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_li
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
-# comment the flag's help. Bounds stand in the types; `check_types` enforces them. It is in the workshop, the
-# part after section 11, like all that sections 1 to 11 call and neither define nor import.
+# comment is the flag's help. Bounds are part of the types; `check_types` enforces them. That function is in
+# the workshop, the part after section 11, like everything that sections 1 to 11 call but neither define nor
+# import.
 
 RewardFn = Callable[..., list[float | None]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
@@ -109,7 +110,7 @@ class RLHFArgs:
     The other commands are label, inspect and compare: `python rlhf.py label --help` and so on.
     """
 
-    # dataclasses.replace keeps what --algo has filled in below: give another --algo to RLHFArgs itself.
+    # dataclasses.replace keeps what --algo has filled in below: for another --algo, make a new RLHFArgs.
 
     # The experiment
     algo: Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "course"] = "ppo"  # section 9
@@ -119,23 +120,23 @@ class RLHFArgs:
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
     prompts: str | Path | None = None  # in place of prefix: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
-    eval_prompts: str | Path | None = None  # held-out prompts: mean reward every --save-every phases and last
-    prompt_column: str = "prompt"  # where the prompts are: texts, or messages for the model's chat template
-    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # too long ones; cut keeps the end, without BOS
+    eval_prompts: str | Path | None = None  # held out: mean reward every --save-every phases and at the end
+    prompt_column: str = "prompt"  # holds the prompts: texts, or messages for the model's chat template
+    long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # if too long: cut keeps the end, without BOS
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
-    prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer; GPT-2, Pythia: yes
+    prepend_bos: Literal["auto", "yes", "no"] = "auto"  # auto: as the tokenizer does; GPT-2, Pythia: yes
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
-    # The algorithm: what is None comes from ALGORITHM_TABLE (section 9). (critic): matters only with a critic
+    # The algorithm: None is filled in from ALGORITHM_TABLE (section 9). (critic): matters only with a critic
     advantage: Literal["critic", "group", "others"] | None = None  # reward less V_t, group's or others' mean
-    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose deviation; critic: group = none
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose std; with a critic group = none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
     clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
     clip_coef: NonNegativeFloat | None = None  # ε: nothing is gained by moving the ratio beyond 1 ± ε
-    clip_high: NonNegativeFloat | None = None  # another upper end, 1 + this in place of 1 + ε
-    loss_average: Literal["sequence", "token", "constant"] | None = None  # over what losses are averaged
-    kl_in: Literal["loss", "reward"] | None = None  # where the penalty is; in reward: log π_old - log π_ref
+    clip_high: NonNegativeFloat | None = None  # the upper end becomes 1 + this in place of 1 + ε
+    loss_average: Literal["sequence", "token", "constant"] | None = None  # what losses are averaged over
+    kl_in: Literal["loss", "reward"] | None = None  # where the penalty goes; in reward: log π_old - log π_ref
     kl_coef: NonNegativeFloat | None = None  # β: price of leaving the reference, the model as it was; 0: none
     gae_lambda: Fraction | None = None  # GAE's λ (critic): 1 trusts rewards alone, 0 the critic's next value
 
@@ -146,7 +147,7 @@ class RLHFArgs:
     gen_len: Count = 32  # tokens in a completion, at most
     temperature: PositiveFloat = 1.0  # divides the logits; for greedy completions --top-k 1
     top_k: Count | None = None  # draw from the k likeliest only; scored over all, so the gradient is biased
-    top_p: Annotated[PositiveFloat, Field(le=1)] = 1.0  # from the fewest that add up to this; biased likewise
+    top_p: Annotated[PositiveFloat, Field(le=1)] = 1.0  # draw from the fewest that add up to this; biased too
     truncated: Literal["keep", "mask", "penalty"] = "keep"  # cut off at gen_len: learn, skip, reward - 1
 
     # Learning phase: the policy is moved towards what was better than expected
@@ -164,8 +165,8 @@ class RLHFArgs:
     head_lr: NonNegativeFloat = 3e-3  # learning rate of the value head, which starts from nothing (critic)
     warmup_steps: Annotated[int, Field(ge=0)] = 3  # phases, not optimizer steps: learning rates rise linearly
     final_scale: NonNegativeFloat = 0.1  # learning rates fall linearly to this share of the peak
-    max_grad_norm: NonNegativeFloat = 1.0  # to which the gradient's norm is clipped; 0: it is not
-    train_layers: Count | None = None  # train only the last blocks (and, without LoRA, the final norm)
+    max_grad_norm: NonNegativeFloat = 1.0  # the gradient is clipped to this norm; 0: not clipped
+    train_layers: Count | None = None  # train only this many last blocks (and, without LoRA, the final norm)
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: Count = 4  # rank of an adapter: its inner width
     lora_alpha: float = 32.0  # what an adapter adds is scaled by alpha / rank
@@ -175,7 +176,7 @@ class RLHFArgs:
     device: str = "auto"  # cuda, cuda:1, mps or cpu; auto takes the accelerator, if there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the weights that LoRA freezes
     run_dir: Path | None = None  # where results go; by default runs/DATE-TIME-ALGO[-lora]
-    resume: Path | None = None  # a run directory: go on with its settings; a default counts as not given
+    resume: Path | None = None  # a run directory: go on with its settings; defaults count as not given
     save_every: Count = 10  # phases between checkpoints; Ctrl-C, SIGTERM and SIGHUP leave one too
     track: Literal["wandb", "trackio", "tensorboard"] | None = None  # send the metrics there, too
 
@@ -192,8 +193,8 @@ class RLHFArgs:
 
     @property
     def samples_per_prompt(self) -> int:
-        """The size K of a group: as given; else with one prompt the whole batch; else, with many prompts, 1
-        with a critic and 8 without (fewer, where the batch is not divisible by 8).
+        """The size K of a group: --group-size if given; else the whole batch if there is one prompt; else,
+        with many prompts, 1 with a critic and 8 without (fewer where the batch is not divisible by 8).
 
         >>> RLHFArgs(algo="grpo", batch_size=32).samples_per_prompt
         32
@@ -223,12 +224,13 @@ class RLHFArgs:
 #     values                                 | V_0   V_1   V_2    0    what the critic expected before it
 #     reward                                 |  0     0     r     0    falls on the last token
 #
-# The transformer's output in column t speaks of column t + 1: what scores the completion comes from columns
-# P-1 to T-2. Scoring makes that shift in `TransformerWithValueHead.completion_features` alone; all [B, C]
-# tensors below are aligned with the completion: logprobs[b, c] is of completion token c, values[b, c] of the
-# state in which it was chosen. Columns 0 to P-2 are the same for all completions of a prompt, and, unless
-# they are few, computed once for all. BOS, EOS and pad (beginning of text, end of text, filler) are one and
-# the same token here, as in GPT-2: only the masks tell them apart.
+# The transformer's output in column t is about the token of column t + 1: so the completion is scored by the
+# outputs of columns P-1 to T-2. Scoring makes this shift in one place,
+# `TransformerWithValueHead.completion_features`; all [B, C] tensors below are aligned with the completion:
+# logprobs[b, c] belongs to completion token c, values[b, c] to the state in which it was chosen. Columns 0 to
+# P-2 are the same for all completions of a prompt and, unless they are few, are computed once for all of
+# them. BOS, EOS and pad (beginning of text, end of text, filler) are one and the same token here, as in
+# GPT-2: only the masks tell them apart.
 
 
 Turns = str | list[dict]  # a text, or a conversation: [{"role": "user", "content": "Hello!"}, ...]
@@ -236,8 +238,9 @@ Turns = str | list[dict]  # a text, or a conversation: [{"role": "user", "conten
 
 def token_ids(tokenizer, prompt: Turns) -> list[int]:
     """The token ids of a prompt. For a text: `tokenizer.begin`, which is BOS or nothing, then the text. For a
-    conversation: what the model's chat template makes of it, up to where the assistant is to speak, or to go
-    on, if the last message is its own. (`begin` is set by `load_tokenizer`: section 14.)"""
+    conversation: what the model's chat template makes of it, up to where the assistant is to answer or, if
+    the last message is the assistant's own, to continue it. (`begin` is set by `load_tokenizer`: section
+    14.)"""
     if isinstance(prompt, list):
         is_open = prompt[-1]["role"] == "assistant"
         ids = tokenizer.apply_chat_template(
@@ -255,15 +258,15 @@ def tokenize(
 ) -> tuple[Int[Tensor, "B P"], Bool[Tensor, "B P"]]:
     """Token ids of the prompts, left-padded, and their mask."""
     rows = [torch.tensor(token_ids(tokenizer, prompt)) for prompt in prompts]
-    # Padded with -1, which is no token; EOS may stand in a prompt, too.
+    # Padded with -1, which is no token: EOS would not do, as a prompt may contain it.
     tokens = rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left").to(device)
     mask = tokens >= 0
     return tokens.where(mask, tokenizer.eos_token_id), mask
 
 
 def positions(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Each column's position, counted from the row's first real token. Without them GPT-2 counts the padding
-    too, and silently answers for another prompt.
+    """Each column's position, counted from the row's first real token. Without these positions GPT-2 would
+    count the padding too, and silently answer for another prompt.
 
     >>> positions(torch.tensor([[False, True, True, True]]))
     tensor([[0, 0, 1, 2]])
@@ -274,7 +277,7 @@ def positions(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
 def distinct_prompts(
     tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], P: int
 ) -> tuple[Int[Tensor, "prompts P"], Int[Tensor, "B"]]:
-    """Each prompt (columns 0 to P-1) once, -1 where it is padded, and which of them each row has.
+    """Each distinct prompt (columns 0 to P-1) once, -1 where padded, and for each row its prompt's index.
 
     >>> tokens, mask = torch.tensor([[0, 7], [0, 7], [0, 7]]), torch.tensor([[1, 1], [0, 1], [1, 1]]).bool()
     >>> distinct_prompts(tokens, mask, P=2)
@@ -285,7 +288,7 @@ def distinct_prompts(
 
 
 def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[int]]:
-    """What is not masked, row by row.
+    """The tokens that are not masked, row by row.
 
     >>> unpad(torch.tensor([[7, 8], [9, 0]]), torch.tensor([[True, True], [True, False]]))
     [[7, 8], [9]]
@@ -295,7 +298,7 @@ def unpad(tokens: Int[Tensor, "B C"], mask: Bool[Tensor, "B C"]) -> list[list[in
 
 @dataclass
 class Samples:
-    """Prompts, each with its completion after it: the picture, row by row."""
+    """Prompts, each followed by its completion: rows like the one drawn above."""
 
     tokens: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
@@ -317,8 +320,8 @@ class Samples:
 
     @property
     def mask(self) -> Bool[Tensor, "B C"]:
-        """True on the completion's tokens, the end-of-text token included; in a ReplayMemory not on those of
-        rows that are left out of learning (section 10, step 6)."""
+        """True on the completion's tokens, the end-of-text token included; in a ReplayMemory (section 8)
+        False throughout rows that are left out of learning (section 10, step 6)."""
         return self.attention_mask[:, self.prompt_width :]
 
     @property
@@ -329,7 +332,8 @@ class Samples:
 
 # ---- 3 Tokens to logits and values -------------------------------------------------------------------------
 # In: token ids and their mask. Out: `logits, values = model(tokens)`. For each column the logits say which
-# token comes next, and the value how much reward the critic expects. Three numbers a token come from logits:
+# token comes next, and the value says how much reward the critic expects. Training needs three numbers a
+# token from the logits:
 
 
 def get_logprobs(
@@ -339,12 +343,12 @@ def get_logprobs(
     ref_logits: Float[Tensor, "*rows V"] | None = None,
 ) -> tuple[Float[Tensor, "*rows"], Float[Tensor, "*rows"], Float[Tensor, "*rows"] | None]:
     """Log-probability of each token, entropy of the distribution that the logits give and, where the
-    reference's logits are given, the KL divergence to the reference, exactly:
+    reference's logits are given, the exact KL divergence to the reference:
 
         log π(token)      entropy = - Σ_v π(v) log π(v)      KL = Σ_v π(v) (log π(v) - log π_ref(v))
 
-    All are 0 where the token is masked. Logits (finite ones), the reference's too, are made float32 and
-    divided by the temperature.
+    All are 0 where the token is masked. The logits must be finite; they, and the reference's, are made
+    float32 and divided by the temperature.
 
     >>> reference = torch.tensor([0.0, 1.0])  # chances of 0.27 and 0.73
     >>> logprobs, entropy, kl = get_logprobs(torch.zeros(2), torch.tensor(1), ref_logits=reference)
@@ -362,27 +366,27 @@ def get_logprobs(
     return logprobs, entropy, kl
 
 
-# That is the definition, and all there is to it; training does not call it, since V numbers a token would be
-# made to keep three (in GPT-2 V is 65 times D). The model below hands on its features, the D numbers a token
-# from which one matrix makes the logits. Its own `get_logprobs` makes the same three numbers of them in
-# bounded memory, however many tokens there are: a few rows of logits at a time, forward and backward (see
-# kernels.py).
+# That is the definition, and all there is to it. Training does not call it, since it makes V numbers a token
+# only to keep three (in GPT-2 V is 65 times D). The model below passes on its features, the D numbers a token
+# from which one matrix makes the logits. Its own `get_logprobs` computes the same three numbers from the
+# features in bounded memory, however many tokens there are: a few rows of logits at a time, forward and
+# backward (see kernels.py).
 #
-# A TransformerBridge is TransformerLens' view of a Hugging Face model, a hook around each of its parts:
+# A TransformerBridge is TransformerLens' view of a Hugging Face model, with a hook around each of its parts:
 #     bridge.original_model              the Hugging Face model, made of the hooked parts: hooks fire here too
 #     bridge.original_model.base_model   the same without its output layer
 #     bridge.blocks[i].attn.q            a hooked part; .original_component is the nn.Linear or Conv1D inside
-# The value head is such a hook, and any experiment of yours can be another. With a cache of attention's keys
-# and values it sees the new columns alone; those of bridge.unembed fire only where the bridge itself is run:
-# this file takes its matrix.
+# The value head is such a hook, and any experiment of yours can be another. Where a cache of attention's keys
+# and values is in use, a hook sees the new columns alone. The hooks of bridge.unembed fire only where the
+# bridge itself is run: this file uses only its matrix.
 
 
 class TransformerWithValueHead(nn.Module):
-    """A language model, its hooks and, if asked for, a critic: the value head on its final residual stream,
+    """A language model with its hooks and, if asked for, a critic: a value head on the final residual stream,
     whose loss trains the model, too.
 
     `bridge` is the TransformerLens model: `bridge.run_with_cache` and `bridge.run_with_hooks` work at any
-    time. Keep a state_dict, not a deepcopy, whose value head would write to the original.
+    time. To keep a copy, take a state_dict; the value head of a deepcopy would write to the original.
     """
 
     def __init__(
@@ -433,10 +437,11 @@ class TransformerWithValueHead(nn.Module):
         attention_mask: Bool[Tensor, "B all"],
         cache: Cache | None = None,
     ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
-        """What the output layer sees, the final residual stream, normalised; and the values. The KV cache
-        keeps keys and values of attention, so that only the new columns need be computed. The mask covers old
-        and new ones or, with a cache of fixed size and one new column, all that it has room for: those not
-        written yet are False, so that the last position is that of the new column."""
+        """The features, which the output layer reads (the final residual stream, normalised), and the values.
+        The KV cache keeps the attention's keys and values, so that only the new columns need be computed. The
+        mask covers old and new columns; or, with a cache of fixed size and one new column, all columns that
+        the cache has room for: those not written yet are False, so that the last position is that of the new
+        column."""
         LoRALinear.in_pass = True  # see section 4
         try:
             output = self.bridge.original_model.base_model(
@@ -448,24 +453,25 @@ class TransformerWithValueHead(nn.Module):
             )
         finally:
             LoRALinear.in_pass = False
-        # What the hook read_values left there just now; kept, it would keep the graph of the whole pass.
+        # The hook read_values left `values` there just now; kept, it would keep the graph of the whole pass.
         return output.last_hidden_state, vars(self).pop("values")
 
     def logits(self, features: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows V"]:
-        """The output layer: one matrix, in some models times a scale. In float32 even where the weights are
-        not, as in `get_logprobs`: else its rounding would have sampler and learner disagree on π_old."""
+        """The output layer: one matrix and, in some models, a scale. Computed in float32 even where the
+        weights are not, as in `get_logprobs`: otherwise rounding would make sampler and learner disagree on
+        π_old."""
         return float32_linear(features, *self.output_layer).mul_(self.logit_scale)
 
     @property
     def output_layer(self) -> tuple[Float[Tensor, "V D"], Float[Tensor, "V"] | None]:
-        """The output layer's weight and bias; None where the model has no bias, for which TransformerLens has
-        zeros."""
+        """The output layer's weight and bias; the bias is None where the model has none (TransformerLens then
+        has zeros)."""
         layer = self.bridge.unembed.original_component
         return layer.weight, layer._parameters.get("bias")
 
     def prompt_cache(self, prompts: Int[Tensor, "prompts P"], of_row: Int[Tensor, "B"]) -> Cache:
-        """Keys and values of columns 0 to P-2 of each row, from its distinct_prompts: a prompt is computed
-        once, and the gradients of all its completions flow back through that one computation."""
+        """Keys and values of columns 0 to P-2 of each row, from the results of `distinct_prompts`: a prompt
+        is computed once, and the gradients of all its completions flow back through that one computation."""
         cache = DynamicCache()
         prompts = prompts[:, :-1]
         if prompts.shape[1]:
@@ -477,25 +483,25 @@ class TransformerWithValueHead(nn.Module):
         self,
         tokens: Int[Tensor, "B new"],
         attention_mask: Bool[Tensor, "B all"],
-        *prompts: Tensor,  # both of distinct_prompts, or none
+        *prompts: Tensor,  # both results of distinct_prompts, or none
     ) -> tuple[Float[Tensor, "B new D"], Float[Tensor, "B new"]]:
-        """`features`, after the prompts' cache, where they are given. All inputs are tensors, so that the
-        pass can be recorded."""
+        """`features` of the new columns, after the cache of the prompts where these are given. All inputs are
+        tensors, so that the pass can be recorded."""
         return self.features(tokens, attention_mask, self.prompt_cache(*prompts) if prompts else None)
 
     def completion_features(self, samples: Samples) -> tuple[Float[Tensor, "B C D"], Float[Tensor, "B C"]]:
         """Features and values aligned with the completion: those of columns P-1 to T-2; column T-1, which
-        scores nothing, is not computed. With many tokens of prompts, `features_after` computes each of the
-        `distinct_prompts` once."""
+        scores nothing, is not computed. Where prompts hold many tokens, `features_after` computes each
+        distinct prompt only once."""
         P = samples.prompt_width
         tokens, mask = samples.tokens[:, :-1], samples.attention_mask[:, :-1]
-        # On a GPU a learning pass of the same shapes as the last is launched again as it was recorded
-        # (kernels.py): for kernels as small as these Python is too slow.
+        # On a GPU, a learning pass of the same shapes as the last one is replayed from a recording
+        # (kernels.py): Python is too slow to launch kernels as small as these one by one.
         compute = self.recorded_pass if torch.is_grad_enabled() and can_replay(self) else self.features_after
         if len(mask) * P > 256:
             return compute(tokens[:, P - 1 :], mask, *distinct_prompts(tokens, mask, P))
-        # Where prompts hold few tokens (256 by measurement), to read them again with each completion costs
-        # less than a pass of their own.
+        # Where prompts hold few tokens (up to 256, by measurement), reading them again with each completion
+        # costs less than a pass of their own.
         features, values = compute(tokens, mask)
         return features[:, P - 1 :], values[:, P - 1 :]
 
@@ -506,8 +512,8 @@ class TransformerWithValueHead(nn.Module):
         temperature: float,
         *reference: Tensor | None,  # for the KL: its features, and its output layer's weight and bias
     ) -> tuple[Float[Tensor, "B C"], Float[Tensor, "B C"], Float[Tensor, "B C"] | None]:
-        """get_logprobs(self.logits(features), tokens, temperature, the reference's logits): the same numbers,
-        from a chunk of the logits at a time."""
+        """The same numbers as get_logprobs(self.logits(features), tokens, temperature, the reference's
+        logits), from a chunk of the logits at a time."""
         weight, bias = self.output_layer
         temperature /= self.logit_scale  # scale · x / τ = x / (τ / scale)
         return linear_token_logprobs(features, weight, tokens, bias, temperature, *reference)
@@ -522,12 +528,13 @@ class TransformerWithValueHead(nn.Module):
 #
 #     h = W x + (α/rank) lora_b (lora_a x)     W: [d_out, d_in]   lora_a: [rank, d_in]   lora_b: [d_out, rank]
 #
-# (LoRA 2106.09685, eq. 3; the paper's A and B.) Why low rank: changing a model's ways takes few directions,
-# and rank · (d_in + d_out) numbers in place of d_in · d_out are few to train, to keep AdamW's moments of, and
-# to store: for a 1024 x 1024 matrix at rank 4 one in 128. Why lora_b starts at zero and lora_a random: the
-# sum starts at W exactly, and yet lora_b gets a gradient; were both zero, neither would. Why α/rank: what the
-# columns of lora_b add up to grows with the rank; divided by it, about one learning rate does for all ranks.
-# Switched off, the adapters leave the model that we started from, exactly: so the reference costs no copy.
+# (LoRA 2106.09685, eq. 3; the paper's A and B.) Why low rank: a few directions are enough to change a model's
+# ways, and rank · (d_in + d_out) numbers in place of d_in · d_out are few to train, to store, and to keep
+# AdamW's moments of: for a 1024 x 1024 matrix at rank 4, one in 128. Why lora_b starts at zero and lora_a
+# random: the sum starts at W exactly, and yet lora_b gets a gradient; were both zero, neither would. Why
+# α/rank: lora_b has as many columns as the rank, and what they add up to grows with it; divided by the rank,
+# about the same learning rate suits all ranks. With the adapters switched off, the model is exactly the one
+# that we started from: so the reference needs no copy.
 
 
 def as_rows(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
@@ -536,7 +543,7 @@ def as_rows(layer: nn.Linear | Conv1D) -> Float[Tensor, "d_out d_in"]:
 
 
 class LoRALinear(nn.Linear):
-    """h = W x + (α/rank) lora_b (lora_a x), W frozen. (An nn.Linear, for what asks whether a part is one.)
+    """h = W x + (α/rank) lora_b (lora_a x), W frozen. (An nn.Linear, for code that asks if a part is one.)
 
     >>> layer = LoRALinear(nn.Linear(3, 2), rank=1, alpha=1.0)
     >>> torch.equal(layer(torch.ones(3)), layer.base(torch.ones(3)))  # lora_b is 0
@@ -547,7 +554,7 @@ class LoRALinear(nn.Linear):
     """
 
     # Switches of all adapters at once, since they belong to the class: one thread at a time may use them.
-    in_pass = False  # within `features`: TransformerLens reads `weight` in every pass, for its dtype alone
+    in_pass = False  # True within `features`, where TransformerLens reads `weight` for its dtype alone
     enabled = True  # except within adapters_off
 
     def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float):
@@ -555,22 +562,22 @@ class LoRALinear(nn.Linear):
         self.base = base.requires_grad_(False)
         self.bias = base.bias
         self.out_features, self.in_features = as_rows(base).shape
-        # Starts as random as nn.Linear's weight does, and PEFT's; in float32 whatever W is.
+        # lora_a starts at random as nn.Linear's weight does, and PEFT's; in float32 whatever W's dtype.
         self.lora_a = nn.Linear(self.in_features, rank, bias=False, device=base.weight.device).weight
         self.lora_b = nn.Parameter(self.lora_a.new_zeros(self.out_features, rank))
         self.scale = alpha / rank
 
     @property
     def weight(self) -> Float[Tensor, "d_out d_in"]:
-        """W plus, while enabled, the update: so TransformerLens' views (`bridge.W_Q`) show what is trained.
-        Within a pass W alone, for the sum would be made for nothing."""
+        """W plus, while the adapters are enabled, the update: so TransformerLens' views (`bridge.W_Q`) show
+        what is trained. Within a pass it is W alone, since the sum would be made for nothing."""
         W = as_rows(self.base)
         return W if self.in_pass or not self.enabled else (W + self.update).to(W)
 
     def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         if not self.enabled:
             return self.base(x)
-        # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T; small and in 16 bits, one kernel
+        # self.base(x) + self.scale * (x @ self.lora_a.T) @ self.lora_b.T; one kernel if small and in 16 bits
         return lora_linear(x, as_rows(self.base), self.bias, self.lora_a, self.lora_b, self.scale)
 
     @property
@@ -580,13 +587,13 @@ class LoRALinear(nn.Linear):
 
 
 def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
-    """Freezes all of the model but what is to be trained: adapters of all blocks or the last few, or the
-    weights of the last few and the final norm. Without --lora and --train-layers all is trained that the
-    bridge computes with.
+    """Freezes all of the model but what is to be trained: the adapters of all blocks or of the last few or,
+    without --lora, the weights of the last few blocks and the final norm. Without --lora and --train-layers,
+    all that the bridge computes with is trained.
 
-    A LoRALinear takes the place of each target matrix inside its hooks, so that they see what LoRA adds.
+    A LoRALinear takes the place of each target matrix inside its hooks, so that these see what LoRA adds.
     """
-    blocks = bridge.blocks[-(args.train_layers or 0) :]  # the last 0 are all
+    blocks = bridge.blocks[-(args.train_layers or 0) :]  # [-0:] is all of them
     if args.lora or args.train_layers:
         bridge.requires_grad_(False)
     if args.lora:
@@ -601,7 +608,7 @@ def choose_trained(bridge: nn.Module, args: RLHFArgs) -> None:
 
 @contextmanager
 def adapters_off() -> Iterator[None]:
-    """Within, every model is the one that LoRA started from. Not to be nested."""
+    """Inside `with adapters_off():` every model is the one that LoRA started from. Not to be nested."""
     LoRALinear.enabled = False
     try:
         yield
@@ -610,8 +617,8 @@ def adapters_off() -> Iterator[None]:
 
 
 # ---- 5 Tokens to completion --------------------------------------------------------------------------------
-# In: prompts. Out: completions, and what the policy thought of each token when it drew it: π_old needs no
-# second forward pass.
+# In: prompts. Out: completions, and what the policy thought of each token when it drew that token, so that
+# π_old needs no second forward pass.
 
 
 @torch.no_grad
@@ -633,16 +640,16 @@ def get_samples(
     After a completion's end, tokens are EOS, the mask is False, logprobs and values are 0.
     """
     B, P = prompt_tokens.shape
-    C = 0  # of the longest completion so far
+    C = 0  # length of the longest completion so far
     # Filled in place below; `pad` has made copies, so the caller's tensors stay as they are.
     tokens = pad(prompt_tokens, (0, gen_len), value=policy.tokenizer.eos_token_id)
     mask = pad(prompt_mask, (0, gen_len))
-    # All drawn ahead, so that no row's numbers depend on rows_at_once, nor on where others end.
+    # All drawn ahead, so that a row's random numbers depend neither on rows_at_once nor on where others end.
     uniform = torch.rand(B, gen_len, generator=generator, device=mask.device)
     logprobs, values = uniform.new_zeros(2, B, gen_len)
     for rows in row_slices(B, rows_at_once or B):
-        columns = column_by_column(policy, tokens[rows], mask[rows], P)  # their features: section 14
-        alive = mask[rows, P - 1]  # True: prompts are padded on the left
+        columns = column_by_column(policy, tokens[rows], mask[rows], P)  # yields features: section 14
+        alive = mask[rows, P - 1]  # all True: prompts are padded on the left
         for c in range(gen_len):
             t = P + c  # the column of completion token c
             features, state_values = next(columns)  # of column t-1
@@ -656,31 +663,31 @@ def get_samples(
             if not alive.any():
                 break
         C = max(C, c + 1)
-        del columns  # and their keys and values, before the next ones
+        del columns  # frees their keys and values before the next rows
     # Columns that no completion has reached are cut off.
     return Samples(tokens[:, : P + C], mask[:, : P + C], logprobs[:, :C], values[:, :C])
 
 
 def sample_token(probs: Float[Tensor, "B V"], uniform: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
-    """One token a row, by inverting the cumulative distribution: one random number a row, from 0 to 1, where
-    torch.multinomial draws V of them (16 against 179 ms for 128 rows of GPT-2). Rows need not add up to 1.
+    """Draws one token a row by inverting the cumulative distribution: one random number a row, from 0 to 1,
+    where torch.multinomial draws V of them (16 against 179 ms for 128 rows of GPT-2). Rows need not sum to 1.
 
     >>> sample_token(torch.tensor([[1.0, 1.0, 0.0], [0.0, 3.0, 1.0]]), torch.tensor([0.6, 0.8])).tolist()
     [1, 2]
     """
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[:, -1:].contiguous()  # searchsorted warns of a view
-    # `right` passes over tokens of probability 0; where the product rounds up to the total, the minimum leads
-    # back to the last token that has any probability. NaN gives V, which is no token: the remainder makes it
+    # `right` skips tokens of probability 0; where the product rounds up to the total, the minimum leads back
+    # to the last token that has any probability. NaN gives V, which is no token: the remainder turns it into
     # one, and the learning phase stops at the NaN.
     token = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
     return torch.minimum(token, torch.searchsorted(cumulative, total)).squeeze(1) % probs.shape[1]
 
 
 def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float) -> Float[Tensor, "B V"]:
-    """Keeps the top_k likeliest tokens, and of these the fewest that have probability top_p together (nucleus
-    sampling, 1904.09751); all others become 0. Probability is among all V tokens: nothing is rescaled
-    after top_k (transformers does).
+    """Keeps the top_k likeliest tokens, and of these the fewest whose probabilities add up to top_p (nucleus
+    sampling, 1904.09751); all others become 0. Probabilities are those among all V tokens: unlike in
+    transformers, nothing is rescaled after top_k.
 
     >>> keep_likeliest(torch.tensor([[0.2, 0.5, 0.3]]), top_k=None, top_p=0.6)
     tensor([[0.0000, 0.5000, 0.3000]])
@@ -696,10 +703,9 @@ def keep_likeliest(probs: Float[Tensor, "B V"], top_k: int | None, top_p: float)
 def complete(
     policy: TransformerWithValueHead, examples: list[dict], args: RLHFArgs, generator: torch.Generator
 ) -> tuple[Samples, list[str]]:
-    """From examples, dicts with a "prompt", to a completion of each, as tokens and as text (`decode`: section
-    13)."""
+    """A completion of each example (a dict with a "prompt"), as tokens and as text (`decode`: section 13)."""
     tokens, mask = tokenize(policy.tokenizer, [example["prompt"] for example in examples], generator.device)
-    room = policy.bridge.cfg.n_ctx - args.gen_len  # for --long-prompts cut: all others fit
+    room = policy.bridge.cfg.n_ctx - args.gen_len  # for --long-prompts cut; else all prompts fit
     samples = get_samples(
         policy,
         tokens[:, -room:],
@@ -720,11 +726,12 @@ def complete(
 # function; in the lesson, a count of full stops stands in for that score. A reward function is called as in
 # TRL:
 #     function(prompts=[...], completions=[...], **columns) -> [a number, or None if it does not apply, ...]
-# The columns are those of the prompts file, beside "prompt": say "answer". Its rows are the examples.
+# The columns are those of the prompts file other than "prompt", say "answer". The rows of that file are the
+# examples.
 
 
 def reward_fn_char_count(char: str = ".") -> RewardFn:
-    """The course's reward: how many there are of a character (or text), by default full stops.
+    """The course's reward: how often a character (or text) occurs, by default the full stop.
 
     >>> reward_fn_char_count()(prompts=["This is", "This is"], completions=[" it. Yes.", " it"])
     [2.0, 0.0]
@@ -747,9 +754,9 @@ class RewardTerm(NamedTuple):
 def get_rewards(
     terms: list[RewardTerm], examples: list[dict], completions: list[str], **extras
 ) -> Float[Tensor, "B R"]:
-    """What each of the R reward functions gives each completion; NaN where one does not apply. A function is
-    called once for the whole batch, with the columns of the prompts file as lists of copies (what one
-    function changes in them the next one sees), and the extras (section 15)."""
+    """What each of the R reward functions gives each completion; NaN where one does not apply. Each function
+    is called once for the whole batch, with the columns of the prompts file as lists of copies (all functions
+    get the same lists: what one changes, the next one sees), and the extras (section 15)."""
     columns = {key: [deepcopy(example[key]) for example in examples] for key in examples[0]}
     prompts = columns.pop("prompt")
     columns |= extras | {"prompts": prompts, "completions": completions}
@@ -759,20 +766,20 @@ def get_rewards(
 def total_reward(scores: Float[Tensor, "B R"], terms: list[RewardTerm]) -> Float[Tensor, "B"]:
     """The weighted sum of the terms that apply; NaN where none does."""
     weights = scores.new_tensor([term.weight for term in terms])
-    applies = (scores.isfinite() & (weights != 0)).any(dim=1)  # of weight 0 is what is only logged
+    applies = (scores.isfinite() & (weights != 0)).any(dim=1)  # a term of weight 0 is only logged
     return (scores.nan_to_num() * weights).sum(dim=1).where(applies, math.nan)
 
 
 def centered(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups n"]:
-    """x less its mean over the last axis; what is NaN stays so, and does not count. The largest is taken off
-    first: so equal numbers become exactly 0, not a rounding error that a division by their deviation would
-    blow up."""
+    """x minus its mean over the last axis; NaN stays NaN, and does not count. The largest is subtracted
+    first, so that equal numbers become exactly 0, not a rounding error that a division by their deviation
+    would blow up."""
     x = x - x.nan_to_num(nan=-math.inf).amax(dim=-1, keepdim=True)
     return x - x.nanmean(dim=-1, keepdim=True)
 
 
 def deviation(x: Float[Tensor, "*groups n"]) -> Float[Tensor, "*groups 1"]:
-    """√(Σ x² / (n - 1)), the standard deviation of numbers that are centered; of one number 0."""
+    """√(Σ x² / (n - 1)), the standard deviation of numbers already centered; 0 of a single number."""
     others = x.isfinite().sum(dim=-1, keepdim=True) - 1
     return (x.square().nansum(dim=-1, keepdim=True) / others.clamp(min=1)).sqrt()
 
@@ -781,9 +788,9 @@ def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*gro
     """(x - mean(x)) / (std(x) + 1e-6) over the last axis: of a batch's rewards (PPO), a group's (GRPO), or
     a minibatch's advantages (`whitened`). All 0 where all are equal; NaN does not count.
 
-    For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever a reward's unit, and
-    values speak of better or worse than this phase's mean. RLOO and Dr. GRPO divide by no deviation, so there
-    β depends on the unit.
+    For PPO (`scale_rewards batch`): kl_coef and vf_coef then mean the same whatever unit a reward has, and
+    values tell how much better or worse than this phase's mean. RLOO and Dr. GRPO do not divide by a
+    deviation, so their β depends on the unit.
 
     >>> normalize_reward(torch.tensor([1.0, 2.0, 3.0, math.nan]))
     tensor([-1.0000,  0.0000,  1.0000,     nan])
@@ -799,13 +806,13 @@ def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*gro
 # group are neighbours.
 #
 # Why GRPO and RLOO can do without a critic: what the critic would say of the prompt, the expected reward, is
-# estimated by the mean over K completions of that prompt. What they pay: K completions of each prompt, and
-# one advantage for all tokens of a completion, the good ones and the bad ones; a critic can tell where in the
+# estimated by the mean over K completions of that prompt. The price: K completions of each prompt, and one
+# advantage for all tokens of a completion, the good ones and the bad ones; a critic can tell where in the
 # text things got better.
 #
-# A completion cut off at gen_len is over like one that ended by itself: the reward is for the text as it
-# stands, and nothing comes after it. (CartPole, cut off by a time limit, would have gone on; there V of the
-# last state is added.)
+# A completion cut off at gen_len counts as finished, like one that ended by itself: the reward is for the
+# text as it stands, and nothing comes after it. (An episode of CartPole cut off by a time limit would have
+# gone on; there V of the last state is added.)
 
 
 def token_rewards(
@@ -835,8 +842,8 @@ def gae(
     >>> gae(torch.tensor([[0.0, 1.0]]), values, mask, args)  # from the right: 1 - 0.2; 0.2 - 0.5 + 0.5 * 0.8
     tensor([[0.1000, 0.8000]])
     """
-    # Past a completion's end there may be -100: gather_rows pads with it. Once it is 0, V and Â are 0 there
-    # too, and the recursion needs no special case.
+    # Past a completion's end values may be -100, with which gather_rows pads. The mask makes them 0, so that
+    # V and Â are 0 there, and the recursion needs no special case.
     values = values * mask
     advantages = torch.zeros_like(values)
     next_value = next_advantage = 0.0
@@ -854,8 +861,8 @@ def group_relative(
     """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2), r_i the
     sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide: `scale_rewards none`. With `--kl-in
     reward` the penalty is divided, too: where all rewards of a group are equal, the penalty's noise is scaled
-    to full size (in the first phase, when the policy is still the reference, that is rounding); take another
-    `--scale-rewards` there.
+    to full size (in the first phase, while the policy still is the reference, this noise is mere rounding);
+    so choose another `--scale-rewards` then.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
@@ -872,8 +879,9 @@ def leave_one_out(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_i = r_i - mean of the other rewards of the group = n/(n-1) (r_i - mean(r)) (RLOO 2402.14740, section
-    2.2), where n of the K have a reward; for n = 1 it is NaN, which section 10 makes 0. The baseline does not
-    contain r_i, so it leaves the gradient unbiased (unless `--scale-rewards` divides, as in GRPO).
+    2.2), where n of the K completions have a reward; for n = 1 it is NaN, which section 10 turns into 0. The
+    baseline does not contain r_i, so it leaves the gradient unbiased (unless `--scale-rewards` divides, as in
+    GRPO).
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
@@ -891,7 +899,8 @@ ADVANTAGES = {"critic": gae, "group": group_relative, "others": leave_one_out}
 
 # ---- 8 Replay memory ---------------------------------------------------------------------------------------
 # In: one rollout phase. Out: shuffled minibatches, several times over. The name is the course's; it is PPO's
-# rollout buffer, and thrown away after its learning phase: its tokens are no longer what the policy writes.
+# rollout buffer. It is thrown away after its learning phase, since its tokens are no longer what the policy
+# writes.
 
 
 @dataclass
@@ -912,8 +921,8 @@ class ReplayMemory(Samples):
         self, passes: int, count: int, generator: torch.Generator
     ) -> Iterator["ReplayMemory"]:
         """Goes through all rows `passes` times, each time in a new order and in `count` parts. Rows are
-        shuffled, then those of a prompt are put next to each other, where the first of them is: in one
-        minibatch they share the prompt's computation.
+        shuffled, then all rows of a prompt are moved next to the first of them: within one minibatch they
+        share the prompt's computation.
 
         >>> zeros, tokens = torch.zeros(4, 1), torch.tensor([[5, 0], [6, 0], [5, 0], [6, 0]])
         >>> samples = tokens, tokens >= 0, zeros, zeros
@@ -925,13 +934,13 @@ class ReplayMemory(Samples):
         for _ in range(passes):
             order = torch.randperm(len(self.tokens), generator=generator, device=generator.device)
             prompts = prompt_of[order]
-            first = (prompts[:, None] == prompts).int().argmax(dim=1)  # of its prompt, in this order
+            first = (prompts[:, None] == prompts).int().argmax(dim=1)  # the first row with its prompt
             for rows in order[first.argsort(stable=True)].chunk(count):
                 yield self[rows]
 
 
 # ---- 9 Advantage to objective ------------------------------------------------------------------------------
-# In: what the policy says now of a minibatch, and what it said when it drew it. Out: one number to be
+# In: what the policy says now of a minibatch, and what it said while writing it. Out: one number to be
 # maximised. All functions are pure; all [b, C] tensors are aligned with the completion.
 
 
@@ -952,8 +961,8 @@ def clip_range(args: RLHFArgs) -> tuple[float, float]:
 def importance_ratio(
     logprobs: Float[Tensor, "b C"], old_logprobs: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"], per: str
 ) -> Float[Tensor, "b C"]:
-    """ρ = π_θ / π_old of each token; or of each completion, one number for all its tokens: the geometric
-    mean, so that long and short ones can be clipped alike (GSPO 2507.18071, eq. 7).
+    """ρ = π_θ / π_old of each token; or of each completion, one number for all its tokens: their geometric
+    mean, so that long and short completions can be clipped alike (GSPO 2507.18071, eq. 7).
 
     >>> old, new = torch.tensor([[0.4, 0.5]]).log(), torch.tensor([[0.8, 0.5]]).log()
     >>> importance_ratio(new, old, torch.ones(1, 2).bool(), per="sequence")  # √(2 · 1)
@@ -991,7 +1000,7 @@ def kl_estimate(
 
         k1 = - log q      k2 = (log q)² / 2      k3 = q - 1 - log q
 
-    For tokens drawn from π_θ itself, as in a phase's first step, is each of them right on average?
+    For tokens drawn from π_θ itself, as in a phase's first step, is each estimate right on average?
 
                         value    gradient, where it is in the loss
         k1              yes      no: 0 on average, so it holds nothing back; its place is the reward
@@ -1001,8 +1010,8 @@ def kl_estimate(
         full            yes      yes, always: it is get_logprobs' exact sum over the vocabulary
 
     weighted_k3 is ρ k3 (DeepSeek-V3.2 2512.02556); `RLHFTrainer.policy_output` multiplies by ρ. All this
-    holds state by state: that early tokens lead to other states later is missing from each of these
-    gradients. A penalty in the reward includes it, but is noisier. Above 10, log q is cut off: q may be
+    holds state by state: none of these gradients accounts for the effect of early tokens on which states come
+    later. A penalty in the reward does, but is noisier. log q is cut off at 10, since q may otherwise be
     infinite.
 
     >>> now, ref = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.27, 0.73]]).log()  # V = 2, as above
@@ -1019,7 +1028,7 @@ def masked_mean(
     """Averages what is not masked, in one of three ways:
 
     sequence   the mean of each completion that has tokens, then the mean of these (GRPO)
-    token      the mean of the minibatch's tokens, so that a long completion counts for more (DAPO)
+    token      the mean over all tokens of the minibatch, so that a long completion counts for more (DAPO)
     constant   the sum of all tokens, divided by b · gen_len (Dr. GRPO)
 
     >>> x, mask = torch.tensor([[1.0, 2.0], [6.0, 0.0]]), torch.tensor([[True, True], [True, False]])
@@ -1043,7 +1052,7 @@ def policy_objective(
 ) -> Float[Tensor, ""]:
     """J = E[ min(ρ Â, clip(ρ) Â) - β KL + c_ent H ] (DeepSeekMath 2402.03300, eq. 3; the entropy bonus is
     that of PPO 1707.06347, eq. 9). E is masked_mean. With `clip weight` the first term is clip(ρ) Â log π,
-    and no gradient flows through clip(ρ). With the KL in the reward, Â has it and β is 0 here."""
+    and no gradient flows through clip(ρ). With `--kl-in reward` the KL is part of Â, and β is 0 here."""
     advantages = whitened(old.advantages, old.mask) if args.whiten == "minibatch" else old.advantages
     ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
     bounds = clip_range(args)
@@ -1063,20 +1072,21 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
     return policy_objective(new, old, kl_coef, args) - args.vf_coef * value_loss
 
 
-# The published algorithms are columns of one table, and its rows are settings: what is given on the command
-# line wins over the cell. All have an entropy bonus, as PPO, and a KL in the loss is the exact one, as in the
-# course. As published they have `--ent-coef 0` (except PPO and the course) and GRPO has `--kl-estimator k3`.
-# ε, β and λ are this file's choice, except: ε of all but GRPO and RLOO; β = 0 of Dr. GRPO, DAPO and CISPO,
-# which do without a reference; λ = 0, the course's one-step advantage.
-# - `-`: the upper end is 1 + clip_coef. Where a number is, --clip-coef moves the lower end alone.
+# Each published algorithm is a column of this table, and each row a setting; a value given on the command
+# line replaces the cell's. Here all have an entropy bonus, like PPO, and a KL in the loss is the exact one,
+# as in the course; as published, GRPO has `--kl-estimator k3`, and all but PPO and the course have
+# `--ent-coef 0`. ε, β and λ are this file's choice, except these: every ε but those of GRPO and RLOO; β = 0
+# of Dr. GRPO, DAPO and CISPO, which do without a reference; λ = 0, the course's one-step advantage.
+# - `-`: the upper end is 1 + clip_coef. Where there is a number, --clip-coef moves the lower end alone.
 # - ppo: the paper has no reference, and averages over all tokens; InstructGPT has the KL in the reward.
-# - rloo: REINFORCE, whose gradient the surrogate has while ρ = 1, in a phase's first step; later ones are
-#   clipped. `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
+# - rloo: REINFORCE, whose gradient equals the surrogate's while ρ = 1, in a phase's first step; later steps
+#   are clipped. `constant` sums over a completion's tokens as REINFORCE does, and divides by a constant.
 # - dapo: its clip and its average, without dynamic sampling and overlong reward shaping.
 # - gspo: an ε so narrow that in bfloat16 rounding alone, about 0.004 in such a ρ, goes beyond it.
-# - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is of ScaleRL 2510.13786.
-# - one of yours: a column here, and its name in RLHFArgs.algo. A switch of yours: a row here, a field there,
-#   None by default, and what reads it: an `if` in policy_objective, or one more function in ADVANTAGES.
+# - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is from ScaleRL 2510.13786.
+# - an algorithm of yours: a column here, and its name in RLHFArgs.algo. A switch of yours: a row here, a
+#   field in RLHFArgs, None by default, and code that reads it: an `if` in policy_objective, or one more
+#   function in ADVANTAGES.
 
 ALGORITHM_TABLE = """\
                ppo       grpo      dr_grpo   dapo      gspo      cispo     rloo      course
@@ -1101,18 +1111,18 @@ for switch, *cells in switches:
 
 
 # ---- 10 Objective to update --------------------------------------------------------------------------------
-# In: the settings. Out: a trained policy. All state lives in the trainer, but LoRALinear's `in_pass` and
-# `enabled`, and nothing here asks for --algo, only for the settings that it stands for. Several processes may
-# share the work by rows, each with its part of the batch. With a single one own_share, gather_rows and
+# In: the settings. Out: a trained policy. All state lives in the trainer, except LoRALinear's `in_pass` and
+# `enabled`. Nothing here asks for --algo, only for the settings that it stands for. Several processes may
+# share the work, each with its part of the batch's rows. With a single process, own_share, gather_rows and
 # average_gradients do nothing, gradient_weight is 1 (or a micro-batch's share of its minibatch), and
-# summarize divides sums by the tokens' count. In the workshop several processes and logging come first;
+# summarize divides sums by the number of tokens. In the workshop, several processes and logging come first;
 # settings, prompts, models and rewards are in sections 12 to 15, files in 16.
 
 
 class RLHFTrainer:
     """Alternates rollout phases and learning phases: `RLHFTrainer(RLHFArgs(algo="grpo", lora=True)).train()`.
 
-    What the trainer does stands before what it holds, which `__init__`, the last, makes:
+    What the trainer does comes first; `__init__`, the last method, makes what it holds:
 
     policy, reference     the model that is trained, and what it was; with LoRA they are one
     examples, terms       the prompts with their columns; the terms of the reward
@@ -1121,16 +1131,16 @@ class RLHFTrainer:
     """
 
     def train(self) -> None:
-        """All phases that are still to come; `running`, in the workshop, is what happens around them."""
+        """Runs all phases still to come; `running`, in the workshop, does what happens around them."""
         with running(self) as log:
-            while not (self.is_done or self.accelerator.check_trigger()):  # which Ctrl-C sets
+            while not (self.is_done or self.accelerator.check_trigger()):  # Ctrl-C sets the trigger
                 start = perf_counter()
                 with saved_on_error(self):
                     memory, metrics, completions = self.rollout_phase()
                 middle = perf_counter()
-                # Where every group's rewards are equal (with a critic: the batch's), a step would follow KL
-                # and entropy alone, and AdamW's moments would keep it. So none is taken, and the leash does
-                # not pull, either; the pass is made for its metrics.
+                # Where the rewards within every group are equal (with a critic: within the batch), a step
+                # would follow KL and entropy alone, and AdamW's moments would carry it on. So no step is
+                # taken, and the leash does not pull, either; the learning phase is run for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics |= {"rollout_seconds": middle - start, "learning_seconds": perf_counter() - middle}
                 log.phase(metrics, completions[:3])  # and now and then held-out prompts and a checkpoint
@@ -1142,14 +1152,15 @@ class RLHFTrainer:
     @torch.no_grad
     def rollout_phase(self) -> tuple[ReplayMemory, dict, list[dict]]:
         """Fills a memory; also returns the phase's metrics, and the completions as records to be read. Called
-        again before learning_phase, it draws the same."""
+        again before learning_phase, it draws the same completions."""
         args = self.args
         # A seed for each phase and process: going on after a stop needs no stored random state.
         self.generator.manual_seed(seed_of(args.seed, self.phase, self.accelerator.process_index))
-        # 1. Prompts, each K times in a row; of these the share of this process.
+        # 1. Prompts, each K times in a row; this process takes its share of them.
         examples = own_share(examples_of(self))
-        # 2. Completions, with π_old and the critic's values from the sampling pass itself. autocast: in the
-        # models, not in the rewards, products are in bfloat16, if launched with --mixed_precision bf16.
+        # 2. Completions, with π_old and the critic's values from the sampling pass itself. autocast: if
+        # launched with --mixed_precision bf16, products in the models, but not in the rewards, are in
+        # bfloat16.
         with self.accelerator.autocast():
             samples, texts = complete(self.policy, examples, args, self.generator)
         # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
@@ -1160,8 +1171,8 @@ class RLHFTrainer:
             )
             ref_logprobs, *_ = self.reference.get_logprobs(ref_features, samples.completion, args.temperature)
         # 4. Rewards, and what their functions log: `self.logged`, `self.extra`. A group may be spread over
-        # processes: so the rewards of all are gathered, and what else advantages need. From here to step 6
-        # rows are those of all processes.
+        # processes, so the rewards of all processes are gathered, and whatever else advantages need. From
+        # here to step 6 rows are those of all processes.
         scores, drawn, values, k1 = gather_rows(
             get_rewards(self.terms, examples, texts, **trl_extras(self, samples)).to(self.device),
             samples.completion,
@@ -1179,8 +1190,9 @@ class RLHFTrainer:
         per_token = token_rewards(scaled, beta * k1, mask)
         advantages = ADVANTAGES[args.advantage](per_token, values, mask, args).nan_to_num()
         metrics = rollout_metrics(self, drawn, ended, scores, rewards, advantages, values)
-        # 6. Of all this our own rows, as wide as our own completions. What no reward applies to teaches
-        # nothing, nor do truncated ones, if so set (in their group's mean they count): from here on, padding.
+        # 6. Back to this process's own rows, as wide as its own completions. A completion to which no reward
+        # applies teaches nothing, nor does a truncated one with `--truncated mask` (though it counts in its
+        # group's mean): both are padding from here on.
         ignored = rewards.isnan() | ~ended & (args.truncated == "mask")
         samples.attention_mask[own_share(ignored), samples.prompt_width :] = False
         memory = ReplayMemory(
@@ -1192,9 +1204,9 @@ class RLHFTrainer:
         return memory, metrics, records(examples, texts, own_share(rewards), self.extra)
 
     def learning_phase(self, memory: ReplayMemory, learns: bool = True) -> dict[str, float]:
-        """Goes through the memory batches_per_learning_phase times, then on to the next phase. Returns
-        metrics: means over the tokens of all minibatches, the norm of the gradient before it is shortened,
-        the learning rate and the β that were used. With learns=False it takes no step."""
+        """Goes through the memory batches_per_learning_phase times, then counts the phase as done. Returns
+        metrics: means over the tokens of all minibatches, the norm of the gradient before it is clipped, the
+        learning rate and the β that were used. With learns=False it takes no step."""
         args = self.args
         sums = []
         norms = []
@@ -1206,8 +1218,8 @@ class RLHFTrainer:
             args.batches_per_learning_phase, args.num_minibatches, self.generator
         ):
             for weight in weights:
-                # Where it is None, the backward pass's own tensor becomes .grad, which on a GPU the next
-                # replay overwrites: so several parts add up in one of ours.
+                # Where .grad is None, the backward pass's own tensor becomes .grad, and on a GPU the next
+                # replay overwrites that: so several parts add up in a tensor of ours.
                 weight.grad = torch.zeros_like(weight) if args.micro_batch_size else None
             for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
                 new = self.policy_output(part)
@@ -1234,14 +1246,14 @@ class RLHFTrainer:
     # What the learning phase asks of the policy:
 
     def policy_output(self, minibatch: ReplayMemory) -> PolicyOutput:
-        """What the policy says now of the minibatch's completions; gradients flow. On a GPU be done with one
-        call's values and backward pass before the next call, which may overwrite both, silently
+        """What the policy says now of the minibatch's completions; gradients flow. On a GPU, finish with one
+        call's values and backward pass before you make the next call, which may silently overwrite both
         (RecordedPass in kernels.py)."""
         args = self.args
         reference = ()
         if args.kl_estimator == "full":
             reference = minibatch.ref_features, *self.reference.output_layer
-        with self.accelerator.autocast():  # anew each time, for it keeps its casts of the weights
+        with self.accelerator.autocast():  # entered anew each time, since it caches its casts of the weights
             features, values = self.policy.completion_features(minibatch)
             logprobs, entropy, kl = self.policy.get_logprobs(
                 features, minibatch.completion, args.temperature, *reference
@@ -1253,7 +1265,7 @@ class RLHFTrainer:
         return PolicyOutput(logprobs, entropy, kl, values)
 
     def __init__(self, args: RLHFArgs):
-        # What chooses, checks and loads is in the workshop; at bad input it stops with one line.
+        # The functions that choose, check and load are in the workshop; on bad input they stop with one line.
         self.args = args
         self.accelerator, self.device = pick_device(args.device)
         (self.run_dir,) = broadcast_object_list([choose_run_dir(args)])  # the first process's, for all
@@ -1271,7 +1283,7 @@ class RLHFTrainer:
             )
             choose_trained(self.policy.bridge, args)
             trained_layers(self.policy)  # raises SettingError where one could not be exported
-            # Last, for it may take minutes to learn a reward model, and writes it.
+            # Last, since learning a reward model may take minutes, and the model is written to run_dir.
             self.terms = load_rewards(args, self.run_dir, self.device)
         self.reference = self.policy  # with LoRA the policy itself, its adapters off; else a second copy
         if not args.lora:
@@ -1299,7 +1311,7 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     """
     base, head = [], []
     for name, weight in trained.items():
-        # GPT-2's q, k and v are interleaved views of one matrix, and `fused` goes through memory end to end.
+        # GPT-2's q, k and v are interleaved views of one matrix; fused AdamW goes through memory end to end.
         weight.data = weight.data.contiguous()
         (head if name.startswith("value_head") else base).append(weight)
     groups = [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}]
@@ -1307,8 +1319,8 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
 
 
 def lr_scale(phase: int, args: RLHFArgs) -> float:
-    """Linear warm-up over warmup_steps phases, then linear decay to final_scale in the last one, if any is
-    left.
+    """Linear warm-up over warmup_steps phases, then linear decay, down to final_scale in the last phase, if
+    any is left.
 
     >>> [round(lr_scale(phase, RLHFArgs(total_phases=5, warmup_steps=1)), 2) for phase in range(5)]
     [0.5, 1.0, 0.7, 0.4, 0.1]
@@ -1320,13 +1332,13 @@ def lr_scale(phase: int, args: RLHFArgs) -> float:
 
 def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> float:
     """β ← β exp(clip(0.4 log(ahead / target), ±0.6)) with ahead = KL (KL / last KL)⁵, after each phase that
-    took a step; fixed without a target.
+    took a step; without a target β stays fixed.
 
     β must rise where the KL is above its target and fall where it is below (1909.08593, section 2.2). But the
     KL takes some ten phases to answer, and meanwhile β would go much too far, one way and then the other. So
     what counts is where the KL will be in five phases if it changes as it did in the last: a controller with
-    a derivative (2007.03964). A KL below a hundredth of the target counts as that hundredth, also the 0
-    before the first phase.
+    a derivative (2007.03964). A KL below a hundredth of the target counts as that hundredth; so does the 0
+    that stands for the KL before the first phase.
 
     >>> args = RLHFArgs(kl_target=1.0)
     >>> [round(adapt_kl_coef(1.0, 2.0, last_kl, args), 2) for last_kl in (2.0, 2.2)]  # 2 ** 0.4; falling
@@ -1341,8 +1353,9 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 
 # ---- 11 Update to log --------------------------------------------------------------------------------------
 # In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here: the metric
-# that shows mode collapse, and those of the learning phase; the workshop has those of the rollout phase, for
-# one `explained_variance`: how much of the returns the critic had foreseen, 1 all of it.
+# that shows mode collapse, and those of the learning phase; the workshop has those of the rollout phase, such
+# as `explained_variance`: how much of the variance of the returns the critic had foreseen, where 1 is all of
+# it.
 
 
 def distinct_2(completions: list[list[int]]) -> float:
@@ -1362,9 +1375,9 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
     ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
     per_token = {
         "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
-        "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the phase has come by now
+        "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the policy has moved in this phase
         "entropy": new.entropy,
-        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),  # outside, whether clipped or not
+        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),  # outside the range, whether clipped or not
         "tokens": old.mask,
     }
     if args.has_critic:
@@ -1373,7 +1386,7 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
 
 
 # ==== The workshop: a first reader may stop here ============================================================
-# Files, errors, terminal, pictures and commands: what it takes to make of the lesson a program that others
+# Files, errors, terminal, pictures and commands: what it takes to turn the lesson into a program that others
 # can use.
 
 import asyncio
@@ -1420,7 +1433,7 @@ from transformers.cache_utils import StaticLayer
 from kernels import peak_memory, replays
 
 # What a model writes is no markup, and a terminal breaks lines by itself.
-# A notebook gets plain text, in one piece: for a line that moves, rich would want ipywidgets there.
+# A notebook gets plain text, in one piece: to update a line in place, rich would need ipywidgets there.
 console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, force_jupyter=False)
 event_loop = asyncio.new_event_loop()  # one for all calls of async rewards: their clients are bound to it
 transformers.utils.logging.disable_progress_bar()
@@ -1445,8 +1458,8 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Whatever a library raises within becomes a SettingError: `what`, and the first line of its message, or
-    of its cause's."""
+    """Turns whatever a library raises within into a SettingError: `what`, and the first line of the error's
+    message, or of its cause's."""
     try:
         yield
     except SettingError:
@@ -1458,7 +1471,7 @@ def explained(what: str) -> Iterator[None]:
 @contextmanager
 def blamed(what: str) -> Iterator[None]:
     """For a user's code: what it raises within is shown with its traceback (but for a missing module), and
-    becomes a SettingError; its exit(), too, which would end the run as if all were well."""
+    becomes a SettingError. So does its exit(), which would otherwise end the run as if all were well."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -1473,8 +1486,8 @@ def blamed(what: str) -> Iterator[None]:
 
 
 def pick_device(device: str) -> tuple[Accelerator, str]:
-    """Resolves `auto` and refuses what torch does not have here. Of the CPU accelerate must be told, or its
-    processes do not find each other; of several processes only the first speaks from here on."""
+    """Resolves `auto` and refuses what torch does not have here. Accelerate must be told of the CPU, or its
+    processes do not find each other. Of several processes only the first prints from here on."""
     for engine in "DEEPSPEED FSDP MEGATRON_LM PARALLELISM_CONFIG".split():
         require(
             os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false",
@@ -1518,7 +1531,7 @@ def seed_of(*numbers: int) -> int:
 
 
 def own_share(rows):
-    """Of the rows of all processes, a list or a tensor, those of this one."""
+    """This process's share of the rows of all processes, a list or a tensor."""
     with PartialState().split_between_processes(rows) as share:
         return share
 
@@ -1531,8 +1544,8 @@ def gather_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def gradient_weight(part: ReplayMemory, minibatch: ReplayMemory, args: RLHFArgs) -> Float[Tensor, ""]:
     """The weight of a part's gradient in the sum over its minibatch and the mean over all processes: the
-    share of what losses are averaged over, be it tokens, completions that have any, or rows. (--whiten is of
-    each process's own advantages.)"""
+    part's share of what losses are averaged over, be it tokens, completions that have any, or rows. (--whiten
+    looks at each process's own advantages alone.)"""
 
     def amount(memory: ReplayMemory) -> Float[Tensor, ""]:
         has_any = memory.mask.any(dim=1) | (args.loss_average == "constant")
@@ -1542,8 +1555,8 @@ def gradient_weight(part: ReplayMemory, minibatch: ReplayMemory, args: RLHFArgs)
 
 
 def average_gradients(weights: list[nn.Parameter]) -> None:
-    """The mean over all processes, in one message; without the usual wrapper around the model, which would
-    hide the bridge's hooks."""
+    """Makes gradients their mean over all processes, in one message; without the usual wrapper around the
+    model, which would hide the bridge's hooks."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     if PartialState().num_processes > 1:
         vector_to_parameters(reduce(parameters_to_vector(gradients), "mean"), gradients)
@@ -1565,7 +1578,7 @@ def summarize(sums: list[dict[str, float]]) -> dict[str, float]:
 @contextmanager
 def running(trainer: RLHFTrainer) -> Iterator["RunLog"]:
     """What happens around the phases: lock and log, samples before and after, Ctrl-C, checkpoint, export."""
-    examples = (trainer.examples * 8)[:8]  # to show before and after; few are repeated
+    examples = (trainer.examples * 8)[:8]  # to show before and after; repeated if fewer
     with only_one(trainer.run_dir / "args.json"), RunLog(trainer) as log, stop_signals(trainer):
         if trainer.phase == 0:
             log.samples("before", showcase(trainer, examples, trainer.args))
@@ -1604,7 +1617,7 @@ def start_tracker(trainer: RLHFTrainer) -> None:
     run_dir = trainer.run_dir
     if not args.track:
         return
-    # tensorboard wants its directory before it is chosen
+    # tensorboard's directory must be set before tensorboard is chosen
     trainer.accelerator.project_configuration.set_directories(run_dir)
     trainer.accelerator.log_with = [args.track]
     settings = {name: x if isinstance(x, int | float | str) else str(x) for name, x in vars(args).items()}
@@ -1654,8 +1667,8 @@ class RunLog(AbstractContextManager):
         return self.trainer.phase % self.trainer.args.save_every == 0 or self.trainer.is_done
 
     def write(self, metrics: dict, samples: list[dict]) -> None:
-        """The samples into samples.jsonl; the metrics, and what the phase cost, into metrics.jsonl and to
-        --track; and of both the most important on the terminal."""
+        """Writes the samples to samples.jsonl; the metrics, and what the phase cost, to metrics.jsonl and
+        --track; and the most important of both to the terminal."""
         trainer = self.trainer
         seconds = metrics["rollout_seconds"] + metrics["learning_seconds"]
         metrics = metrics | {
@@ -1676,8 +1689,8 @@ class RunLog(AbstractContextManager):
         trainer.accelerator.log(metrics, step=trainer.phase)
 
     def samples(self, when: int | str, samples: list[dict], shown: int = 4) -> None:
-        """All of them into samples.jsonl, some on the terminal, each on its line. When: before or after
-        training, or the phase."""
+        """Writes all samples to samples.jsonl, some to the terminal, each on its line. `when` is "before" or
+        "after" training, or the phase."""
         self.completions += [sample | {"phase": when} for sample in samples]
         if self.is_main:
             write_jsonl(self.trainer.run_dir / "samples.jsonl", self.completions)
@@ -1711,12 +1724,12 @@ def rollout_metrics(
     advantages: Float[Tensor, "B C"],
     values: Float[Tensor, "B C"],
 ) -> dict:
-    """What the rollout phase tells by itself; of a term of the reward the mean where it applies."""
+    """The metrics of the rollout phase; for each term of the reward, its mean where it applies."""
     args = trainer.args
     mask = drawn != -100
     K = len(rewards) if args.has_critic else args.samples_per_prompt  # who is compared with whom
     are_equal = (centered(rewards.view(-1, K)).nan_to_num() == 0).all(dim=1)
-    # A critic learns of equal rewards, too: they are compared with its values.
+    # A critic learns from equal rewards, too: they are compared with its values.
     are_equal &= not args.has_critic or args.scale_rewards == "batch"
     metrics = {
         "phase": trainer.phase + 1,
@@ -1727,7 +1740,7 @@ def rollout_metrics(
         "truncated": 1 - ended.float().mean().item(),  # the share that was cut off at gen_len
         "distinct_2": distinct_2(unpad(drawn, mask)),
     }
-    # Of the variance of the returns: 1 is a perfect critic, 0 one that knows their mean, below 0 misleads.
+    # Of the returns' variance: 1 is a perfect critic, 0 one that knows their mean; one below 0 misleads.
     if args.has_critic:
         unforeseen, all_of_it = (  # only where a reward applies
             x[mask & rewards.isfinite()[:, None]].var(correction=0).item()
@@ -1854,9 +1867,9 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
 
 
 def check_types(args: RLHFArgs) -> None:
-    """Makes of each setting what its type says: of "runs/x" a Path, of one reward a tuple. With `resume`,
-    what is at its default becomes what the run had. Raises SettingError for what has another type, and for
-    what contradicts the run."""
+    """Converts each setting to its type: "runs/x" to a Path, a single reward to a tuple. With `resume`, a
+    setting at its default takes the value that the run had. Raises SettingError for a value of another type,
+    and for one that contradicts the run."""
     saved = {} if args.resume is None else vars(saved_settings(Path(args.resume)))
     for field in fields(args):
         name = field.name
@@ -1917,8 +1930,8 @@ def check_settings(args: RLHFArgs) -> None:
 
 
 def read_rows(source: str | Path) -> list[tuple[str, dict]]:
-    """The rows of a file or, as hub:NAME:SPLIT:SUBSET, of a data set on the hub, each after the words that
-    say where it stands; of a text file each line, as "prompt". Raises SettingError where there are none."""
+    """The rows of a file or, as hub:NAME:SPLIT:SUBSET, of a data set on the hub, each paired with words that
+    say where it stands; a text file gives each line, as "prompt". Raises SettingError where there is none."""
     source = str(source)
     kind = Path(source).suffix.lower()[1:]
     table = {"split": "train"}
@@ -1932,7 +1945,7 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
             f"{source}: expected .txt, .jsonl, .json, .csv, .parquet or hub:NAME:SPLIT",
         )
         return read_lines(Path(source), are_json="json" in kind)
-    # Here, since it takes a second, and within, since it reports on what it does.
+    # Imported here, since that takes a second, and within, since it reports on what it does.
     with explained(f"{source}: cannot be loaded"), redirect_stderr(StringIO()):
         import datasets
 
@@ -1957,8 +1970,9 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
 
 
 def load_examples(args: RLHFArgs, source: str | Path | None) -> list[tuple[str, dict]]:
-    """One dict a prompt, each after the words that say where it stands: "prompt", a text or messages, and the
-    other columns, None where a row lacks one. Without a source, the prefix alone."""
+    """One dict a prompt, each paired with words that say where it stands. The dict holds "prompt", a text
+    or messages, and the other columns, None where a row lacks one. Without a source, the prefix is the only
+    prompt."""
     rows = [("--prefix", {args.prompt_column: args.prefix})] if source is None else read_rows(source)
     columns = dict.fromkeys(column for _, row in rows for column in row)
     examples = []
@@ -1993,7 +2007,8 @@ def reply(prompt: Turns, completion: Turns) -> Turns:
 
 
 def joined(prompt: Turns, completion: Turns) -> Turns:
-    """The whole: a text goes on with an assistant's message that was left open, else it is a reply."""
+    """Prompt and completion: a text continues an assistant's message that was left open; else it is a
+    reply."""
     if isinstance(prompt, list) and isinstance(completion, str) and prompt[-1]["role"] == "assistant":
         *prompt, last = prompt
         completion = last["content"] + completion
@@ -2006,7 +2021,7 @@ def as_text(turns: Turns, tokenizer=None) -> str:
         return turns
     if getattr(tokenizer, "chat_template", None):
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        return text.removeprefix(tokenizer.decode(tokenizer.encode("")[:1]))  # which it will add by itself
+        return text.removeprefix(tokenizer.decode(tokenizer.encode("")[:1]))  # the tokenizer adds it itself
     return "\n".join(str(turn["content"]) for turn in turns)
 
 
@@ -2033,8 +2048,8 @@ def decode(samples: Samples, tokenizer) -> list[str]:
 def prompts_that_fit(
     policy: TransformerWithValueHead, rows: list[tuple[str, dict]], args: RLHFArgs
 ) -> list[dict]:
-    """The examples whose prompts the model can read, and which leave room for gen_len tokens; of those that
-    are too long --long-prompts says what becomes: `cut` keeps them as they are, and `complete` cuts them."""
+    """The examples whose prompts the model can read, and which leave room for gen_len tokens. --long-prompts
+    says what becomes of those that are too long: `cut` keeps them as they are, and `complete` cuts them."""
     context = policy.bridge.cfg.n_ctx
     V = len(policy.output_layer[0])
     require(args.gen_len < context, f"--gen-len {args.gen_len}: must be less than the context of {context}")
@@ -2063,7 +2078,7 @@ def prompts_that_fit(
 
 
 # ---- 14 Models ---------------------------------------------------------------------------------------------
-# In: a name. Out: a model that computes what it computes elsewhere; how it is run column by column; and its
+# In: a name. Out: a model that computes the same as elsewhere; how it is run column by column; and its
 # matrices by name.
 
 
@@ -2071,14 +2086,14 @@ def load_bridge(
     base_model: str, device: str, dtype: str = "float32", prepend_bos: str = "auto"
 ) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase, Int[Tensor, "stops"], dict, float]:
     """The TransformerBridge of a built-in model, a name that TransformerLens knows, a hub id or a local
-    directory; its tokenizer, and all tokens that this or the generation config declare to end a text; its
-    weights under the names that they have in the model's files, for the bridge renames what it wraps; and the
-    scale of its output layer (Cohere, Granite). Never runs a model's own code.
+    directory; its tokenizer; all tokens that the tokenizer or the generation config declares to end a text;
+    its weights under the names that they have in the model's files, since the bridge renames what it wraps;
+    and the scale of its output layer (Cohere, Granite). Never runs a model's own code.
 
-    Raises SettingError for what cannot be loaded, or where the bridge computes something else, by more than
-    may be rounding: 0.1 % in float32, of which TF32 takes half, 9 % in bfloat16.
+    Raises SettingError for what cannot be loaded, or where the bridge's results differ by more than rounding
+    may explain: 0.1 % in float32, of which TF32 takes half, 9 % in bfloat16.
     """
-    # TransformerLens takes seconds to import, so only where it is needed: `--help` or a formula does without.
+    # TransformerLens takes seconds to import, so it is imported late: `--help` or a formula does without it.
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
@@ -2093,17 +2108,17 @@ def load_bridge(
         truth = probe(model).logits[:, 3:]
         bridge = TransformerBridge.boot_transformers(
             name, hf_model=model, device=device, dtype=model.dtype, tokenizer=deepcopy(tokenizer)
-        ).eval()  # of the tokenizer a copy, for it is changed
+        ).eval()  # a copy of the tokenizer, since it is changed
         bridge.cfg.default_prepend_bos = bool(tokenizer.begin)  # of texts that the bridge itself is given
         for block in bridge.blocks:
             mend_block(block)
         # GPT-Neo counts its window from the end of the cache, which has room for columns to come.
         bridge.cfg.n_ctx = min(bridge.cfg.n_ctx, getattr(config, "window_size", math.inf))
         rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":  # beyond it all positions turn otherwise; cached keys stay
+        if rope.get("rope_type") == "longrope":  # beyond it all positions rotate anew; cached keys would not
             bridge.cfg.n_ctx = rope["original_max_position_embeddings"]
         require(hasattr(bridge, "ln_final"), f"{refused}: it has no final norm")
-        # As this file calls it: after padding, with a KV cache, its output layer one matrix and a scale.
+        # Run as this file runs it: after padding, with a KV cache, its output layer one matrix and a scale.
         cache = DynamicCache()
         probe(model.base_model, slice(3), cache)
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
@@ -2147,16 +2162,16 @@ def require_weights(info: dict, what: str) -> None:
 def mend_block(block: nn.Module) -> None:
     """What TransformerLens 4.3 needs for this file to call its blocks."""
     attn = block.attn
-    # In each pass it would inspect the signature of what it wraps, to leave out what that does not take.
+    # In each pass it would inspect the signature of what it wraps, to drop arguments not taken there.
     block._filter_kwargs_for_forward = lambda named, *_: named
     # Under autocast a row of padding would be NaN; in this mode it attends to nothing.
     attn.compatibility_mode = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-    # transformers 5.24 gives it a `cache`, and it looks for `past_key_values`.
+    # transformers 5.24 passes a `cache`, but attn looks for `past_key_values`.
     attn.register_forward_pre_hook(
         lambda attn, inputs, named: (inputs, {"past_key_values": named.get("cache")} | named),
         with_kwargs=True,
     )
-    # It keeps its pattern until the next pass, and by that the graph of the whole pass.
+    # It keeps its pattern until the next pass, and thereby the graph of the whole pass.
     attn.register_forward_hook(lambda attn, *_: setattr(attn, "_pattern", None))
 
 
@@ -2173,10 +2188,11 @@ def layer_forward(part: nn.Module, hooks: dict[str, nn.Module], *inputs, **named
 def column_by_column(
     policy: TransformerWithValueHead, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"], P: int
 ) -> Iterator[tuple[Float[Tensor, "B 1 D"], Float[Tensor, "B 1"]]]:
-    """`policy.features` of column P-1, P and so on. The caller fills tokens and mask meanwhile: of a column
-    they must be there when it is asked for; the mask is False where nothing is yet. Keys and values go into
-    buffers of T columns, where a DynamicCache would copy all of them for each. So all passes launch the same,
-    and on a GPU the second is recorded, if it can be, and replayed from then on (a CUDA graph)."""
+    """Yields `policy.features` of column P-1, then P and so on. The caller fills in tokens and mask
+    meanwhile: those of a column must be there when its features are asked for; until then its mask is False.
+    Keys and values go into buffers of T columns, whereas a DynamicCache would copy all of them for each new
+    column. So all passes launch the same kernels, and on a GPU the second is recorded, if it can be, and
+    replayed from then on (a CUDA graph)."""
     cache = Cache(layers=[StaticLayer(tokens.shape[1]) for _ in policy.bridge.blocks])
     for i, layer in enumerate(policy.prompt_cache(*distinct_prompts(tokens, mask, P)).layers):
         cache.update(layer.keys, layer.values, i)
@@ -2193,8 +2209,9 @@ def column_by_column(
 
 
 def can_replay(policy: TransformerWithValueHead) -> bool:
-    """On a GPU; not under autocast, whose casts of the weights are new in every pass, nor with adapters off,
-    nor where a hook of TransformerLens beside `read_values` is to see every pass."""
+    """Whether passes can be replayed: on a GPU, but not under autocast, whose casts of the weights are new in
+    every pass, nor with adapters off, nor where a hook of TransformerLens other than `read_values` is to see
+    every pass."""
     return (
         policy.stops.is_cuda
         and not torch.is_autocast_enabled("cuda")
@@ -2225,9 +2242,9 @@ def model_name(base_model: str) -> str:
 
 
 def load_tokenizer(name: str, prepend_bos: str) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer of a model; `begin` is what stands before every text: nothing, or the beginning-of-text
-    token, as the tokenizer itself does it and, where that token is end-of-text too (GPT-2, Pythia), as the
-    course does."""
+    """The tokenizer of a model; `begin` is what stands before every text: nothing or the beginning-of-text
+    token, as the tokenizer itself has it; but where that token is end-of-text too (GPT-2, Pythia), it is put
+    there by default, as in the course."""
     tokenizer = AutoTokenizer.from_pretrained(name)  # where files are missing, it is empty
     plain = tokenizer.encode("text", add_special_tokens=False)
     require(tokenizer.eos_token and plain, f"{name}: has no tokenizer with an end-of-text token")
@@ -2266,7 +2283,7 @@ def target_matrices(blocks: nn.ModuleList, targets: tuple[str, ...]) -> list[nn.
 
 
 def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[RewardTerm]:
-    """The terms of the reward, and with weight 0 what is only logged."""
+    """The terms of the reward; those that are only logged have weight 0."""
     weighted = itertools.zip_longest(args.reward or ["periods"], args.reward_weights, fillvalue=1.0)
     terms = [(spec, f"reward/{name_of(spec)}", weight) for spec, weight in weighted]
     if args.gold_reward is not None:
@@ -2275,7 +2292,7 @@ def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[RewardTerm]
         len({name for _, name, _ in terms}) == len(terms),
         "--reward: two of one name, whose means would be one; leave one out, or give it another __name__",
     )
-    # Last what takes minutes to learn, so that another that is misspelt is refused before.
+    # The one that takes minutes to learn comes last, so that a misspelt one is refused before it.
     terms.sort(key=lambda term: str(term[0]).startswith("preferences:"))
     return [
         RewardTerm(name, load_reward(spec, args, run_dir, device), weight) for spec, name, weight in terms
@@ -2283,7 +2300,7 @@ def load_rewards(args: RLHFArgs, run_dir: Path, device: str) -> list[RewardTerm]
 
 
 def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str) -> RewardFn:
-    """The reward function that a --reward flag names, or that was given itself."""
+    """The reward function that a --reward flag names, or the function itself, if given."""
     if callable(spec):
         return as_in_trl(spec)
     short = {"periods": "char:.", "sentiment": "classifier:lvwerra/distilbert-imdb:POSITIVE"}
@@ -2300,7 +2317,7 @@ def load_reward(spec: str | RewardFn, args: RLHFArgs, run_dir: Path, device: str
         f"--reward {spec}: unknown; expected `periods`, `char:X`, `sentiment`, `classifier:MODEL[:LABEL]`, "
         "`preferences:FILE`, `FILE.py:FUNCTION` or `PACKAGE.MODULE.FUNCTION`; from Python a function",
     )
-    # A real module, so that it can import its neighbours, and a process pool the function.
+    # A real module, so that it can import its neighbours, and a process pool can import the function.
     file = Path(path)
     sys.path.insert(0, str(file.parent.resolve()))
     if file.suffix == ".py":
@@ -2323,7 +2340,7 @@ def as_in_trl(function: RewardFn) -> RewardFn:
     def call(prompts: list[Turns], completions: list[str], **columns):
         scores = function(prompts=prompts, completions=[*map(reply, prompts, completions)], **columns)
         if hasattr(scores, "__await__"):
-            # In a thread of its own, for a notebook has a loop here already.
+            # In a thread of its own, since a notebook runs a loop in this one.
             return ThreadPoolExecutor().submit(event_loop.run_until_complete, scores).result()
         return scores
 
@@ -2331,8 +2348,8 @@ def as_in_trl(function: RewardFn) -> RewardFn:
 
 
 def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
-    """What TRL offers to reward functions beside the columns. What they log is in `trainer.logged`, a number
-    each, and `trainer.extra`, a column each."""
+    """What TRL offers to reward functions beside the columns. What they log goes to `trainer.logged`, a
+    number each, and `trainer.extra`, a column each."""
     trainer.logged = {}
     trainer.extra = {}
     return {
@@ -2355,18 +2372,18 @@ def load_classifier(name: str, what: str, device: str, **options):
         if tokenizer.pad_token is None:  # the model's own, or EOS: GPT-2 has none
             tokenizer.pad_token_id = model.config.pad_token_id
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if "num_labels" not in options:  # of a given number the head is new
+    if "num_labels" not in options:  # with it the head is new
         require_weights(info, what)
     context = getattr(model.config, "max_position_embeddings", 2**20)
     if re.search("roberta|camembert|mpnet|longformer|data2vec|ibert", model.config.model_type):
-        context -= 2  # they begin to count at 2
+        context -= 2  # their positions begin at 2
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     model.config.pad_token_id = tokenizer.pad_token_id  # by which the head finds the last token
     return model.float().to(device), tokenizer
 
 
 def classify(model: nn.Module, tokenizer, inputs: Iterable[Turns]) -> Float[Tensor, "B labels"]:
-    """Logits of the labels of texts or conversations; of one longer than the context, the end is kept."""
+    """Logits of the labels of texts or conversations; one longer than the context is cut to its end."""
     texts = (as_text(turns, tokenizer) or tokenizer.pad_token for turns in inputs)
     batches = (
         tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(model.device)
@@ -2376,8 +2393,8 @@ def classify(model: nn.Module, tokenizer, inputs: Iterable[Turns]) -> Float[Tens
 
 
 def classifier_reward(name: str, device: str) -> RewardFn:
-    """Score of a sequence classifier, MODEL[:LABEL], for prompt and completion: the label's probability, or,
-    of a reward model with one output or of a regression, that output."""
+    """Score of a sequence classifier, MODEL[:LABEL], for prompt and completion: the label's probability; for
+    a regression, or a reward model with one output, that output itself."""
     model, class_name = name.rsplit(":", 1) if ":" in name and not Path(name).is_dir() else (name, None)
     classifier, tokenizer = load_classifier(model, f"--reward classifier:{model}", device)
     labels = [label for _, label in sorted(classifier.config.id2label.items())]
@@ -2400,8 +2417,8 @@ def call_reward(reward: RewardTerm, columns: dict) -> list[float]:
     """Calls a reward function and checks what it returns.
 
     None says, as in TRL, that the reward does not apply to a completion, and becomes NaN. Raises SettingError
-    for a count that is off and, naming the completion, for NaN and 1e15 or more; and, `blamed`, for what the
-    function itself raises or what is no number.
+    for a wrong number of values; for NaN and 1e15 or more, naming the completion; and, by `blamed`, for what
+    the function itself raises and for what is no number.
     """
     where = f"reward function {reward.name.removeprefix('reward/')}"
     completions = columns["completions"]
@@ -2421,12 +2438,12 @@ def call_reward(reward: RewardTerm, columns: dict) -> list[float]:
 
 # ---- 16 What outlives the run ------------------------------------------------------------------------------
 # In: the trainer. Out: its run directory: checkpoints to go on from, and the result as PEFT and transformers
-# load it. What replaces a file is written whole, then renamed: a kill at any moment leaves one or the other
+# load it. What replaces a file is written whole, then renamed: a kill at any moment leaves the old or the new
 # (of a directory, between two renames, for a moment neither; `--resume` writes model and adapter again).
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file or directory written in a directory beside its place, and renamed to it."""
+    """Has a file or directory written within a directory beside its place, then renames it into place."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".unfinished", f"{path.name}.", path.parent) as directory:
@@ -2496,7 +2513,7 @@ def read_settings(run_dir: Path) -> dict:
 
 
 def saved_settings(run_dir: Path) -> RLHFArgs:
-    """The settings of the run in this directory, but for the directory."""
+    """The settings of the run in this directory, except run_dir and resume."""
     record = read_settings(run_dir)
     require("base_model" in record, f"{run_dir / 'args.json'}: holds no settings")
     names = (record.keys() & RLHFArgs.__dataclass_fields__) - {"run_dir", "resume"}
@@ -2534,7 +2551,7 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
 
 def fingerprint(trainer: RLHFTrainer) -> int:
     """Of the model that training starts from, which a checkpoint must fit: the sum of its bits, a million
-    numbers at a time, for torch makes int64 of all that it adds up."""
+    numbers at a time, since torch makes int64 of all that it adds up."""
     return sum(
         part.sum().item()
         for weight in trainer.reference.published.values()
@@ -2555,7 +2572,7 @@ def save_checkpoint(trainer: RLHFTrainer) -> None:
         "optimizer": trainer.optimizer.state_dict(),
         "numbers": [trainer.phase, trainer.kl_coef, trainer.last_kl],
     }
-    torch.save(state, buffer := BytesIO())  # torch has names of its own for a full disk
+    torch.save(state, buffer := BytesIO())  # not to the file: of a full disk torch has errors of its own
     # The files' names are in the order of the phases: total_phases has at most five digits.
     path = trainer.run_dir / f"checkpoint/phase-{trainer.phase:05}.pt"
     write_whole(path, lambda new: new.write_bytes(buffer.getvalue()))
@@ -2615,8 +2632,9 @@ def fused_rows(attn: nn.Module) -> dict[str, Int[Tensor, "rows"]]:
 
 
 def trained_layers(policy: TransformerWithValueHead) -> dict[tuple[str, nn.Module], list[tuple]]:
-    """The matrices of the blocks that are not trained where they are stored, by their names in the model's
-    files: [(rows, layer)], a LoRALinear for all output rows or, of a fused matrix, q, k and v for theirs."""
+    """The matrices of the blocks that are trained elsewhere than where they are stored, by their names in the
+    model's files: [(rows, layer)], a LoRALinear for all output rows or, for a fused matrix, q, k and v each
+    for its own."""
     names = {weight: name.removesuffix(".weight") for name, weight in policy.published.items()}
     table = defaultdict(list)
     for block in policy.bridge.blocks:
@@ -2688,7 +2706,7 @@ def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path)
 
 def cached(name: str, make: Callable[[Path], object]) -> str:
     """The directory of a built-in model in ~/.cache/rlhf (or RLHF_CACHE); made on first use, in a minute."""
-    # Raise the number when what follows changes.
+    # Raise the number in the name when what follows changes.
     path = Path(os.environ.get("RLHF_CACHE") or "~/.cache/rlhf", f"{name}-1").expanduser()
     if not path.exists():
         console.print(f"making {name} once, into {path}")
@@ -2867,12 +2885,12 @@ def ask(file: Path, pairs: int, draw: Callable[[int], tuple[Turns, str, str]]) -
 
 def read_answers(file: Path) -> list[dict]:
     """The answers in a file that need not exist; one that holds anything else is refused."""
-    # Empty it is after the undo of the only answer.
+    # It is empty after the only answer was undone.
     rows = read_lines(file, are_json=True) if file.exists() and file.stat().st_size else []
     for where, row in rows:
         for key in "prompt chosen rejected".split():
             turns_of(where, row, key)
-    with explained(f'{file}: a "pair" is no number'):  # older files hold none, and then its place does
+    with explained(f'{file}: a "pair" is no number'):  # older files hold none: then the place counts
         return [row | {"pair": abs(int(row.get("pair", i)))} for i, (_, row) in enumerate(rows)]
 
 
@@ -2892,7 +2910,7 @@ def keypresses() -> Iterator[str]:
 
     read = getchar if sys.stdin.isatty() else lambda: sys.stdin.buffer.read(1).decode("latin-1")
     with suppress(EOFError):  # Ctrl-D
-        while key := read()[:1]:  # an arrow key is an escape and more, of which nothing is an answer
+        while key := read()[:1]:  # an arrow key sends an escape and more: no answer in it
             yield key.lower()
 
 
@@ -2902,9 +2920,9 @@ def keypresses() -> Iterator[str]:
 
 
 def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
-    """Texts, better and worse, of rows with "chosen", "rejected" and, unless both begin with it, "prompt"; of
-    conversations as the tokenizer's template writes them. Ties, also of what the context holds of them, are
-    left out."""
+    """Pairs of texts, the better one first, of rows with "chosen", "rejected" and, unless both begin with it,
+    "prompt"; conversations as the tokenizer's template writes them. Ties are left out, as are pairs that
+    differ only outside the context."""
     pairs = []
     rows = read_rows(source)
     for where, row in rows:
@@ -2917,7 +2935,7 @@ def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
                 both = [joined(prompt, one) for one in both]
             texts = [as_text(one, tokenizer) for one in both]
             chosen, rejected = tokenizer(texts, truncation=True).input_ids
-        score = row.get("score_chosen")  # in a table None, where others have one
+        score = row.get("score_chosen")  # None in a table where other rows have one
         if chosen != rejected and (score is None or score != row.get("score_rejected")):
             pairs.append(tuple(texts))
     console.print(f"{source}: {len(pairs)} pairs; {len(rows) - len(pairs)} more are ties, and left out")
@@ -3067,7 +3085,7 @@ def inspect(
 
 
 def draw_texts(model: TransformerWithValueHead, examples: list[dict], args: RLHFArgs, token: str) -> Texts:
-    """Completions of one prompt: so no row is padded on the left; what is on the right no model sees."""
+    """Completions of one prompt: so no row is padded on the left, and no column sees padding on its right."""
     with explained(f"--token {token!r}: must be a single token; a leading space may matter"):
         token_id = model.bridge.to_single_token(token)
     drawn, _ = complete(model, examples, args, torch.Generator().manual_seed(args.seed))
@@ -3163,7 +3181,7 @@ def token_logit(logits: Float[Tensor, "B T V"], texts: Texts) -> float:
 
 def attribute(reading: Reading, texts: Texts) -> Float[Tensor, "L parts"]:
     """Shares of the token's logit above the mean logit by their writers: a row a layer, its heads and then
-    its MLP; what is missing of the logit, embeddings and biases wrote. Means over the places (Elhage et al.
+    its MLP; the rest of the logit was written by embeddings and biases. Means over the places (Elhage et al.
     2021, A Mathematical Framework for Transformer Circuits).
 
     The residual stream is a sum x = Σ_c x_c, and with the final norm's scale s held fixed the logit is linear
@@ -3263,7 +3281,7 @@ def compare(runs: tuple[Path, ...], output: Path = Path("compare.png")) -> None:
     names = {}
     groups = defaultdict(list)
     for run in runs:
-        # What may differ in a group counts for nothing.
+        # What may differ within a group is not compared.
         settings = read_settings(run) | dict.fromkeys("run_dir seed resume save_every track".split())
         title = names.setdefault(as_json(settings), str(run))  # of the first run with these settings
         groups[title].append([metrics for _, metrics in read_rows(run / "metrics.jsonl")])
@@ -3292,7 +3310,7 @@ def last_phases(name: str, group: list[list[dict]]) -> str:
 
 
 def parse(target: Callable, argv: list[str]):
-    """tyro reads the command line; of the box in which it complains, the sentence is kept."""
+    """tyro reads the command line; of the box with its complaint, only the sentence is kept."""
     complaint = StringIO()
     try:
         with redirect_stderr(complaint):
