@@ -500,8 +500,8 @@ class TransformerWithValueHead(nn.Module):
         compute = self.recorded_pass if torch.is_grad_enabled() and can_replay(self) else self.features_after
         if len(mask) * P > 256:
             return compute(tokens[:, P - 1 :], mask, *distinct_prompts(tokens, mask, P))
-        # Where prompts hold few tokens (up to 256, by measurement), reading them again with each completion
-        # costs less than a pass of their own.
+        # Where the prompts of all rows hold few tokens together (256, by measurement), reading them again
+        # with each completion costs less than a pass of their own.
         features, values = compute(tokens, mask)
         return features[:, P - 1 :], values[:, P - 1 :]
 
