@@ -1894,12 +1894,16 @@ def check_types(args: RLHFArgs) -> None:
 
 def check_settings(args: RLHFArgs) -> None:
     """Raises SettingError for the first combination of settings that cannot work, whatever the model."""
-    batch = args.batch_size
     group = args.samples_per_prompt
     terms = len(args.reward) or 1
-    divisible = f"--batch-size {batch}: must be divisible by"
-    require(batch % args.num_minibatches == 0, f"{divisible} --num-minibatches {args.num_minibatches}")
-    require(batch % group == 0, f"{divisible} --group-size {group}")
+    require(
+        args.batch_size % args.num_minibatches == 0,
+        f"--batch-size {args.batch_size}: must be divisible by --num-minibatches {args.num_minibatches}",
+    )
+    require(
+        args.batch_size % group == 0,
+        f"--batch-size {args.batch_size}: must be divisible by --group-size {group}",
+    )
     require(
         group > 1 or args.has_critic,
         f"--group-size {group}: --advantage {args.advantage} compares a group's completions; give at least 2",
@@ -2364,7 +2368,7 @@ def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
 
 def load_classifier(name: str, what: str, device: str, **options):
     """A sequence classifier and its tokenizer, padding on the right and cutting on the left."""
-    with explained(f"{what}: cannot be loaded as a classifier"):
+    with explained(f"{what}: cannot be loaded as a classifier (an adapter: merge it into its model first)"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, output_loading_info=True, **options
         )
@@ -2550,13 +2554,9 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
 
 
 def fingerprint(trainer: RLHFTrainer) -> int:
-    """Of the model that training starts from, which a checkpoint must fit: the sum of its bits, a million
-    numbers at a time, since torch makes int64 of all that it adds up."""
-    return sum(
-        part.sum().item()
-        for weight in trainer.reference.published.values()
-        for part in weight.flatten().view(torch.int16).split(1_000_000)
-    )
+    """Of the model that training starts from, which a checkpoint must fit: the sum of its weights' hashes
+    (taken on the CPU, since torch does not have them for every device)."""
+    return sum(torch.hash_tensor(weight.cpu()).item() for weight in trainer.reference.published.values())
 
 
 def save_checkpoint(trainer: RLHFTrainer) -> None:
@@ -2919,16 +2919,17 @@ def keypresses() -> Iterator[str]:
 # base model's trunk under a scalar head on the last token. People compare well and grade badly: hence pairs.
 
 
-def load_preferences(source: str | Path, tokenizer) -> list[tuple[str, str]]:
-    """Pairs of texts, the better one first, of rows with "chosen", "rejected" and, unless both begin with it,
-    "prompt"; conversations as the tokenizer's template writes them. Ties are left out, as are pairs that
-    differ only outside the context."""
+def load_preferences(source: str | Path, tokenizer, column: str = "prompt") -> list[tuple[str, str]]:
+    """Pairs of texts, the better one first, of rows with "chosen", "rejected" and, unless both begin with the
+    prompt, this column or "prompt"; conversations as the tokenizer's template writes them. Ties are left out,
+    as are pairs that differ only outside the context."""
     pairs = []
     rows = read_rows(source)
     for where, row in rows:
         with explained(f"{where}: cannot be made tokens"):
             both = [turns_of(where, row, key) for key in ("chosen", "rejected")]
-            prompt = turns_of(where, row, "prompt") if "prompt" in row else both[0][:0]
+            key = column if column in row else "prompt"
+            prompt = turns_of(where, row, key) if key in row else both[0][:0]
             if isinstance(both[0], list):
                 prompt = messages(prompt, "user")
             if not all(one[: len(prompt)] == prompt for one in both):
@@ -2979,7 +2980,7 @@ def train_reward_model(source: str | Path, args: RLHFArgs, directory: Path, devi
     def rewards(chosen: list | tuple, rejected: list | tuple) -> Float[Tensor, "2 b"]:
         return classify(model, tokenizer, [*chosen, *rejected]).view(2, -1)
 
-    held_out, training = random_split(load_preferences(source, tokenizer), [0.15, 0.85])
+    held_out, training = random_split(load_preferences(source, tokenizer, args.prompt_column), [0.15, 0.85])
     epochs = np.clip(10_000 // len(training), 1, 12)  # the more pairs, the fewer times each
     batches = [batch for _ in range(epochs) for batch in DataLoader(training, batch_size=4, shuffle=True)]
     with only_one(directory), dropout_and_lora(model):

@@ -3922,6 +3922,24 @@ def test_labelling_takes_no_run_to_go_on_with(gpt2, tmp_path, capsys):
     assert not file.exists()
 
 
+def test_the_prompts_of_preferences_stand_in_the_prompt_column_too(gpt2, tmp_path):
+    """A file of the run's own columns was read as if both texts began with the prompt."""
+    tokenizer = rlhf.load_tokenizer(gpt2, "auto")
+    row = {"question": "This is", "chosen": " a test.", "rejected": " no"}
+    wanted = [("This is a test.", "This is no")] * 2
+    file = write_rows(tmp_path / "p.jsonl", [row, row])
+    assert rlhf.load_preferences(file, tokenizer, "question") == wanted
+    row["prompt"] = row.pop("question")  # the usual name will do, whatever the other file's column is
+    file = write_rows(tmp_path / "p.jsonl", [row, row])
+    assert rlhf.load_preferences(file, tokenizer, "question") == wanted
+    seen = []
+    with unittest.mock.patch.object(rlhf, "load_preferences", lambda *inputs: seen.append(inputs) or wanted):
+        with unittest.mock.patch.object(rlhf, "fit", lambda *inputs, **named: None):
+            args = RLHFArgs(base_model=gpt2, prompts=file, prompt_column="question")
+            rlhf.train_reward_model(file, args, tmp_path / "reward_model", "cpu")
+    assert seen[0][0] == file and seen[0][2] == "question"
+
+
 def test_a_text_prompt_before_dialogues_is_their_first_message(gpt2, tmp_path):
     """As in HuggingFaceH4/ultrafeedback_binarized."""
     tokenizer = rlhf.load_tokenizer(chat_model(tmp_path / "chat", gpt2), "auto")
@@ -7074,21 +7092,25 @@ def test_a_backward_hook_alone_is_given_the_gradient(gpt2, part):
 
 
 def test_a_fingerprint_counts_weights_of_any_shape():
-    """Apertus has some without an axis. 1.0 is of bits 0x3F800000: two int16, 0 and 0x3F80."""
-    weights = {"a": torch.ones(()), "b": torch.ones(2, 3), "c": torch.ones(4, dtype=torch.bfloat16)}
+    """Apertus has some without an axis. Each counts by the exclusive or of its numbers' bits in float64."""
+    numbers = {"a": 1.5, "b": [[1.0, 2.0, 3.0], [4.0, 5.0, 7.0]], "c": [-2.0, 0.5, 1.0]}
+    weights = {name: nn.Parameter(torch.tensor(x)) for name, x in numbers.items()}
+    weights["c"] = weights["c"].bfloat16()
     trainer = RLHFTrainer.__new__(RLHFTrainer)
     trainer.reference = types.SimpleNamespace(published=weights)
-    assert rlhf.fingerprint(trainer) == 0x3F80 * (1 + 6 + 4)
+    bits = [numpy.array(x, float).view(numpy.uint64) for x in numbers.values()]
+    assert rlhf.fingerprint(trainer) == sum(int(numpy.bitwise_xor.reduce(x, axis=None)) for x in bits)
 
 
 def test_a_fingerprint_needs_no_copy_of_a_weight():
-    """Of 256 MB; a sum in torch would make them int64 first, four times as many bytes."""
+    """Of 256 MB."""
     program = """
 import types, torch, rlhf
-weight = torch.ones(2**13, 2**14, dtype=torch.bfloat16)  # of bits 0x3F80
+weight = torch.ones(2**13, 2**14, dtype=torch.bfloat16)
+weight[0, 0] = 0.0
 trainer = types.SimpleNamespace(reference=types.SimpleNamespace(published={"weight": weight}))
 before = rlhf.peak_memory("cpu")
-assert rlhf.fingerprint(trainer) == 0x3F80 * 2**27
+assert rlhf.fingerprint(trainer) == 0x3FF0000000000000  # of 1.0 in float64: an odd number of ones
 print((rlhf.peak_memory("cpu") - before) / 2**20)
 """
     directory = Path(rlhf.__file__).parent
