@@ -182,21 +182,21 @@ def float32_linear(
     """
     x, weight, bias = _autocast(x, weight, bias)
     V, wide = len(weight), _wide(x)
+    rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        if x.is_cuda and x.dim() == 2 and not torch.is_grad_enabled():  # mm with out_dtype has no derivative
+        if x.is_cuda and not torch.is_grad_enabled():  # mm with out_dtype has no derivative
             stride = -(-V // 64) * 64  # so that each row is aligned
-            out = x.new_empty(len(x), stride, dtype=wide)[:, :V]
+            out = rows.new_empty(len(rows), stride, dtype=wide)[:, :V]
             for part in _even_parts(V):
-                torch.mm(x, weight[part].T, out_dtype=wide, out=out[:, part])
+                torch.mm(rows, weight[part].T, out_dtype=wide, out=out[:, part])
         else:
             # W is taken in parts: a cast of all of it would cost half as much again as the product. And the
             # product is W xᵀ: with few rows in x, it takes two thirds of the time of x Wᵀ on a CPU.
-            rows = x.to(wide).reshape(-1, x.shape[-1])
-            parts = [(part.to(wide) @ rows.T).T for part in weight.split(2048)]
-            out = torch.cat(parts, dim=-1).view(*x.shape[:-1], V)
+            columns = rows.to(wide).T
+            out = torch.cat([(part.to(wide) @ columns).T for part in weight.split(2048)], dim=-1)
     if bias is not None:
         out += bias
-    return out
+    return out.view(*x.shape[:-1], V)
 
 
 # ---- Token log-probability: the references -----------------------------------------------------------------

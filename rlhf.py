@@ -1896,14 +1896,11 @@ def check_settings(args: RLHFArgs) -> None:
     """Raises SettingError for the first combination of settings that cannot work, whatever the model."""
     group = args.samples_per_prompt
     terms = len(args.reward) or 1
+    divisible = f"--batch-size {args.batch_size}: must be divisible by"
     require(
-        args.batch_size % args.num_minibatches == 0,
-        f"--batch-size {args.batch_size}: must be divisible by --num-minibatches {args.num_minibatches}",
+        args.batch_size % args.num_minibatches == 0, f"{divisible} --num-minibatches {args.num_minibatches}"
     )
-    require(
-        args.batch_size % group == 0,
-        f"--batch-size {args.batch_size}: must be divisible by --group-size {group}",
-    )
+    require(args.batch_size % group == 0, f"{divisible} --group-size {group}")
     require(
         group > 1 or args.has_critic,
         f"--group-size {group}: --advantage {args.advantage} compares a group's completions; give at least 2",
@@ -2368,7 +2365,7 @@ def trl_extras(trainer: RLHFTrainer, samples: Samples) -> dict:
 
 def load_classifier(name: str, what: str, device: str, **options):
     """A sequence classifier and its tokenizer, padding on the right and cutting on the left."""
-    with explained(f"{what}: cannot be loaded as a classifier (an adapter: merge it into its model first)"):
+    with explained(f"{what}: cannot be loaded as a classifier (an adapter must be merged first)"):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name, output_loading_info=True, **options
         )
@@ -2555,7 +2552,7 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
 
 def fingerprint(trainer: RLHFTrainer) -> int:
     """Of the model that training starts from, which a checkpoint must fit: the sum of its weights' hashes
-    (taken on the CPU, since torch does not have them for every device)."""
+    (taken on the CPU, since torch has none for MPS)."""
     return sum(torch.hash_tensor(weight.cpu()).item() for weight in trainer.reference.published.values())
 
 

@@ -3379,6 +3379,19 @@ def test_an_adapter_is_no_base_model(tmp_path):
         TransformerWithValueHead(str(tmp_path / "adapter"))  # which holds no tokenizer
 
 
+def test_an_adapter_is_no_classifier(tmp_path):
+    """As TRL's RewardTrainer saves with a peft_config; transformers speaks of a setting that nobody set."""
+    peft = pytest.importorskip("peft")
+    base = save_model(tmp_path / "base", FAMILIES["llama"]())
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    peft.get_peft_model(model, peft.LoraConfig("SEQ_CLS", target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SettingError, match="adapter: cannot be loaded as .*an adapter must be merged"):
+        rlhf.classifier_reward(str(tmp_path / "adapter"), "cpu")
+
+
 def test_a_run_is_no_base_model(tmp_path):
     (tmp_path / "args.json").write_text("{}")
     with pytest.raises(SettingError, match="cannot be loaded: holds no config.json; .* RUN/model$"):
