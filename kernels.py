@@ -184,16 +184,17 @@ def float32_linear(
     V, wide = len(weight), _wide(x)
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
-        if x.is_cuda and not torch.is_grad_enabled():  # mm with out_dtype has no derivative
-            stride = -(-V // 64) * 64  # so that each row is aligned
-            out = rows.new_empty(len(rows), stride, dtype=wide)[:, :V]
-            for part in _even_parts(V):
-                torch.mm(rows, weight[part].T, out_dtype=wide, out=out[:, part])
+        if torch.is_grad_enabled():  # what is written in place below has no derivative, or a slow one
+            out = linear(rows.to(wide), weight.to(wide))
         else:
-            # W is taken in parts: a cast of all of it would cost half as much again as the product. And the
-            # product is W xᵀ: with few rows in x, it takes two thirds of the time of x Wᵀ on a CPU.
-            columns = rows.to(wide).T
-            out = torch.cat([(part.to(wide) @ columns).T for part in weight.split(2048)], dim=-1)
+            out = rows.new_empty(len(rows), -(-V // 64) * 64, dtype=wide)[:, :V]  # so that rows are aligned
+            for part in _even_parts(V) if x.is_cuda else row_slices(V, 2048):
+                if x.is_cuda:
+                    torch.mm(rows, weight[part].T, out_dtype=wide, out=out[:, part])
+                else:
+                    # W is taken in parts: a cast of all of it would cost half as much again as the product.
+                    # And the product is W xᵀ: with few rows in x, it takes two thirds of the time of x Wᵀ.
+                    out[:, part] = (weight[part].to(wide) @ rows.T.to(wide)).T
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], V)
@@ -974,8 +975,7 @@ def peak_memory(device: str) -> int:
         return psutil.Process().memory_info().peak_wset
     import resource  # which Windows lacks
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure_memory(which: str, N: int = 4096, V: int = 50257) -> tuple[float, float]:

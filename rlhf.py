@@ -119,7 +119,7 @@ class RLHFArgs:
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: str | Path | None = None  # in place of prefix: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT
+    prompts: str | Path | None = None  # many prompts: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT:SUBSET
     eval_prompts: str | Path | None = None  # held out: mean reward every --save-every phases and at the end
     prompt_column: str = "prompt"  # holds the prompts: texts, or messages for the model's chat template
     long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # if too long: cut keeps the end, without BOS
@@ -129,7 +129,7 @@ class RLHFArgs:
 
     # The algorithm: None is filled in from ALGORITHM_TABLE (section 9). (critic): matters only with a critic
     advantage: Literal["critic", "group", "others"] | None = None  # reward less V_t, group's or others' mean
-    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose std; with a critic group = none
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose std; for a critic group is none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
     clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
@@ -185,6 +185,7 @@ class RLHFArgs:
         for name, value in ALGORITHMS[self.algo].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the record is frozen
+        check_types(self)  # of the table's cells, too
         check_settings(self)
 
     @property
@@ -321,7 +322,8 @@ class Samples:
     @property
     def mask(self) -> Bool[Tensor, "B C"]:
         """True on the completion's tokens, the end-of-text token included; in a ReplayMemory (section 8)
-        False throughout rows that are left out of learning (section 10, step 6)."""
+        False throughout rows that are left out of learning (section 10, step 6). Attention sees it, too: to
+        leave a token out of the loss alone takes a field of its own."""
         return self.attention_mask[:, self.prompt_width :]
 
     @property
@@ -377,8 +379,9 @@ def get_logprobs(
 #     bridge.original_model.base_model   the same without its output layer
 #     bridge.blocks[i].attn.q            a hooked part; .original_component is the nn.Linear or Conv1D inside
 # The value head is such a hook, and any experiment of yours can be another. Where a cache of attention's keys
-# and values is in use, a hook sees the new columns alone. The hooks of bridge.unembed fire only where the
-# bridge itself is run: this file uses only its matrix.
+# and values is in use, a hook sees the new columns alone, and those of a prompt once for all rows that have
+# it. With LoRA the reference's passes are hooked, too. The hooks of bridge.unembed fire only where the bridge
+# itself is run: this file uses only its matrix.
 
 
 class TransformerWithValueHead(nn.Module):
@@ -386,7 +389,8 @@ class TransformerWithValueHead(nn.Module):
     whose loss trains the model, too.
 
     `bridge` is the TransformerLens model: `bridge.run_with_cache` and `bridge.run_with_hooks` work at any
-    time. To keep a copy, take a state_dict; the value head of a deepcopy would write to the original.
+    time. To keep a copy, take a state_dict; the value head of a deepcopy would write to the original. A run
+    keeps its value head in `checkpoint/`, not in `model/`: `RLHFTrainer(RLHFArgs(resume=RUN)).policy` has it.
     """
 
     def __init__(
@@ -726,8 +730,8 @@ def complete(
 # function; in the lesson, a count of full stops stands in for that score. A reward function is called as in
 # TRL:
 #     function(prompts=[...], completions=[...], **columns) -> [a number, or None if it does not apply, ...]
-# The columns are those of the prompts file other than "prompt", say "answer". The rows of that file are the
-# examples.
+# The columns are those of the prompts file other than "prompt", say "answer", and what TRL gives, say
+# completion_ids (`trl_extras`, section 15). The rows of that file are the examples.
 
 
 def reward_fn_char_count(char: str = ".") -> RewardFn:
@@ -1085,8 +1089,8 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
 # - gspo: an ε so narrow that in bfloat16 rounding alone, about 0.004 in such a ρ, goes beyond it.
 # - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is from ScaleRL 2510.13786.
 # - an algorithm of yours: a column here, and its name in RLHFArgs.algo. A switch of yours: a row here, a
-#   field in RLHFArgs, None by default, and code that reads it: an `if` in policy_objective, or one more
-#   function in ADVANTAGES.
+#   field in RLHFArgs, None by default (else the row is not looked at), and code that reads it: an `if` in
+#   policy_objective, or one more function in ADVANTAGES.
 
 ALGORITHM_TABLE = """\
                ppo       grpo      dr_grpo   dapo      gspo      cispo     rloo      course
@@ -1230,7 +1234,8 @@ class RLHFTrainer:
             average_gradients(weights)
             norms.append(clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
-            if learns and norms[-1]:  # 0: all is masked, and AdamW's moments alone would move the weights
+            # 0: all is masked, clipped or without advantage; AdamW's moments alone would move the weights.
+            if learns and norms[-1]:
                 self.optimizer.step()
         means = summarize(sums) | {
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -1313,7 +1318,7 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     for name, weight in trained.items():
         # GPT-2's q, k and v are interleaved views of one matrix; fused AdamW goes through memory end to end.
         weight.data = weight.data.contiguous()
-        (head if name.startswith("value_head") else base).append(weight)
+        (head if "value_head" in name else base).append(weight)
     groups = [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # all of AdamW in one kernel
 
@@ -1418,8 +1423,6 @@ import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather, gather_object, pad_across_processes, reduce
 from filelock import FileLock, Timeout
-from matplotlib import style
-from matplotlib.figure import Figure
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import track
@@ -1826,9 +1829,13 @@ STYLE = [
 
 
 @contextmanager
-def picture(path: Path, height: float) -> Iterator[Figure]:
+def picture(path: Path, height: float) -> Iterator["Figure"]:
     """A figure to draw on, then written whole to the path. Outside, matplotlib's settings stay as they
     were."""
+    # Imported here, since training can do without it, and it takes 30 MB.
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
     with style.context(STYLE):
         figure = Figure(figsize=(9, height), layout="constrained")
         yield figure
@@ -2473,8 +2480,9 @@ def only_one(path: Path, seconds: int = 0) -> AbstractContextManager:
     many seconds for one that has it; then raises SettingError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # not left to the lock, which would follow a dead link
-        name = f".{path.name}.{PartialState().process_index}.lock"
-        return FileLock(path.parent / name, timeout=seconds).acquire()
+        return FileLock(
+            path.parent / f".{path.name}.{PartialState().process_index}.lock", timeout=seconds
+        ).acquire()
     except Timeout as error:
         raise SettingError(f"{path}: another process is writing it") from error
     except OSError:  # no place to write: the first write will say so
@@ -2593,7 +2601,9 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
         except SettingError:
             raise
         except Exception as error:  # of many kinds; torch's advice would be to run what is in it
-            console.print(f"{path}: is damaged ({type(error).__name__}); trying the one before")
+            console.print(
+                f"{path}: is damaged or does not fit ({type(error).__name__}); trying the one before"
+            )
     require(not paths, f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew elsewhere")
 
 

@@ -342,19 +342,20 @@ def test_half_a_line_is_named(tmp_path):
 
 
 def test_a_fresh_process_leaves_matplotlib_alone_and_needs_little(tmp_path):
-    """Neither importing the script nor drawing a run changes settings, chooses a backend or loads pyplot. And
-    it starts in any directory, without a home, in any terminal, in a pipe that cannot hold every letter, and
-    without what Windows lacks."""
+    """Importing the script does not load it, nor does drawing a run change settings, choose a backend or load
+    pyplot. And it starts in any directory, without a home, in any terminal, in a pipe that cannot hold every
+    letter, and without what Windows lacks."""
     program = """
-import os, sys, matplotlib
+import os, sys
+sys.argv = [sys.argv[1], "--help"]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import rlhf
+assert "matplotlib" not in sys.modules, "30 MB that training can do without"
+import matplotlib
 settings = [matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)]
 def unchanged():
     now = [matplotlib.rcParams.copy(), matplotlib.get_backend(auto_select=False)]
     return now[1] == settings[1] and all(dict.get(now[0], key) == x for key, x in dict.items(settings[0]))
-sys.argv = [sys.argv[1], "--help"]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-import rlhf
-assert unchanged() and "matplotlib.pyplot" not in sys.modules, "import"
 history = [{"phase": 1, "reward": 1.0, "kl": 0.0, "entropy": 1.0, "distinct_2": 1.0}]
 rlhf.plot_curves({"run": [history]}, rlhf.Path("c.png"))
 assert unchanged() and "matplotlib.pyplot" not in sys.modules, "plotting"
@@ -1184,6 +1185,28 @@ def test_a_switch_given_wins_over_the_algorithms():
     assert RLHFArgs(algo="dapo", kl_coef=0.5, clip_high=0.1).clip_high == 0.1
     assert rlhf.parse(RLHFArgs, ["--algo", "course", "--gae-lambda", "0.5"]).gae_lambda == 0.5
     assert rlhf.parse(RLHFArgs, ["--algo", "gspo", "--ratio", "token"]).ratio == "token"
+
+
+@pytest.mark.parametrize(
+    "switch, cell, expected",
+    [
+        ("kl_in", "rewrad", "--kl-in rewrad: should be 'loss' or 'reward'"),
+        ("loss_average", "sequnce", "--loss-average sequnce: should be 'sequence', 'token' or 'constant'"),
+        ("clip_coef", -1.0, "--clip-coef -1.0: should be greater than or equal to 0"),
+        ("group_size", 8.5, "--group-size 8.5: should be a valid integer"),
+        ("clip_coef", "0.3", 0.3),
+        ("group_size", 8.0, 8),
+    ],
+)
+def test_a_cell_of_the_table_is_checked_like_a_flag(monkeypatch, switch, cell, expected):
+    """A misspelt one was taken for the last of a switch's values, silently."""
+    monkeypatch.setitem(rlhf.ALGORITHMS, "grpo", rlhf.ALGORITHMS["grpo"] | {switch: cell})
+    if not isinstance(expected, str):
+        value = getattr(RLHFArgs(algo="grpo"), switch)
+        assert value == expected and type(value) is type(expected)
+        return
+    with pytest.raises(SettingError, match=re.escape(expected)):
+        RLHFArgs(algo="grpo")
 
 
 def test_the_readmes_table_of_algorithms_is_the_codes():
@@ -4963,6 +4986,18 @@ def test_float32_linear_is_exact_of_any_shape_and_has_a_gradient():
         torch.testing.assert_close(halves.double(), exact[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float32_linear_holds_little_beside_its_result(dtype):
+    """A part of W xᵀ at a time, not all of them beside the whole; the sampler's and the chunks' way."""
+    x, weight = torch.randn(64, 8, dtype=dtype), torch.randn(40_000, 8, dtype=dtype)
+    with torch.profiler.profile(profile_memory=True) as profiler, torch.no_grad():
+        out = float32_linear(x, weight, None)
+    torch.testing.assert_close(out, x.float() @ weight.float().T)
+    events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    live = itertools.accumulate(one.nbytes() for one in sorted(events, key=lambda one: one.start_ns()))
+    assert out.nbytes <= max(live) < 1.15 * out.nbytes
+
+
 @pytest.mark.parametrize("chunk", [100, 2])
 def test_under_autocast_matmuls_are_in_bfloat16_and_gradients_in_float32(chunk, monkeypatch):
     in_chunks(monkeypatch, chunk, 9)
@@ -5961,7 +5996,7 @@ def figures(monkeypatch) -> list:
         def savefig(self, path, **settings):
             path.touch()
 
-    monkeypatch.setattr(rlhf, "Figure", Kept)
+    monkeypatch.setattr("matplotlib.figure.Figure", Kept)
     return kept
 
 
