@@ -1776,8 +1776,11 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
         ]
         return torch.tensor(rewards).nanmean().nan_to_num().item()
 
-    greedy = replace(trainer.args, top_k=1, resume=None)  # resume would have it compared with the run
-    return {"eval_reward": mean(trainer.args), "eval_reward_greedy": mean(greedy)}
+    return {
+        "eval_reward": mean(trainer.args),
+        # with resume the new settings would be compared with the run's
+        "eval_reward_greedy": mean(replace(trainer.args, top_k=1, resume=None)),
+    }
 
 
 def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
@@ -1864,8 +1867,12 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
             axis.set(title=title, xlabel=over)
             if axis.dataLim.y0 >= 0:
                 axis.set_ylim(bottom=0)
-        labels = [textwrap.fill(name, 110) for name in runs]
-        figure.legend(figure.axes[0].lines, labels, loc="upper left", bbox_to_anchor=(0, 0))  # below
+        figure.legend(
+            figure.axes[0].lines,
+            [textwrap.fill(name, 110) for name in runs],
+            loc="upper left",
+            bbox_to_anchor=(0, 0),  # below
+        )
 
 
 # ---- 12 Settings, checked ----------------------------------------------------------------------------------
@@ -3355,5 +3362,6 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a model writes letters that a pipe on Windows does not know
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="replace")  # a model's letters may be none that a pipe on Windows knows
     sys.exit(main(sys.argv[1:]))

@@ -344,7 +344,7 @@ def test_half_a_line_is_named(tmp_path):
 def test_a_fresh_process_leaves_matplotlib_alone_and_needs_little(tmp_path):
     """Importing the script does not load it, nor does drawing a run change settings, choose a backend or load
     pyplot. And it starts in any directory, without a home, in any terminal, in a pipe that cannot hold every
-    letter, and without what Windows lacks."""
+    letter, with standard output closed, and without what Windows lacks."""
     program = """
 import os, sys
 sys.argv = [sys.argv[1], "--help"]
@@ -363,6 +363,13 @@ assert unchanged() and "matplotlib.pyplot" not in sys.modules, "plotting"
 import runpy  # the libraries, loaded by now, know how to do without these
 sys.modules |= dict.fromkeys(("resource", "termios", "tty", "select", "fcntl"))
 del os.sysconf
+try:
+    sys.stdout, kept, argv = None, sys.stdout, sys.argv  # as where it is closed
+    sys.argv = [argv[0], "compare", "nowhere"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == 2
+sys.stdout, sys.argv = kept, argv
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
     environment = {name: x for name, x in os.environ.items() if name != "MPLBACKEND"}
