@@ -170,7 +170,8 @@ def _even_parts(V: int) -> list[slice]:
 def float32_linear(
     x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, "d_out"] | None
 ) -> Float[Tensor, "... d_out"]:
-    """x Wᵀ + b, added up and returned in float32, even if the inputs are bf16 or fp16.
+    """x Wᵀ + b, added up and returned in float32, even if the inputs are bf16 or fp16. Without gradients the
+    rows lie padded in memory.
 
     Why not return them in the inputs' dtype? bf16 has 8 bits: from 64 to 128 it counts in steps of 0.5. An
     offset that all logits share does not matter to a softmax, but it does to rounding, and GPT-2's logits lie

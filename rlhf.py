@@ -119,7 +119,7 @@ class RLHFArgs:
     reward_weights: tuple[float, ...] = ()  # one for each --reward; by default 1
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
-    prompts: str | Path | None = None  # many prompts: .txt, .jsonl, .csv, .parquet, hub:NAME:SPLIT:SUBSET
+    prompts: str | Path | None = None  # replace prefix: .txt, .jsonl, .csv, .parquet, hub:NAME[:SPLIT:SUBSET]
     eval_prompts: str | Path | None = None  # held out: mean reward every --save-every phases and at the end
     prompt_column: str = "prompt"  # holds the prompts: texts, or messages for the model's chat template
     long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # if too long: cut keeps the end, without BOS
@@ -129,7 +129,7 @@ class RLHFArgs:
 
     # The algorithm: None is filled in from ALGORITHM_TABLE (section 9). (critic): matters only with a critic
     advantage: Literal["critic", "group", "others"] | None = None  # reward less V_t, group's or others' mean
-    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose std; for a critic group is none
+    scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose std; critic: batch or none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
     clip: Literal["minimum", "weight"] | None = None  # min(ρ Â, clip(ρ) Â), or clip(ρ) as a fixed weight
@@ -322,8 +322,8 @@ class Samples:
     @property
     def mask(self) -> Bool[Tensor, "B C"]:
         """True on the completion's tokens, the end-of-text token included; in a ReplayMemory (section 8)
-        False throughout rows that are left out of learning (section 10, step 6). Attention sees it, too: to
-        leave a token out of the loss alone takes a field of its own."""
+        False throughout rows that are left out of learning (section 10, step 6). It masks attention, too:
+        to mask a token in the loss alone, add a field."""
         return self.attention_mask[:, self.prompt_width :]
 
     @property
@@ -379,7 +379,7 @@ def get_logprobs(
 #     bridge.original_model.base_model   the same without its output layer
 #     bridge.blocks[i].attn.q            a hooked part; .original_component is the nn.Linear or Conv1D inside
 # The value head is such a hook, and any experiment of yours can be another. Where a cache of attention's keys
-# and values is in use, a hook sees the new columns alone, and those of a prompt once for all rows that have
+# and values is in use, a hook sees the new columns alone, and a prompt's columns once for all rows that share
 # it. With LoRA the reference's passes are hooked, too. The hooks of bridge.unembed fire only where the bridge
 # itself is run: this file uses only its matrix.
 
@@ -730,7 +730,7 @@ def complete(
 # function; in the lesson, a count of full stops stands in for that score. A reward function is called as in
 # TRL:
 #     function(prompts=[...], completions=[...], **columns) -> [a number, or None if it does not apply, ...]
-# The columns are those of the prompts file other than "prompt", say "answer", and what TRL gives, say
+# The columns are those of the prompts file other than "prompt", say "answer", and what TRL passes, too, say
 # completion_ids (`trl_extras`, section 15). The rows of that file are the examples.
 
 
@@ -1089,7 +1089,7 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
 # - gspo: an ε so narrow that in bfloat16 rounding alone, about 0.004 in such a ρ, goes beyond it.
 # - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is from ScaleRL 2510.13786.
 # - an algorithm of yours: a column here, and its name in RLHFArgs.algo. A switch of yours: a row here, a
-#   field in RLHFArgs, None by default (else the row is not looked at), and code that reads it: an `if` in
+#   field in RLHFArgs, None by default (else the row is ignored), and code that reads it: an `if` in
 #   policy_objective, or one more function in ADVANTAGES.
 
 ALGORITHM_TABLE = """\
@@ -1234,7 +1234,7 @@ class RLHFTrainer:
             average_gradients(weights)
             norms.append(clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
-            # 0: all is masked, clipped or without advantage; AdamW's moments alone would move the weights.
+            # A norm of 0, as where all is masked: AdamW's moments alone would move the weights.
             if learns and norms[-1]:
                 self.optimizer.step()
         means = summarize(sums) | {
@@ -1318,7 +1318,7 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
     for name, weight in trained.items():
         # GPT-2's q, k and v are interleaved views of one matrix; fused AdamW goes through memory end to end.
         weight.data = weight.data.contiguous()
-        (head if "value_head" in name else base).append(weight)
+        (head if "value_head" in name else base).append(weight)  # a critic of yours, too, if so named
     groups = [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # all of AdamW in one kernel
 
@@ -1835,7 +1835,7 @@ STYLE = [
 def picture(path: Path, height: float) -> Iterator["Figure"]:
     """A figure to draw on, then written whole to the path. Outside, matplotlib's settings stay as they
     were."""
-    # Imported here, since training can do without it, and it takes 30 MB.
+    # Imported here, since a run needs it only at its end, and it takes 30 MB.
     from matplotlib import style
     from matplotlib.figure import Figure
 

@@ -1464,6 +1464,28 @@ def test_learning_rate_rises_then_falls_to_final_scale(gpt2):
     assert head["lr"] == pytest.approx(0.2 * trainer.args.head_lr)
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_the_readmes_final_scale_is_the_linear_schedule_of_transformers(warmup_steps):
+    """After the warm-up, whose first step has rate 0 there."""
+    args = RLHFArgs(total_phases=11, warmup_steps=warmup_steps, final_scale=1 / (11 - warmup_steps))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, warmup_steps, 11)
+    for phase in range(11):
+        if phase >= warmup_steps:
+            assert rlhf.lr_scale(phase, args) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+
+
+def test_every_value_head_learns_at_its_own_rate():
+    names = "value_head.0.weight", "critic.value_head.0.weight", "bridge.blocks.0.attn.q.weight"
+    weights = {name: nn.Parameter(torch.ones(2)) for name in names}
+    base, head = rlhf.get_optimizer(weights, RLHFArgs(base_lr=1e-4, head_lr=1e-3)).param_groups
+    assert [*map(id, base["params"])] == [id(weights[names[2]])] and base["peak_lr"] == 1e-4
+    assert [*map(id, head["params"])] == [id(weights[name]) for name in names[:2]]
+    assert head["peak_lr"] == 1e-3
+
+
 def examples_of_phase(trainer: RLHFTrainer, phase: int) -> list[dict]:
     trainer.phase = phase
     return rlhf.examples_of(trainer)
