@@ -186,16 +186,18 @@ def float32_linear(
     rows = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled():  # what is written in place below has no derivative, or a slow one
-            out = linear(rows.to(wide), weight.to(wide))
+            out = rows.to(wide) @ weight.to(wide).T
         else:
             out = rows.new_empty(len(rows), -(-V // 64) * 64, dtype=wide)[:, :V]  # so that rows are aligned
-            for part in _even_parts(V) if x.is_cuda else row_slices(V, 2048):
-                if x.is_cuda:
+            if x.is_cuda:
+                for part in _even_parts(V):
                     torch.mm(rows, weight[part].T, out_dtype=wide, out=out[:, part])
-                else:
-                    # W is taken in parts: a cast of all of it would cost half as much again as the product.
-                    # And the product is W xᵀ: with few rows in x, it takes two thirds of the time of x Wᵀ.
-                    out[:, part] = (weight[part].to(wide) @ rows.T.to(wide)).T
+            else:
+                # W is taken in parts: a cast of all of it would cost half as much again as the product. And
+                # the product is W xᵀ: with few rows in x, it takes two thirds of the time of x Wᵀ.
+                columns = rows.to(wide).T
+                for part in row_slices(V, 2048):
+                    out[:, part] = (weight[part].to(wide) @ columns).T
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], V)

@@ -1957,7 +1957,7 @@ def read_rows(source: str | Path) -> list[tuple[str, dict]]:
     else:
         require(
             kind in ("", "txt", "jsonl", "ndjson"),
-            f"{source}: expected .txt, .jsonl, .json, .csv, .parquet or hub:NAME:SPLIT",
+            f"{source}: expected .txt, .jsonl, .json, .csv, .parquet or hub:NAME[:SPLIT:SUBSET]",
         )
         return read_lines(Path(source), are_json="json" in kind)
     # Imported here, since that takes a second, and within, since it reports on what it does.
