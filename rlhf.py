@@ -1,5 +1,11 @@
 """Reinforcement learning from human feedback on a real transformer, in one file, to be read from the top.
 
+    python rlhf.py --algo grpo --lora                trains the built-in toy model, in two minutes on a laptop
+    python rlhf.py --algo grpo --lora --kl-coef 0    the same without its leash: mode collapse
+    python rlhf.py compare runs/a runs/b             draws the curves of several runs over each other
+
+The whole of it:
+
     policy, reference = one model twice: one is trained, the other stays as it was         # sections 3, 4
     for phase in range(total_phases):
         # rollout phase
@@ -29,8 +35,8 @@ From reinforcement learning to language models:
 
 What is different from PPO on CartPole:
   - The policy can write before it is trained. The toy reward counts full stops: left alone, the policy finds
-    out that "......" pays most, and writes little else: mode collapse, the plainest case of reward hacking.
-    So there is a reference, the model as it was, and a price β on leaving it: the KL penalty, a leash.
+    out that "......" pays most (reward hacking), and writes little else (mode collapse). So there is a
+    reference, the model as it was, and a price β on leaving it: the KL penalty, a leash.
   - Any state can be started from again: K completions of one prompt can be compared, and their mean
     reward can do the critic's work (GRPO, RLOO).
   - There is one reward, at the end of a short episode, so there is nothing to discount: γ = 1. λ = 1
@@ -59,11 +65,8 @@ Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its funct
            differs and why.
 Left out   because it would hide the idea: a reward function for each token, a separate critic (here the value
            head shares the policy's blocks) and a phase that trains only the critic, clipping of values, dual
-           clip, dropout in the policy, samples of older phases.
-
-    python rlhf.py --algo grpo --lora                trains the built-in toy model, in two minutes on a laptop
-    python rlhf.py --algo grpo --lora --kl-coef 0    the same without its leash: mode collapse
-    python rlhf.py compare runs/a runs/b             draws the curves of several runs over each other
+           clip, dropout in the policy, samples of older phases, and an early end of a phase at some KL to the
+           old policy (CleanRL's target_kl; kl_target here is another thing).
 """
 
 import itertools
@@ -92,9 +95,9 @@ from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_li
 
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
-# comment is the flag's help. Bounds are part of the types; `check_types` enforces them. That function is in
-# the workshop, the part after section 11, like everything that sections 1 to 11 call but neither define nor
-# import.
+# comment is the flag's help: skim them now, and look one up when it occurs below as args.NAME. Bounds are
+# part of the types; `check_types` enforces them. It is in the workshop, the part after section 11, and so is
+# whatever else sections 1 to 11 call without defining or importing it.
 
 RewardFn = Callable[..., list[float | None]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
@@ -120,7 +123,7 @@ class RLHFArgs:
     gold_reward: RewardSpec | None = None  # a reward that is logged, and never learned from
     prefix: str = "This is"  # the prompt that every completion continues
     prompts: str | Path | None = None  # replace prefix: .txt, .jsonl, .csv, .parquet, hub:NAME[:SPLIT:SUBSET]
-    eval_prompts: str | Path | None = None  # held out: mean reward every --save-every phases and at the end
+    eval_prompts: str | Path | None = None  # held out: mean reward first, last and every --save-every phases
     prompt_column: str = "prompt"  # holds the prompts: texts, or messages for the model's chat template
     long_prompts: Literal["refuse", "drop", "cut"] = "refuse"  # if too long: cut keeps the end, without BOS
     system: str | None = None  # makes each prompt a conversation, with this as the system's message
@@ -181,11 +184,7 @@ class RLHFArgs:
     track: Literal["wandb", "trackio", "tensorboard"] | None = None  # send the metrics there, too
 
     def __post_init__(self):
-        check_types(self)
-        for name, value in ALGORITHMS[self.algo].items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # the record is frozen
-        check_types(self)  # of the table's cells, too
+        check_types(self)  # and fills in what is None
         check_settings(self)
 
     @property
@@ -768,7 +767,7 @@ def get_rewards(
 
 
 def total_reward(scores: Float[Tensor, "B R"], terms: list[RewardTerm]) -> Float[Tensor, "B"]:
-    """The weighted sum of the terms that apply; NaN where none does."""
+    """The weighted sum of the terms that apply; NaN where none does: a 0 would count in the group's mean."""
     weights = scores.new_tensor([term.weight for term in terms])
     applies = (scores.isfinite() & (weights != 0)).any(dim=1)  # a term of weight 0 is only logged
     return (scores.nan_to_num() * weights).sum(dim=1).where(applies, math.nan)
@@ -808,6 +807,12 @@ def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*gro
 # functions differ in what they expected: the critic's value, the group's mean, or the mean of the others in
 # the group. All take the same arguments, so that the trainer need not know which it calls; the rows of a
 # group are neighbours.
+#
+# Why a reward can be learned from, though no gradient flows through text: ∇ E[r] = E[ r ∇ log π ], where π is
+# the completion's probability. So raise the log-probability of what was drawn, by as much as it was worth
+# (REINFORCE, Williams 1992). And why less what was expected: E[ ∇ log π ] = 0, so any number that does not
+# depend on the token drawn, a baseline, may be taken off r; on average the gradient stays the same, and it is
+# less noisy.
 #
 # Why GRPO and RLOO can do without a critic: what the critic would say of the prompt, the expected reward, is
 # estimated by the mean over K completions of that prompt. The price: K completions of each prompt, and one
@@ -853,9 +858,8 @@ def gae(
     next_value = next_advantage = 0.0
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + args.gamma * next_value - values[:, t]
-        advantages[:, t] = delta + args.gamma * args.gae_lambda * next_advantage
+        advantages[:, t] = next_advantage = delta + args.gamma * args.gae_lambda * next_advantage
         next_value = values[:, t]
-        next_advantage = advantages[:, t]
     return advantages
 
 
@@ -863,10 +867,11 @@ def group_relative(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2), r_i the
-    sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide: `scale_rewards none`. With `--kl-in
-    reward` the penalty is divided, too: where all rewards of a group are equal, the penalty's noise is scaled
-    to full size (in the first phase, while the policy still is the reference, this noise is mere rounding);
-    so choose another `--scale-rewards` then.
+    sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide (`scale_rewards none`): that gives most
+    weight to prompts whose rewards hardly differ, the too easy and the too hard ones. With `--kl-in reward`
+    the penalty is divided, too: where all rewards of a group are equal, the penalty's noise is scaled to full
+    size (in the first phase, while the policy still is the reference, this noise is mere rounding); so choose
+    another `--scale-rewards` then.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
@@ -945,7 +950,8 @@ class ReplayMemory(Samples):
 
 # ---- 9 Advantage to objective ------------------------------------------------------------------------------
 # In: what the policy says now of a minibatch, and what it said while writing it. Out: one number to be
-# maximised. All functions are pure; all [b, C] tensors are aligned with the completion.
+# maximised. `policy_objective`, near the end, puts the pieces together; you may read it first. All functions
+# are pure; all [b, C] tensors are aligned with the completion.
 
 
 class PolicyOutput(NamedTuple):
@@ -958,7 +964,8 @@ class PolicyOutput(NamedTuple):
 
 
 def clip_range(args: RLHFArgs) -> tuple[float, float]:
-    """Where the ratio stops paying: 1 - ε and 1 + ε, or another upper end (Clip-Higher, DAPO 2503.14476)."""
+    """Where the ratio stops paying: 1 - ε and 1 + ε, or another upper end (Clip-Higher, DAPO 2503.14476: for
+    the sake of unlikely tokens, since with ε = 0.2 one of probability 0.01 can rise to 0.012 only)."""
     return 1 - args.clip_coef, 1 + (args.clip_coef if args.clip_high is None else args.clip_high)
 
 
@@ -967,6 +974,9 @@ def importance_ratio(
 ) -> Float[Tensor, "b C"]:
     """ρ = π_θ / π_old of each token; or of each completion, one number for all its tokens: their geometric
     mean, so that long and short completions can be clipped alike (GSPO 2507.18071, eq. 7).
+
+    In a phase's first step ρ = 1 and ∇ρ = ∇ log π: nothing is clipped, and the gradient is that of REINFORCE.
+    In later steps ρ corrects for tokens having been drawn by a policy that is no longer quite the same.
 
     >>> old, new = torch.tensor([[0.4, 0.5]]).log(), torch.tensor([[0.8, 0.5]]).log()
     >>> importance_ratio(new, old, torch.ones(1, 2).bool(), per="sequence")  # √(2 · 1)
@@ -1031,7 +1041,8 @@ def masked_mean(
 ) -> Float[Tensor, ""]:
     """Averages what is not masked, in one of three ways:
 
-    sequence   the mean of each completion that has tokens, then the mean of these (GRPO)
+    sequence   the mean of each completion that has tokens, then the mean of these (GRPO): in a long bad
+               completion each token is pushed down less than in a short one
     token      the mean over all tokens of the minibatch, so that a long completion counts for more (DAPO)
     constant   the sum of all tokens, divided by b · gen_len (Dr. GRPO)
 
@@ -1079,8 +1090,9 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
 # Each published algorithm is a column of this table, and each row a setting; a value given on the command
 # line replaces the cell's. Here all have an entropy bonus, like PPO, and a KL in the loss is the exact one,
 # as in the course; as published, GRPO has `--kl-estimator k3`, and all but PPO and the course have
-# `--ent-coef 0`. ε, β and λ are this file's choice, except these: every ε but those of GRPO and RLOO; β = 0
-# of Dr. GRPO, DAPO and CISPO, which do without a reference; λ = 0, the course's one-step advantage.
+# `--ent-coef 0`. Of ε, β and λ the papers give every ε but GRPO's and RLOO's, and β = 0 of Dr. GRPO, DAPO and
+# CISPO, which do without a reference; the course gives λ = 0, its one-step advantage. The rest is this file's
+# choice.
 # - `-`: the upper end is 1 + clip_coef. Where there is a number, --clip-coef moves the lower end alone.
 # - ppo: the paper has no reference, and averages over all tokens; InstructGPT has the KL in the reward.
 # - rloo: REINFORCE, whose gradient equals the surrogate's while ρ = 1, in a phase's first step; later steps
@@ -1139,8 +1151,11 @@ class RLHFTrainer:
         with running(self) as log:
             while not (self.is_done or self.accelerator.check_trigger()):  # Ctrl-C sets the trigger
                 start = perf_counter()
-                with saved_on_error(self):
+                try:
                     memory, metrics, completions = self.rollout_phase()
+                except Exception:  # a reward function that fails must not take with it what was learned
+                    save_checkpoint(self)
+                    raise
                 middle = perf_counter()
                 # Where the rewards within every group are equal (with a critic: within the batch), a step
                 # would follow KL and entropy alone, and AdamW's moments would carry it on. So no step is
@@ -1283,9 +1298,8 @@ class RLHFTrainer:
             self.policy = TransformerWithValueHead(
                 args.base_model, args.has_critic, self.device, args.dtype, args.prepend_bos
             )
-            self.examples, self.held_out = (
-                prompts_that_fit(self.policy, one, args) for one in (rows, held_out)
-            )
+            self.examples = prompts_that_fit(self.policy, rows, args)
+            self.held_out = prompts_that_fit(self.policy, held_out, args)
             choose_trained(self.policy.bridge, args)
             trained_layers(self.policy)  # raises SettingError where one could not be exported
             # Last, since learning a reward model may take minutes, and the model is written to run_dir.
@@ -1585,6 +1599,7 @@ def running(trainer: RLHFTrainer) -> Iterator["RunLog"]:
     with only_one(trainer.run_dir / "args.json"), RunLog(trainer) as log, stop_signals(trainer):
         if trainer.phase == 0:
             log.samples("before", showcase(trainer, examples, trainer.args))
+            held_out_rewards(trainer)
         yield log
         if not log.is_due:  # stopped, and this phase is not saved yet
             save_checkpoint(trainer)
@@ -1642,7 +1657,7 @@ class RunLog(AbstractContextManager):
         start_tracker(trainer)
         self.metrics, self.completions = open_run_dir(trainer) if self.is_main else ([], [])
         console.print(
-            f"training {sum(weight.numel() for weight in trainer.trained.values()):,} numbers; "
+            f"training {sum(weight.numel() for weight in trainer.trained.values()):,} parameters; "
             f"{trainer.phase} of {trainer.args.total_phases} phases are done"
         )
 
@@ -1658,7 +1673,7 @@ class RunLog(AbstractContextManager):
         held-out prompts and leaves a checkpoint."""
         trainer = self.trainer
         try:
-            if self.is_due and trainer.held_out:
+            if self.is_due:
                 metrics = metrics | held_out_rewards(trainer)
         finally:  # also where a reward function failed: the phase is done, and counted
             self.write(metrics, samples)
@@ -1681,7 +1696,8 @@ class RunLog(AbstractContextManager):
         console.print(
             f"phase {trainer.phase:>3} of {trainer.args.total_phases}  reward {metrics['reward']:.2f}  "
             f"kl {metrics['kl']:.2f}  entropy {metrics['entropy']:.2f}  "
-            f"distinct_2 {metrics['distinct_2']:.2f}  {metrics['tokens_per_second']:.0f} tokens/s"
+            f"distinct_2 {metrics['distinct_2']:.2f}  length {metrics['completion_length']:.1f}  "
+            f"{metrics['tokens_per_second']:.0f} tokens/s"
         )
         self.samples(trainer.phase, samples, shown=1)
         if self.is_main:
@@ -1767,6 +1783,8 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], args: RLHFArgs) -> list
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     """Mean reward where nothing was learned from: completions sampled as in training, and greedy ones."""
+    if not trainer.held_out:
+        return {}
 
     def mean(args: RLHFArgs) -> float:
         rewards = [
@@ -1776,11 +1794,11 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
         ]
         return torch.tensor(rewards).nanmean().nan_to_num().item()
 
-    return {
-        "eval_reward": mean(trainer.args),
-        # with resume the new settings would be compared with the run's
-        "eval_reward_greedy": mean(replace(trainer.args, top_k=1, resume=None)),
-    }
+    sampled = mean(trainer.args)
+    # With resume the new settings would be compared with the run's.
+    greedy = mean(replace(trainer.args, top_k=1, resume=None))
+    console.print(f"held out after {trainer.phase} phases  reward {sampled:.2f}  greedy {greedy:.2f}")
+    return {"eval_reward": sampled, "eval_reward_greedy": greedy}
 
 
 def records(examples: list[dict], texts: list[str], rewards: Float[Tensor, "B"], extra: dict) -> list[dict]:
@@ -1881,21 +1899,23 @@ def plot_curves(runs: dict[str, list[list[dict]]], path: Path) -> None:
 
 
 def check_types(args: RLHFArgs) -> None:
-    """Converts each setting to its type: "runs/x" to a Path, a single reward to a tuple. With `resume`, a
-    setting at its default takes the value that the run had. Raises SettingError for a value of another type,
-    and for one that contradicts the run."""
+    """Converts each setting to its type: "runs/x" to a Path, a single reward to a tuple. What is None becomes
+    what ALGORITHM_TABLE has, if anything; with `resume`, a setting at its default takes the value that the
+    run had. Raises SettingError for a value of another type, and for one that contradicts the run."""
     saved = {} if args.resume is None else vars(saved_settings(Path(args.resume)))
     for field in fields(args):
         name = field.name
-        value = getattr(args, name)
+        value = given = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
+        if given is None and not saved:
+            value = given = ALGORITHMS[args.algo].get(name)
         if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
             value = (value,)
         try:
             ours = TypeAdapter(field.type, config={"allow_inf_nan": False}).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Input ")
-            raise SettingError(f"{flag} {getattr(args, name)}: {reason}") from None
+            raise SettingError(f"{flag} {given}: {reason}") from None
         theirs = saved.get(name, ours)
         if ours == field.default:
             ours = theirs
@@ -2612,16 +2632,6 @@ def load_checkpoint(trainer: RLHFTrainer) -> None:
                 f"{path}: is damaged or does not fit ({type(error).__name__}); trying the one before"
             )
     require(not paths, f"--resume {trainer.run_dir}: no checkpoint is whole; begin anew elsewhere")
-
-
-@contextmanager
-def saved_on_error(trainer: RLHFTrainer) -> Iterator[None]:
-    """A reward function that fails must not take with it what was learned before."""
-    try:
-        yield
-    except Exception:
-        save_checkpoint(trainer)
-        raise
 
 
 @torch.no_grad

@@ -1563,7 +1563,7 @@ def test_tokens_per_second_are_of_all_completions_over_the_whole_phase(capsys):
     log.write(metrics, [])
     ((step, found),) = logged
     assert step == 7 and found["tokens_per_second"] == 5.0 and not log.metrics  # the first process has them
-    shown = "phase   7 of 9  reward 0.25  kl 0.25  entropy 0.25  distinct_2 0.25  5 tokens/s"
+    shown = "phase   7 of 9  reward 0.25  kl 0.25  entropy 0.25  distinct_2 0.25  length 2.5  5 tokens/s"
     assert capsys.readouterr().out == shown + "\n"  # and no word of groups: half of them teach something
 
 
@@ -1748,7 +1748,7 @@ def test_truncated_completions_are_kept_left_out_or_charged(gpt2, average):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_held_out_prompts_are_judged_sampled_and_greedy(gpt2, tmp_path):
+def test_held_out_prompts_are_judged_sampled_and_greedy(gpt2, tmp_path, capsys):
     path = tmp_path / "held_out.txt"
     path.write_text("This is\nIt has\n")
     policy, texts = TransformerWithValueHead(gpt2), []
@@ -1767,7 +1767,10 @@ def test_held_out_prompts_are_judged_sampled_and_greedy(gpt2, tmp_path):
     RLHFTrainer(args).train()
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ["eval_reward" in row for row in rows] == [False, True, False, True]
-    assert rows[1]["eval_reward_greedy"] == count / 2 > rows[1]["eval_reward"]
+    assert rows[1]["eval_reward_greedy"] == count / 2 > (sampled := rows[1]["eval_reward"])
+    means = f"reward {sampled:.2f}  greedy {count / 2:.2f}"  # nothing is learned: the same before and after
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held out")]
+    assert shown == [f"held out after {phase} phases  {means}" for phase in (0, 2, 4)]
     for again in ([], ["--eval-prompts", str(path)]):
         assert rlhf.main(["--resume", str(tmp_path / "run"), *again]) == 0
 
@@ -2114,7 +2117,7 @@ def test_rewards_are_not_computed_under_autocast(gpt2, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "held_out.jsonl", [{"prompt": "No"}])
     run = dict(run_dir=tmp_path / "run", total_phases=2, save_every=1, eval_prompts=path)
     RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, reward=reward, **run)).train()
-    assert len(seen) == 1 + 2 * 3 + 1 and not any(seen)
+    assert len(seen) == 1 + 2 + 2 * 3 + 1 and not any(seen)
     trainer = RLHFTrainer(small_args(gpt2, algo="grpo", lora=True, reward=reward))
     memory, *_ = trainer.rollout_phase()
     torch.testing.assert_close(trainer.policy_output(memory).logprobs, memory.ref_logprobs, atol=1e-6, rtol=0)
