@@ -2161,7 +2161,9 @@ def load_bridge(
         cache = DynamicCache()
         probe(model.base_model, slice(3), cache)
         features = probe(model.base_model, slice(3, 6), cache).last_hidden_state
-        stops = {tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id)} - {None}
+        stops = torch.tensor(
+            list({tokenizer.eos_token_id, *np.atleast_1d(model.generation_config.eos_token_id)} - {None})
+        ).to(device)
         scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)
         error = (scale * bridge.unembed(features) - truth).abs().max() / truth.abs().max()
     require(
@@ -2172,7 +2174,7 @@ def load_bridge(
         if hasattr(part, "original_component") and not [*part.original_component.children()]:
             # Not by setattr, which the bridge hands on to what it wraps.
             vars(part)["forward"] = partial(layer_forward, part, part.get_hooks())
-    return bridge, tokenizer, torch.tensor([*stops], device=device), published, scale
+    return bridge, tokenizer, stops, published, scale
 
 
 def load_model(name: str, dtype: str, refused: str) -> transformers.PreTrainedModel:
