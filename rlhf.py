@@ -3147,8 +3147,7 @@ def where_they_differ(axis, readings: tuple[Reading, Reading], texts: Texts) -> 
     caption(
         axis,
         "KL(trained ‖ base) by position, nats",
-        "Token of the completion, from left to right. High: there the two models would write different "
-        "things. Mean over all completions.",
+        "Token of the completion. High: there the models would write other things. Mean over completions.",
     )
 
 
