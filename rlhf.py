@@ -63,10 +63,11 @@ Papers     PPO, proximal policy optimization 1707.06347   GAE, generalized advan
            DAPO 2503.14476   CISPO 2506.13585   LoRA, low-rank adaptation 2106.09685
 Course     ARENA, chapter 2.4 (RLHF). A table in README.md has each of its functions, the name here, and what
            differs and why.
-Left out   because it would hide the idea: a reward function for each token, a separate critic (here the value
-           head shares the policy's blocks) and a phase that trains only the critic, clipping of values, dual
-           clip, dropout in the policy, samples of older phases, and an early end of a phase at some KL to the
-           old policy (CleanRL's target_kl; kl_target here is another thing).
+Left out   because it would hide the idea: a reward function for each token (its [B, C], 0 where masked, would
+           be added to `per_token` in rollout_phase), a separate critic (here the value head shares the
+           policy's blocks) and a phase that trains only the critic, clipping of values, dual clip, dropout in
+           the policy (ρ would not begin at 1), samples of older phases, and an early end of a phase at some
+           KL to the old policy (CleanRL's target_kl; kl_target here is another thing).
 """
 
 import itertools
@@ -96,8 +97,8 @@ from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_li
 # ---- 1 Settings --------------------------------------------------------------------------------------------
 # In: the command line. Out: one frozen record that everything below reads. Each field is a flag, and its
 # comment is the flag's help: skim them now, and look one up when it occurs below as args.NAME. Bounds are
-# part of the types; `check_types` enforces them. It is in the workshop, the part after section 11, and so is
-# whatever else sections 1 to 11 call without defining or importing it.
+# part of the types; `check_types` enforces them. What sections 1 to 11 call without defining or importing it,
+# like `check_types`, is in the workshop, the part after section 11.
 
 RewardFn = Callable[..., list[float | None]]
 RewardSpec = Annotated[str | RewardFn, tyro.conf.arg(constructor=str)]  # from Python the function itself, too
@@ -131,7 +132,7 @@ class RLHFArgs:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of new weights, of sampling and shuffling
 
     # The algorithm: None is filled in from ALGORITHM_TABLE (section 9). (critic): matters only with a critic
-    advantage: Literal["critic", "group", "others"] | None = None  # reward less V_t, group's or others' mean
+    advantage: Literal["critic", "group", "others"] | None = None  # r less V_t, the group's or others' mean
     scale_rewards: Literal["group", "batch", "none"] | None = None  # by whose std; critic: batch or none
     whiten: Literal["minibatch", "none"] | None = None  # shift and scale each minibatch's advantages
     ratio: Literal["token", "sequence"] | None = None  # ρ of each token, or their geometric mean
@@ -349,7 +350,7 @@ def get_logprobs(
         log π(token)      entropy = - Σ_v π(v) log π(v)      KL = Σ_v π(v) (log π(v) - log π_ref(v))
 
     All are 0 where the token is masked. The logits must be finite; they, and the reference's, are made
-    float32 and divided by the temperature.
+    float32 and divided by the temperature, as in the sampler: otherwise ρ would not begin at 1.
 
     >>> reference = torch.tensor([0.0, 1.0])  # chances of 0.27 and 0.73
     >>> logprobs, entropy, kl = get_logprobs(torch.zeros(2), torch.tensor(1), ref_logits=reference)
@@ -808,11 +809,11 @@ def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*gro
 # the group. All take the same arguments, so that the trainer need not know which it calls; the rows of a
 # group are neighbours.
 #
-# Why a reward can be learned from, though no gradient flows through text: ∇ E[r] = E[ r ∇ log π ], where π is
-# the completion's probability. So raise the log-probability of what was drawn, by as much as it was worth
-# (REINFORCE, Williams 1992). And why less what was expected: E[ ∇ log π ] = 0, so any number that does not
-# depend on the token drawn, a baseline, may be taken off r; on average the gradient stays the same, and it is
-# less noisy.
+# Why a reward can be learned from, though no gradient flows through text: ∇ E[r] = E[ r ∇ log π ], where
+# log π is the completion's log-probability, the sum of its tokens'. So raise it for what was drawn, by as
+# much as that was worth (REINFORCE, Williams 1992). And why less what was expected: E[ ∇ log π ] = 0, so any
+# number that does not depend on the token drawn, a baseline, may be taken off r; on average the gradient
+# stays the same, and it is less noisy.
 #
 # Why GRPO and RLOO can do without a critic: what the critic would say of the prompt, the expected reward, is
 # estimated by the mean over K completions of that prompt. The price: K completions of each prompt, and one
@@ -867,11 +868,11 @@ def group_relative(
     rewards: Float[Tensor, "B C"], values: Float[Tensor, "B C"], mask: Bool[Tensor, "B C"], args: RLHFArgs
 ) -> Float[Tensor, "B C"]:
     """Â_{i,t} = (r_i - mean(r)) / std(r) within the group (DeepSeekMath 2402.03300, section 4.1.2), r_i the
-    sum of a completion's rewards. Dr. GRPO 2503.20783 does not divide (`scale_rewards none`): that gives most
-    weight to prompts whose rewards hardly differ, the too easy and the too hard ones. With `--kl-in reward`
-    the penalty is divided, too: where all rewards of a group are equal, the penalty's noise is scaled to full
-    size (in the first phase, while the policy still is the reference, this noise is mere rounding); so choose
-    another `--scale-rewards` then.
+    sum of a completion's rewards. Dr. GRPO 2503.20783 leaves out the division (`scale_rewards none`), since
+    dividing gives most weight to prompts whose rewards hardly differ, the too easy and the too hard ones.
+    With `--kl-in reward` the penalty is divided, too: where all rewards of a group are equal, the penalty's
+    noise is scaled to full size (in the first phase, while the policy still is the reference, this noise is
+    mere rounding); so choose another `--scale-rewards` then.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="grpo", batch_size=4)
@@ -890,7 +891,7 @@ def leave_one_out(
     """Â_i = r_i - mean of the other rewards of the group = n/(n-1) (r_i - mean(r)) (RLOO 2402.14740, section
     2.2), where n of the K completions have a reward; for n = 1 it is NaN, which section 10 turns into 0. The
     baseline does not contain r_i, so it leaves the gradient unbiased (unless `--scale-rewards` divides, as in
-    GRPO).
+    GRPO). The mean of all does contain it, and shrinks the gradient to (n-1)/n of that.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
@@ -975,8 +976,10 @@ def importance_ratio(
     """ρ = π_θ / π_old of each token; or of each completion, one number for all its tokens: their geometric
     mean, so that long and short completions can be clipped alike (GSPO 2507.18071, eq. 7).
 
-    In a phase's first step ρ = 1 and ∇ρ = ∇ log π: nothing is clipped, and the gradient is that of REINFORCE.
-    In later steps ρ corrects for tokens having been drawn by a policy that is no longer quite the same.
+    ∇ρ = ρ ∇ log π. In a phase's first step ρ = 1: nothing is clipped, and the gradient is that of REINFORCE.
+    In later steps ρ corrects for tokens having been drawn by a policy that is no longer quite the same. With
+    `--num-minibatches 1 --batches-per-learning-phase 1` there are none: `clip_fraction` and `old_kl` must
+    then be 0 but for rounding.
 
     >>> old, new = torch.tensor([[0.4, 0.5]]).log(), torch.tensor([[0.8, 0.5]]).log()
     >>> importance_ratio(new, old, torch.ones(1, 2).bool(), per="sequence")  # √(2 · 1)
@@ -1090,9 +1093,9 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
 # Each published algorithm is a column of this table, and each row a setting; a value given on the command
 # line replaces the cell's. Here all have an entropy bonus, like PPO, and a KL in the loss is the exact one,
 # as in the course; as published, GRPO has `--kl-estimator k3`, and all but PPO and the course have
-# `--ent-coef 0`. Of ε, β and λ the papers give every ε but GRPO's and RLOO's, and β = 0 of Dr. GRPO, DAPO and
-# CISPO, which do without a reference; the course gives λ = 0, its one-step advantage. The rest is this file's
-# choice.
+# `--ent-coef 0`. Of ε, β and λ the papers give every ε but those of GRPO, RLOO and CISPO, and β = 0 of Dr.
+# GRPO, DAPO and CISPO, which do without a reference; the course gives λ = 0, its one-step advantage. The rest
+# is this file's choice.
 # - `-`: the upper end is 1 + clip_coef. Where there is a number, --clip-coef moves the lower end alone.
 # - ppo: the paper has no reference, and averages over all tokens; InstructGPT has the KL in the reward.
 # - rloo: REINFORCE, whose gradient equals the surrogate's while ρ = 1, in a phase's first step; later steps
@@ -1102,7 +1105,7 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
 # - cispo: the paper has no lower end and does not give the upper one; 1 + 4 is from ScaleRL 2510.13786.
 # - an algorithm of yours: a column here, and its name in RLHFArgs.algo. A switch of yours: a row here, a
 #   field in RLHFArgs, None by default (else the row is ignored), and code that reads it: an `if` in
-#   policy_objective, or one more function in ADVANTAGES.
+#   policy_objective. An advantage of yours: a function in ADVANTAGES, and its name in RLHFArgs.advantage.
 
 ALGORITHM_TABLE = """\
                ppo       grpo      dr_grpo   dapo      gspo      cispo     rloo      course
@@ -1157,9 +1160,9 @@ class RLHFTrainer:
                     save_checkpoint(self)
                     raise
                 middle = perf_counter()
-                # Where the rewards within every group are equal (with a critic: within the batch), a step
-                # would follow KL and entropy alone, and AdamW's moments would carry it on. So no step is
-                # taken, and the leash does not pull, either; the learning phase is run for its metrics.
+                # Where the rewards within every group are equal (with a critic and `--scale-rewards batch`:
+                # within the batch), a step would follow KL and entropy alone, and AdamW's moments would carry
+                # it on. So none is taken, nor does the leash pull; the learning phase is run for its metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics |= {"rollout_seconds": middle - start, "learning_seconds": perf_counter() - middle}
                 log.phase(metrics, completions[:3])  # and now and then held-out prompts and a checkpoint
@@ -1182,8 +1185,8 @@ class RLHFTrainer:
         # bfloat16.
         with self.accelerator.autocast():
             samples, texts = complete(self.policy, examples, args, self.generator)
-        # 3. What the reference makes of them: features, for the exact KL, and log-probabilities. With LoRA it
-        # is the policy with its adapters off; else a second copy.
+        # 3. What the reference makes of them, also where β is 0, since the KL is logged: features, for the
+        # exact KL, and log-probabilities. With LoRA it is the policy, its adapters off; else a second copy.
         with adapters_off(), self.accelerator.autocast():
             ref_features = torch.cat(
                 [self.reference.completion_features(part)[0] for part in samples.parts(args.micro_batch_size)]
@@ -1237,10 +1240,10 @@ class RLHFTrainer:
             args.batches_per_learning_phase, args.num_minibatches, self.generator
         ):
             for weight in weights:
-                # Where .grad is None, the backward pass's own tensor becomes .grad, and on a GPU the next
-                # replay overwrites that: so several parts add up in a tensor of ours.
+                # A backward pass that finds None here leaves its own tensor, which on a GPU the next replay
+                # overwrites: so several parts add up in a tensor of ours.
                 weight.grad = torch.zeros_like(weight) if args.micro_batch_size else None
-            for part in minibatch.parts(args.micro_batch_size):  # their gradients add up
+            for part in minibatch.parts(args.micro_batch_size):  # their weighted gradients add up
                 new = self.policy_output(part)
                 loss = -objective_of(new, part, self.kl_coef, args) * gradient_weight(part, minibatch, args)
                 loss.backward()  # of minus the objective, for AdamW goes downhill
@@ -1249,7 +1252,7 @@ class RLHFTrainer:
             average_gradients(weights)
             norms.append(clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
-            # A norm of 0, as where all is masked: AdamW's moments alone would move the weights.
+            # None where the norm is 0, as where all is masked: AdamW's moments alone would move the weights.
             if learns and norms[-1]:
                 self.optimizer.step()
         means = summarize(sums) | {
@@ -1339,7 +1342,7 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
 
 def lr_scale(phase: int, args: RLHFArgs) -> float:
     """Linear warm-up over warmup_steps phases, then linear decay, down to final_scale in the last phase, if
-    any is left.
+    one is left after the warm-up.
 
     >>> [round(lr_scale(phase, RLHFArgs(total_phases=5, warmup_steps=1)), 2) for phase in range(5)]
     [0.5, 1.0, 0.7, 0.4, 0.1]
@@ -1374,7 +1377,14 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 # In: one phase. Out: one dict of numbers, and from it a line, a JSON line and a picture. Here: the metric
 # that shows mode collapse, and those of the learning phase; the workshop has those of the rollout phase, such
 # as `explained_variance`: how much of the variance of the returns the critic had foreseen, where 1 is all of
-# it.
+# it. (With λ < 1 the returns are in part the critic's own values: then 1 need not mean a good critic.)
+#
+# Does the reward stay flat? The first of these that fits may say why:
+#     equal_groups near 1               few groups hold unequal rewards: a rare reward, or prompts too easy
+#     clip_fraction above a half early  the steps are too large, or ε too small
+#     kl stays near 0                   base_lr is too small, or β too large
+#     kl and entropy rise               ent_coef is too large
+#     kl rises, entropy hardly          advantages are mostly noise: a noisy reward, or small groups
 
 
 def distinct_2(completions: list[list[int]]) -> float:
@@ -1390,13 +1400,15 @@ def distinct_2(completions: list[list[int]]) -> float:
 
 @torch.no_grad
 def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> dict[str, float]:
-    """Sums over the minibatch's tokens, and how many they are: `summarize` makes means of them."""
+    """Sums over the minibatch's tokens, and how many they are: `summarize` makes means of them. A metric of
+    yours: one more entry of per_token, or a number in `rollout_metrics`; metrics.jsonl gets all of them."""
     ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
     per_token = {
+        # Exact, or k3 whatever the loss has: while ρ = 1 it is right on average, and it is never below 0.
         "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
-        "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # how far the policy has moved in this phase
+        "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # KL(π_old ‖ π_θ): moved in this phase
         "entropy": new.entropy,
-        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),  # outside the range, whether clipped or not
+        "clip_fraction": ratio != ratio.clamp(*clip_range(args)),  # also where Â keeps the gradient alive
         "tokens": old.mask,
     }
     if args.has_critic:
