@@ -1421,7 +1421,6 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
 # can use.
 
 import asyncio
-import codecs
 import glob
 import importlib.util
 import json
@@ -1522,10 +1521,11 @@ def pick_device(device: str) -> tuple[Accelerator, str]:
             os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "false",
             f"accelerate's {engine}: not supported; each process holds the whole model",
         )
-    is_cpu = device == "cpu" or device == "auto" and not torch.accelerator.is_available()
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     with explained("accelerate: cannot be set up"):  # where an earlier Accelerator has another precision
-        accelerator = Accelerator(cpu=is_cpu, mixed_precision=precision)
+        accelerator = Accelerator(
+            cpu=device == "cpu" or not torch.accelerator.is_available(),
+            mixed_precision=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        )
     console.quiet |= not accelerator.is_main_process
     if device == "auto":
         device = str(accelerator.device)
@@ -1672,6 +1672,9 @@ class RunLog(AbstractContextManager):
             f"training {sum(weight.numel() for weight in trainer.trained.values()):,} parameters; "
             f"{trainer.phase} of {trainer.args.total_phases} phases are done"
         )
+        tokenizer = trainer.policy.tokenizer
+        first = tokenizer.decode(token_ids(tokenizer, trainer.examples[0]["prompt"]))
+        console.print(f"the first prompt, as the model reads it: {one_line(first)}")
 
     def __exit__(self, *exception) -> None:
         self.trainer.accelerator.end_training()
@@ -1764,7 +1767,7 @@ def rollout_metrics(
     are_equal &= not args.has_critic or args.scale_rewards == "batch"
     metrics = {
         "phase": trainer.phase + 1,
-        "reward": rewards.nanmean().nan_to_num().item(),
+        "reward": mean_reward(rewards),
         "reward_std": deviation(centered(rewards)).item(),
         "equal_groups": are_equal.float().mean().item(),  # the share of groups whose rewards teach nothing
         "completion_length": mask.sum().item() / len(mask),
@@ -1778,9 +1781,13 @@ def rollout_metrics(
             for x in (advantages, advantages + values)
         )
         metrics["explained_variance"] = 1 - unforeseen / all_of_it if all_of_it > 1e-10 else 0.0
-    means = scores.nanmean(dim=0).nan_to_num().tolist()
-    metrics |= {term.name: mean for term, mean in zip(trainer.terms, means, strict=True)}
+    metrics |= {term.name: mean_reward(column) for term, column in zip(trainer.terms, scores.T, strict=True)}
     return trainer.logged | metrics
+
+
+def mean_reward(rewards: Float[Tensor, "_"]) -> float:
+    """Of the rewards that apply; 0 where none does."""
+    return rewards.nanmean().nan_to_num().item()
 
 
 def showcase(trainer: RLHFTrainer, examples: list[dict], args: RLHFArgs) -> list[dict]:
@@ -1801,13 +1808,11 @@ def held_out_rewards(trainer: RLHFTrainer) -> dict[str, float]:
     if not trainer.held_out:
         return {}
 
-    def mean(args: RLHFArgs) -> float:
-        rewards = [one["reward"] for one in showcase(trainer, trainer.held_out, args)]
-        return torch.tensor(rewards).nanmean().nan_to_num().item()
-
-    sampled = mean(trainer.args)
-    # With resume the new settings would be compared with the run's.
-    greedy = mean(replace(trainer.args, top_k=1, resume=None))
+    sampled, greedy = (
+        mean_reward(torch.tensor([one["reward"] for one in showcase(trainer, trainer.held_out, args)]))
+        # with resume the new settings would be compared with the run's
+        for args in (trainer.args, replace(trainer.args, top_k=1, resume=None))
+    )
     console.print(f"held out after {trainer.phase} phases  reward {sampled:.2f}  greedy {greedy:.2f}")
     return {"eval_reward": sampled, "eval_reward_greedy": greedy}
 
@@ -2008,12 +2013,12 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
     """The lines that are not blank, JSON objects or prompts."""
     rows = []
     with explained(f"{path}: cannot be read"):
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+        lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():
             with explained(f"{where}: is not {'JSON' if are_json else 'UTF-8 text'}"):
-                row = json.loads(line) if are_json else {"prompt": line.decode()}
+                row = json.loads(line) if are_json else {"prompt": line.decode("utf-8-sig")}
             require(isinstance(row, dict), f"{where}: is no JSON object")
             rows.append((where, row))
     require(rows, f"{path}: is empty")
@@ -2070,7 +2075,7 @@ def as_text(turns: Turns, tokenizer=None) -> str:
     """A conversation as the tokenizer's chat template writes it; without one, its messages a line each."""
     if isinstance(turns, str):
         return turns
-    if getattr(tokenizer, "chat_template", None):
+    if tokenizer and tokenizer.chat_template:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         return text.removeprefix(tokenizer.decode(tokenizer.encode("")[:1]))  # the tokenizer adds it itself
     return "\n".join(str(turn["content"]) for turn in turns)
@@ -2437,11 +2442,11 @@ def load_classifier(name: str, what: str, device: str, **options):
 def classify(model: nn.Module, tokenizer, inputs: Iterable[Turns]) -> Float[Tensor, "B labels"]:
     """Logits of the labels of texts or conversations; one longer than the context is cut to its end."""
     texts = (as_text(turns, tokenizer) or tokenizer.pad_token for turns in inputs)
-    batches = (
-        tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(model.device)
+    logits = [
+        model(**tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(model.device)).logits
         for batch in BatchSampler(texts, 64, drop_last=False)
-    )
-    return torch.cat([model(**batch).logits for batch in batches])
+    ]
+    return torch.cat(logits)
 
 
 def classifier_reward(name: str, device: str) -> RewardFn:
@@ -2548,9 +2553,8 @@ def choose_run_dir(args: RLHFArgs) -> Path:
         return args.resume
     now = f"{datetime.now():%Y%m%d-%H%M%S.%f}"[:-3]  # milliseconds: several runs may start together
     run_dir = args.run_dir or Path("runs", f"{now}-{args.algo}{'-lora' if args.lora else ''}")
-    is_taken = run_dir.is_file() or {path.suffix for path in run_dir.glob("*")} - {".unfinished", ".lock"}
     require(
-        not is_taken,
+        not run_dir.is_file() and {path.suffix for path in run_dir.glob("*")} <= {".unfinished", ".lock"},
         f"--run-dir {run_dir}: is not an empty directory; give another, or, if it holds a run already, go on "
         f"with that by --resume {run_dir}",
     )
@@ -2589,10 +2593,12 @@ def open_run_dir(trainer: RLHFTrainer) -> list[list[dict]]:
     run_dir = trainer.run_dir
     for orphan in run_dir.rglob("*.unfinished"):  # of a run that was killed
         shutil.rmtree(orphan)
-    versions = {"python": sys.version} | {
-        name: version(name) for name in "torch transformers transformer_lens".split()
+    record = vars(trainer.args) | {
+        "run_dir": run_dir,
+        "running_on": trainer.device,
+        "versions": {"python": sys.version}
+        | {name: version(name) for name in "torch transformers transformer_lens".split()},
     }
-    record = vars(trainer.args) | {"run_dir": run_dir, "running_on": trainer.device, "versions": versions}
     done = ["before", *range(1, trainer.phase + 1)]
     kept = [
         [row for _, row in read_rows(run_dir / name) if row.get("phase") in done] if trainer.phase else []
@@ -2703,14 +2709,18 @@ def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
             as_rows(new)[rows] = layer.weight
             if new.bias is not None:
                 new.bias[rows] = layer.bias
-        weights |= {f"{name}.{key}": value for key, value in new.state_dict().items()}
+        weights |= new.state_dict(prefix=f"{name}.")
     return weights
 
 
 def export_model(policy: TransformerWithValueHead, path: Path) -> None:
-    """An ordinary Hugging Face directory with tokenizer and generation config."""
+    """An ordinary Hugging Face directory with tokenizer and generation config; by this `generate` stops where
+    training did, at the tokenizer's end of text, too."""
     policy.bridge.original_model.save_pretrained(path, state_dict=trained_weights(policy))
     policy.tokenizer.save_pretrained(path)
+    # In the file, since a config with any fault of its own is refused at save, if it has been changed.
+    file = path / "generation_config.json"
+    file.write_text(as_json(json.loads(file.read_bytes()) | {"eos_token_id": policy.stops.tolist()}))
 
 
 def export_adapter(policy: TransformerWithValueHead, args: RLHFArgs, path: Path) -> None:
@@ -3297,7 +3307,7 @@ def caption(axis, title: str, text: str) -> None:
 
 def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text: str, **looks) -> None:
     """Rows and columns have names; the more there are, the smaller they are written."""
-    axis.figure.colorbar(axis.imshow(values.numpy(), aspect="auto", **looks))
+    axis.figure.colorbar(axis.imshow(values, aspect="auto", **looks))
     axis.grid(False)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks(range(len(columns)), columns)

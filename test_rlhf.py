@@ -4012,6 +4012,33 @@ def test_the_prompts_of_preferences_stand_in_the_prompt_column_too(gpt2, tmp_pat
 
 
 @pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("declared", [{}, {"eos_token_id": 7}, {"eos_token_id": [7, 8], "temperature": 0.6}])
+def test_what_is_exported_stops_where_training_did(gpt2, tmp_path, declared):
+    """Also at the tokenizer's end of text, where the model's generation config names other tokens or none;
+    also with a config that transformers would not save once changed (a temperature without sampling)."""
+    base = tmp_path / "base"
+    shutil.copytree(gpt2, base)
+    (base / "generation_config.json").write_text(json.dumps(declared))
+    run = dict(run_dir=tmp_path / "run", total_phases=1, warmup_steps=0)
+    trainer = RLHFTrainer(small_args(str(base), algo="grpo", lora=True, **run))
+    trainer.train()
+    ends = {trainer.policy.tokenizer.eos_token_id, *numpy.atleast_1d(declared.get("eos_token_id", []))}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert {*model.generation_config.eos_token_id} == ends == {*trainer.policy.stops.tolist()}
+    assert model.generation_config.temperature == declared.get("temperature")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_shows_its_first_prompt_as_the_model_reads_it(gpt2, tmp_path, capsys):
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": ASKED}])
+    base = chat_model(tmp_path / "chat", gpt2)
+    args = small_args(base, prompts=prompts, run_dir=tmp_path / "run", total_phases=1, warmup_steps=0)
+    RLHFTrainer(args).train()
+    shown = "the first prompt, as the model reads it: <user>Is this a test?<eos><assistant>\n"
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_an_answer_begun_in_parts_is_continued(gpt2, tmp_path, capsys):
     """Templates of models that also see take a message's content as a list of parts: it was a traceback."""
     template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
