@@ -45,7 +45,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 try:
@@ -69,6 +68,8 @@ FUSED_OUTPUTS = 2**21  # up to so many outputs, in 16 bits, one fused launch bea
 # glibc keeps a block of that size for the next chunk; a larger one comes from the system anew, page by page.
 CHUNK_ROWS = 256 if CUDA else 160
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
+# Of the row kernels: 8 logits a thread, so one 16-byte load of bf16; nothing spills.
+ROW_CONFIG = {"BLOCK_V": 2048, "num_warps": 8}
 BLOCK_NUMBERS = 4 * 50257  # how much of a chunk the torch path takes at a time, to stay in a cache
 
 
@@ -125,7 +126,7 @@ def _flat_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> 
         raise ValueError(f"temperature: {temperature}, expected a positive number")
     tokens = tokens.ravel().long()  # contiguous
     if tokens.device.type == "cpu":
-        wrong = tokens[(tokens != IGNORE) & ((tokens < 0) | (tokens >= V))]
+        wrong = tokens[(tokens != IGNORE) & (tokens % V != tokens)]
         if len(wrong):
             raise ValueError(f"tokens: id {wrong[0].item()}, expected 0 to {V - 1}, or {IGNORE} where masked")
     return tokens
@@ -134,7 +135,7 @@ def _flat_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Under torch.autocast a matmul casts its inputs; so does an operation that consists of matmuls."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return list(tensors)
     return [None if one is None else one.to(torch.get_autocast_dtype(device)) for one in tensors]
 
@@ -143,8 +144,9 @@ def _outside_autocast(backward):
     """A backward pass computes in the dtypes of its forward pass, even when called under torch.autocast."""
 
     @staticmethod
-    @once_differentiable
     def run(ctx, *g):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise NotImplementedError("a second derivative of these operations")
         with torch.autocast(g[0].device.type, enabled=False):
             return backward(ctx, *g)
 
@@ -280,9 +282,7 @@ def _load_logits(pointers, mask, inv_temperature):
 def _below_maximum(x, m):
     """x less the new maximum; that maximum; and δ, by which it has grown."""
     m_new = tl.maximum(m, tl.max(x))
-    # nothing to rescale before the first finite logit
-    delta = tl.where(m == -float("inf"), 0.0, m_new - m)
-    return x - tl.where(m_new == -float("inf"), 0.0, m_new), m_new, delta
+    return x - m_new, m_new, tl.minimum(m_new - m, 3.4e38)  # finite, so that δ e^-δ is 0 and not ∞·0
 
 
 @kernel
@@ -309,13 +309,15 @@ def token_logprobs_forward_kernel(
     Then log p = x̃ - log s, H = log s - t/s, KL = u/s - log s + log s_q: no difference of large numbers.
     """
     row = tl.program_id(0).to(tl.int64)  # at V = 50,257 offsets pass 2³¹ in row 42,730
+    x_ptr += row * stride
+    rows_ptr += row
     lanes = tl.arange(0, BLOCK_V)
-    m, m_q = -float("inf"), -float("inf")
-    s, t = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
-    s_q, u = tl.zeros((BLOCK_V,), tl.float32), tl.zeros((BLOCK_V,), tl.float32)
+    m, m_q = -3.4028234663852886e38, -3.4028234663852886e38  # the least float32: no logit but -inf is less
+    zeros = tl.zeros((BLOCK_V,), tl.float32)
+    s, t, s_q, u = zeros, zeros, zeros, zeros
     for start in range(0, V, BLOCK_V):
         cols = start + lanes
-        x = _load_logits(x_ptr + row * stride + cols, cols < V, inv_temperature)
+        x = _load_logits(x_ptr + cols, cols < V, inv_temperature)
         x, m, delta = _below_maximum(x, m)
         shrink, e = tl.exp(-delta), tl.exp(x)
         if HAS_REF:
@@ -323,25 +325,27 @@ def token_logprobs_forward_kernel(
             y, m_q, delta_q = _below_maximum(y, m_q)
             s_q = s_q * tl.exp(-delta_q) + tl.exp(y)
             # p = 0 adds 0, even at q = 0
-            u = (u - (delta - delta_q) * s) * shrink + tl.where(e > 0, e * (x - y), 0.0)
-        t = (t - delta * s) * shrink + tl.where(e > 0, e * x, 0.0)
+            u = tl.where(shrink > 0, u * shrink - (delta - delta_q) * shrink * s, 0.0)
+            u += tl.where(e > 0, e * (x - y), 0.0)
+        t = t * shrink - delta * shrink * s + tl.where(e > 0, e * x, 0.0)
         s = s * shrink + e
     total = tl.sum(s)
-    log_s = tl.log(total)
 
     token = tl.load(tokens_ptr + row)
     kept = token != -100
     in_vocabulary = (token >= 0) & (token < V)
-    x_token = tl.load(x_ptr + row * stride + token, mask=in_vocabulary, other=float("nan")).to(tl.float32)
-    tl.store(rows_ptr + row, tl.where(kept, x_token * inv_temperature - m - log_s, 0.0))
-    tl.store(rows_ptr + N + row, tl.where(kept, log_s - tl.sum(t) / total, 0.0))
-    tl.store(rows_ptr + 3 * N + row, m)
-    tl.store(rows_ptr + 4 * N + row, log_s)
+    # an id that no token has makes all of the row NaN, its gradient too
+    log_s = tl.log(tl.where(in_vocabulary | ~kept, total, float("nan")))
+    x_token = tl.load(x_ptr + token, mask=in_vocabulary).to(tl.float32)
+    tl.store(rows_ptr, tl.where(kept, x_token * inv_temperature - m - log_s, 0.0))
+    tl.store(rows_ptr + N, tl.where(kept, log_s - tl.sum(t) / total, 0.0))
+    tl.store(rows_ptr + 3 * N, m)
+    tl.store(rows_ptr + 4 * N, log_s)
     if HAS_REF:
         log_s_q = tl.log(tl.sum(s_q))
-        tl.store(rows_ptr + 2 * N + row, tl.where(kept, tl.sum(u) / total - log_s + log_s_q, 0.0))
-        tl.store(rows_ptr + 5 * N + row, m_q)
-        tl.store(rows_ptr + 6 * N + row, log_s_q)
+        tl.store(rows_ptr + 2 * N, tl.where(kept, tl.sum(u) / total - log_s + log_s_q, 0.0))
+        tl.store(rows_ptr + 5 * N, m_q)
+        tl.store(rows_ptr + 6 * N, log_s_q)
 
 
 @kernel
@@ -363,10 +367,12 @@ def token_logprobs_backward_kernel(
     Program: one row, BLOCK_V logits a step. Bytes: 2 V·itemsize (3 with HAS_REF). Bound by bandwidth.
     """
     row = tl.program_id(0).to(tl.int64)
+    rows_ptr += row
+    coefficients_ptr += row
     token = tl.load(tokens_ptr + row)
-    m, log_s = tl.load(rows_ptr + 3 * N + row), tl.load(rows_ptr + 4 * N + row)
-    g_l, a = tl.load(coefficients_ptr + row), tl.load(coefficients_ptr + N + row)
-    g_H, g_KL = tl.load(coefficients_ptr + 2 * N + row), tl.load(coefficients_ptr + 3 * N + row)
+    m, log_s = tl.load(rows_ptr + 3 * N), tl.load(rows_ptr + 4 * N)
+    g_l, a = tl.load(coefficients_ptr), tl.load(coefficients_ptr + N)
+    g_H, g_KL = tl.load(coefficients_ptr + 2 * N), tl.load(coefficients_ptr + 3 * N)
     for start in range(0, V, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
         x = _load_logits(x_ptr + row * stride + cols, cols < V, inv_temperature)
@@ -375,18 +381,12 @@ def token_logprobs_backward_kernel(
         slope = a - g_H * log_p
         if HAS_REF:
             y = _load_logits(y_ptr + row * stride + cols, cols < V, inv_temperature)
-            m_q, log_s_q = tl.load(rows_ptr + 5 * N + row), tl.load(rows_ptr + 6 * N + row)
+            m_q, log_s_q = tl.load(rows_ptr + 5 * N), tl.load(rows_ptr + 6 * N)
             slope = slope + g_KL * (log_p - (y - m_q - log_s_q))
         dx = tl.where(p == 0, 0.0, p * slope) + tl.where(cols == token, g_l, 0.0)  # p log p → 0
         tl.store(
             out_ptr + row * stride + cols, (dx * inv_temperature).to(out_ptr.dtype.element_ty), mask=cols < V
         )
-
-
-def _row_config(V: int) -> dict:
-    """Block and warps of the row kernels: 8 logits a thread, so one 16-byte load of bf16; nothing spills."""
-    block = min(2048, max(16, triton.next_power_of_2(V)))
-    return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
 
 
 def _run_rows(
@@ -396,7 +396,7 @@ def _run_rows(
     N, V = x.shape
     inputs = x, x if y is None else y, *tensors, N, V, x.stride(0), 1 / temperature
     with torch.cuda.device_of(x):  # Triton launches on the current GPU, wherever the tensors are
-        kernel[(N,)](*inputs, HAS_REF=y is not None, **_row_config(V))
+        kernel[(N,)](*inputs, HAS_REF=y is not None, **ROW_CONFIG)
 
 
 # ---- Token log-probability: either path, forward and backward ----------------------------------------------
@@ -537,7 +537,16 @@ def token_logprobs(
 # ---- Token log-probability from hidden states --------------------------------------------------------------
 
 
-def _logits_of(part: slice, *heads: Tensor | None) -> tuple[Float[Tensor, "n V"] | None, ...]:
+def _chunks(tokens: Integer[Tensor, "N"]) -> list:
+    """The rows whose logits are made at a time. Masked ones are left out, except on a GPU: Python would have
+    to wait for it to know them."""
+    if tokens.is_cuda:
+        return row_slices(len(tokens), CHUNK_ROWS)
+    kept = (tokens != IGNORE).nonzero().squeeze(1)
+    return [kept[part] for part in row_slices(len(kept), CHUNK_ROWS)]
+
+
+def _logits_of(part: slice | Tensor, *heads: Tensor | None) -> tuple[Float[Tensor, "n V"] | None, ...]:
     """Logits of policy and reference. heads: hidden states, unembedding and bias of each, or three None."""
     return tuple(h if h is None else float32_linear(h[part], U, b) for h, U, b in (heads[:3], heads[3:]))
 
@@ -562,17 +571,17 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         tokens: Integer[Tensor, "N"],
         temperature: float,
         reference: tuple,  # hidden [N, D_ref], unembed [V, D_ref], bias [V] or None; three None: no KL
+        may_keep: bool,  # False under no_grad, of which needs_input_grad does not know
     ):
-        N = len(hidden)
-        rows = hidden.new_empty(7, N, dtype=_wide(hidden))
+        rows = hidden.new_zeros(7, len(hidden), dtype=_wide(hidden))
         ctx.temperature, ctx.kept = temperature, {}
         sides = 1 if reference[0] is None else 2
-        to_keep = KEPT_NUMBERS // (sides * len(unembed)) if any(ctx.needs_input_grad) else 0
-        for part in row_slices(N, CHUNK_ROWS):
+        to_keep = KEPT_NUMBERS // (sides * len(unembed)) if may_keep and any(ctx.needs_input_grad) else 0
+        for i, part in enumerate(_chunks(tokens), 1):
             logits = _logits_of(part, hidden, unembed, bias, *reference)
             rows[:, part] = _statistics(*logits, tokens[part], temperature)
-            if part.stop <= to_keep:
-                ctx.kept[part.start] = logits
+            if i * CHUNK_ROWS <= to_keep:
+                ctx.kept[i] = logits
             del logits  # before the next ones are made
         ctx.save_for_backward(hidden, unembed, bias, tokens, rows, *reference)
         return tuple(row.clone() for row in rows[:3])
@@ -585,10 +594,8 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         dhidden = torch.zeros_like(hidden) if wants_hidden else None
         dunembed = torch.zeros_like(unembed, dtype=rows.dtype) if wants_unembed else None
         dbias = torch.zeros_like(bias, dtype=rows.dtype) if wants_bias else None
-        for part in row_slices(len(hidden), CHUNK_ROWS):
-            logits, ref_logits = ctx.kept.pop(part.start, None) or _logits_of(
-                part, hidden, unembed, bias, *reference
-            )
+        for i, part in enumerate(_chunks(tokens), 1):
+            logits, ref_logits = ctx.kept.pop(i, None) or _logits_of(part, hidden, unembed, bias, *reference)
             inputs = tokens[part], rows[:, part], coefficients[:, part], ctx.temperature
             dlogits = logits  # in float32 their gradient takes their place
             if hidden.dtype != logits.dtype:
@@ -600,10 +607,12 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             for ids in _even_parts(len(unembed)):
                 if wants_hidden:
                     dhidden[part] += dlogits[:, ids] @ unembed[ids]
-                if wants_unembed:
+                if wants_unembed and hidden.dtype == dunembed.dtype:
+                    dunembed[ids].addmm_(dlogits[:, ids].T, hidden[part])  # without a product as large as U
+                elif wants_unembed:
                     dunembed[ids] += dlogits[:, ids].T @ hidden[part]
             del dlogits  # before the next one is made
-        return dhidden, dunembed, dbias, None, None, None  # autograd rounds them to the weights' dtype
+        return dhidden, dunembed, dbias, None, None, None, None  # autograd rounds them to the weights' dtype
 
 
 def linear_token_logprobs(
@@ -646,7 +655,8 @@ def linear_token_logprobs(
     flat_tokens = _flat_tokens(tokens, len(unembed), temperature)
     flat, ref_flat = (h if h is None else h.reshape(-1, h.shape[-1]) for h in (hidden, ref_hidden))
     reference = ref_flat, ref_unembed, ref_bias
-    outputs = _LinearTokenLogprobs.apply(flat, unembed, bias, flat_tokens, temperature, reference)
+    inputs = flat, unembed, bias, flat_tokens, temperature, reference
+    outputs = _LinearTokenLogprobs.apply(*inputs, torch.is_grad_enabled())
     logprobs, entropy, kl = (one.view(tokens.shape) for one in outputs)
     return logprobs, entropy, None if ref_hidden is None else kl
 
@@ -705,7 +715,7 @@ def lora_linear_kernel(
     first = pid // (8 * tiles_out) * 8
     height = min(tiles_n - first, 8)
     pid_n, pid_out = first + pid % (8 * tiles_out) % height, pid % (8 * tiles_out) // height
-    rows = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
     cols = (pid_out * BLOCK_OUT + tl.arange(0, BLOCK_OUT)).to(tl.int64)
     ranks, inner = tl.arange(0, BLOCK_RANK), tl.arange(0, BLOCK_IN)
     out = tl.zeros((BLOCK_N, BLOCK_OUT), tl.float32)
@@ -713,10 +723,12 @@ def lora_linear_kernel(
     for start in range(0, d_in, BLOCK_IN):
         i = start + inner
         # other=0: what lies past an edge adds nothing to a sum
-        x = tl.load(x_ptr + rows[:, None] * d_in + i, mask=(rows[:, None] < N) & (i < d_in), other=0.0)
+        x = tl.load(x_ptr + rows * d_in + i, mask=(rows < N) & (i < d_in), other=0.0)
         i = i[:, None]
         w = tl.load(
-            w_ptr + i * stride_w_in + cols * stride_w_out, mask=(i < d_in) & (cols < d_out), other=0.0
+            w_ptr + i.to(tl.int64) * stride_w_in + cols * stride_w_out,
+            mask=(i < d_in) & (cols < d_out),
+            other=0.0,
         )
         a = tl.load(a_ptr + ranks * d_in + i, mask=(ranks < RANK) & (i < d_in), other=0.0)
         out = tl.dot(x, w, out)
@@ -727,11 +739,11 @@ def lora_linear_kernel(
     out += scale * tl.dot(xa.to(b.dtype), b)
     if HAS_BIAS:
         out += tl.load(bias_ptr + cols, mask=cols < d_out, other=0.0).to(tl.float32)
-    in_tile = (rows[:, None] < N) & (cols < d_out)
-    tl.store(out_ptr + rows[:, None] * d_out + cols, out.to(out_ptr.dtype.element_ty), mask=in_tile)
+    in_tile = (rows < N) & (cols < d_out)
+    tl.store(out_ptr + rows * d_out + cols, out.to(out_ptr.dtype.element_ty), mask=in_tile)
     if pid_out == 0:
-        in_rank = (rows[:, None] < N) & (ranks < RANK)
-        tl.store(xa_ptr + rows[:, None] * RANK + ranks, xa.to(xa_ptr.dtype.element_ty), mask=in_rank)
+        in_rank = (rows < N) & (ranks < RANK)
+        tl.store(xa_ptr + rows * RANK + ranks, xa.to(xa_ptr.dtype.element_ty), mask=in_rank)
 
 
 def _lora_config(rank: int) -> dict:

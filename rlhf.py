@@ -1453,7 +1453,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import BatchSampler, DataLoader, random_split
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.cache_utils import StaticLayer
@@ -1588,7 +1587,7 @@ def average_gradients(weights: list[nn.Parameter]) -> None:
     model, which would hide the bridge's hooks."""
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     if PartialState().num_processes > 1:
-        vector_to_parameters(reduce(parameters_to_vector(gradients), "mean"), gradients)
+        nn.utils.vector_to_parameters(reduce(nn.utils.parameters_to_vector(gradients), "mean"), gradients)
 
 
 def summarize(sums: list[dict[str, float]]) -> dict[str, float]:
@@ -2087,8 +2086,9 @@ def examples_of(trainer: RLHFTrainer) -> list[dict]:
     args = trainer.args
     size = len(trainer.examples)
     numbers = (np.arange(args.batch_size) + trainer.phase * args.batch_size) // args.samples_per_prompt
-    epochs = {*numbers // size}
-    orders = {epoch: np.random.default_rng((args.seed, epoch)).permutation(size) for epoch in epochs}
+    orders = {
+        epoch: np.random.default_rng((args.seed, epoch)).permutation(size) for epoch in {*numbers // size}
+    }
     return [trainer.examples[orders[number // size][number % size]] for number in numbers]
 
 

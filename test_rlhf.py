@@ -4437,6 +4437,129 @@ def true_lora_linear(x, weight, bias, lora_a, lora_b, scale):
     return x @ (weight + scale * lora_b @ lora_a).T + (0 if bias is None else bias)
 
 
+# -- faults that peers' kernels had, and these, too
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min])
+def test_ids_ruled_out_in_the_first_blocks_leave_the_others_as_they_are(path, low):
+    """The kernel's running maximum is then low itself, and grows by more than float32 can hold."""
+    V, device = 3 * 2048 + 5, device_of(path)
+    x = draw(3, V, scale=3.0)
+    x[:, :2100] = low
+    x[1, :5000] = low
+    inputs = {"logits": x.to(device), "tokens": torch.tensor([6000, 5500, 2200], device=device)}
+    with on_path(path):
+        ours = values_and_gradients(kernels.token_logprobs, inputs, ["logits"])
+    truth = values_and_gradients(kernels.token_logprobs_reference, inputs, ["logits"], to_float64)
+    for mine, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine, true, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_what_the_reference_rules_out_costs_nothing_where_the_policy_has_no_mass(path):
+    """KL = Σ p log(p/q): p of id 7 is e^-200, which is 0 in float32, though not before id 3,000 is read."""
+    V, device = 4096, device_of(path)
+    policy, reference = torch.zeros(2, V)
+    policy[3000], reference[7] = 200.0, -math.inf
+    head = torch.zeros(V, 1, device=device), torch.tensor([3000], device=device), policy.to(device)
+    one = torch.ones(1, 1, device=device)
+    with on_path(path):
+        *_, kl = linear_token_logprobs(one, *head, 1.0, one, head[0], reference.to(device))
+    assert kl.item() == pytest.approx(math.log(V - 1), rel=1e-6)  # log 1 - log 1/(V-1)
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_second_derivatives_are_refused(path):
+    """They were silently wrong where the incoming gradient did not ask for one, as that of a sum does not."""
+    device = device_of(path)
+    hidden = draw(3, 4, device=device).requires_grad_()
+    with on_path(path):
+        out = linear_token_logprobs(hidden, draw(9, 4, device=device), torch.arange(3, device=device))[
+            0
+        ].sum()
+        with pytest.raises(NotImplementedError, match="second derivative"):
+            torch.autograd.grad(out, hidden, create_graph=True)
+
+
+@needs_triton
+def test_offsets_into_a_transposed_matrix_may_pass_32_bits():
+    """A stride of 2²⁵, of which 64 are 2³¹. Only the pages that are touched take memory."""
+    d_in, d_out, stride, device = 96, 16, 2**25, device_of("triton")
+    big = torch.empty(stride * d_in + d_out, dtype=torch.float16, device=device)
+    W = big.as_strided((d_out, d_in), (1, stride)).copy_(draw(d_out, d_in))
+    x, a, b = (
+        draw(*shape, dtype=torch.float16, device=device) for shape in ((4, d_in), (2, d_in), (d_out, 2))
+    )
+    with on_path("triton"):
+        found = lora_linear(x, W, None, a, b, 0.5)
+    truth = true_lora_linear(*map(torch.Tensor.double, (x, W)), None, a.double(), b.double(), 0.5)
+    torch.testing.assert_close(found.double(), truth, atol=0.05, rtol=5e-3)
+
+
+def test_nothing_is_kept_for_a_backward_pass_that_cannot_come():
+    """Under no_grad needs_input_grad is True all the same, and 268 MB were kept."""
+    nodes, forward = [], kernels._LinearTokenLogprobs.forward
+
+    def seen(ctx, *inputs):
+        nodes.append(ctx)
+        return forward(ctx, *inputs)
+
+    unembed = draw(9, 4).requires_grad_()
+    with unittest.mock.patch.object(kernels._LinearTokenLogprobs, "forward", seen):
+        with torch.no_grad():
+            linear_token_logprobs(draw(3, 4), unembed, torch.arange(3))
+        assert not nodes[-1].kept
+        linear_token_logprobs(draw(3, 4), unembed, torch.arange(3))
+        assert nodes[-1].kept
+
+
+def test_autocast_leaves_float64_as_torch_does():
+    x, W = draw(3, 4, dtype=torch.float64), draw(9, 4, dtype=torch.float64)
+    truth = x @ W.T
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.nn.functional.linear(x, W), truth)  # torch's own
+        torch.testing.assert_close(kernels.float32_linear(x, W, None), truth, atol=1e-12, rtol=0)
+        found, *_ = linear_token_logprobs(x, W, torch.arange(3))
+        added = lora_linear(x, W, None, x[:1], draw(9, 1, dtype=torch.float64) * 0, 1.0)
+    torch.testing.assert_close(found, truth.log_softmax(-1).diagonal(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(added, truth, atol=1e-12, rtol=0)
+
+
+@needs_triton
+def test_an_id_that_no_token_has_makes_its_whole_row_nan_on_the_kernels_path():
+    """Its entropy and its gradient were finite: a loss of the entropy alone would have learned from it."""
+    device = device_of("triton")
+    x = torch.zeros(2, 10, device=device, requires_grad=True)
+    with on_path("triton"):
+        logprobs, entropy, _ = kernels._TokenLogprobs.apply(x, torch.tensor([3, 99], device=device), 1.0)
+        (logprobs + entropy).sum().backward()
+    for one in (logprobs, entropy, x.grad):
+        assert one[0].isfinite().all() and one[1].isnan().all()
+
+
+@pytest.mark.parametrize("trained", [["hidden"], ["hidden", "unembed", "bias"]])
+@pytest.mark.parametrize("rows", [3, 8, 99])
+def test_no_logits_are_made_of_masked_tokens(rows, trained, monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(kernels, "KEPT_NUMBERS", 8 * 11)
+    made, real = [], kernels.float32_linear
+    inputs = {
+        "hidden": draw(20, 4),
+        "unembed": draw(11, 4),
+        "tokens": torch.arange(20) % 11,
+        "bias": draw(11),
+    }
+    inputs["tokens"][torch.arange(20) % 3 != 0] = -100
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "float32_linear", lambda x, *head: made.append(len(x)) or real(x, *head))
+        ours = values_and_gradients(linear_token_logprobs, inputs, trained)
+    assert made and set(made) <= {*range(1, rows + 1)} and sum(made) <= 2 * 7
+    truth = values_and_gradients(true_linear_token_logprobs, inputs, trained, to_float64)
+    for mine, true in zip(ours, truth, strict=True):
+        torch.testing.assert_close(mine, true, atol=2e-6, rtol=2e-6)
+
+
 # -- as exact as plain torch
 
 LOGITS_CASES = [
@@ -4704,6 +4827,7 @@ def test_no_more_logits_are_kept_than_the_budget_allows(reference, monkeypatch):
     for chunks, rest in ((0, 3), (5, 0), (5, 3), (99, 0)):  # budgets of so many chunks, and rows of the next
         monkeypatch.setattr(kernels, "KEPT_NUMBERS", (4 * chunks + rest) * V * sides)
         inputs = linear_inputs((N,), D, V, torch.float32, 0.7, True, reference, "plain")
+        inputs["tokens"].clamp_(min=0)  # none is masked
         inputs["hidden"].requires_grad_()
         (node, _), *_ = linear_token_logprobs(**inputs)[0].grad_fn.next_functions
         kept = [one for pair in node.kept.values() for one in pair if one is not None]
@@ -5161,7 +5285,7 @@ from triton.compiler import ASTSource
 capability, most_shared = int(sys.argv[1]), int(sys.argv[2])
 names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 row_kernels = [kernels.token_logprobs_forward_kernel, kernels.token_logprobs_backward_kernel]
-cases = [(kernel, dtype, {"HAS_REF": ref, **kernels._row_config(50257)})
+cases = [(kernel, dtype, {"HAS_REF": ref, **kernels.ROW_CONFIG})
          for kernel, dtype, ref in itertools.product(row_kernels, names, (False, True))]
 for dtype, R, stride in itertools.product([*names][1:], (16, 32), ("stride_w_in", "stride_w_out")):
     # the stride that is 1: nn.Linear's, Conv1D's
