@@ -762,8 +762,7 @@ def get_rewards(
     is called once for the whole batch, with the columns of the prompts file as lists of copies (all functions
     get the same lists: what one changes, the next one sees), and the extras (section 15)."""
     columns = {key: [deepcopy(example[key]) for example in examples] for key in examples[0]}
-    prompts = columns.pop("prompt")
-    columns |= extras | {"prompts": prompts, "completions": completions}
+    columns |= extras | {"prompts": columns.pop("prompt"), "completions": completions}
     return torch.tensor([call_reward(term, columns) for term in terms]).T
 
 
@@ -1040,7 +1039,7 @@ def kl_estimate(
 
 
 def masked_mean(
-    x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"], average: str = "token", gen_len: int = 1
+    x: Float[Tensor, "b C"], mask: Bool[Tensor, "b C"], average: str, gen_len: int = 1
 ) -> Float[Tensor, ""]:
     """Averages what is not masked, in one of three ways:
 
@@ -1336,8 +1335,11 @@ def get_optimizer(trained: dict[str, nn.Parameter], args: RLHFArgs) -> torch.opt
         # GPT-2's q, k and v are interleaved views of one matrix; fused AdamW goes through memory end to end.
         weight.data = weight.data.contiguous()
         (head if "value_head" in name else base).append(weight)  # a critic of yours, too, if so named
-    groups = [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}]
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)  # all of AdamW in one kernel
+    return torch.optim.AdamW(
+        [{"params": base, "peak_lr": args.base_lr}, {"params": head, "peak_lr": args.head_lr}],
+        weight_decay=0.0,
+        fused=True,  # all of AdamW in one kernel
+    )
 
 
 def lr_scale(phase: int, args: RLHFArgs) -> float:
@@ -1421,6 +1423,7 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
 # can use.
 
 import asyncio
+import codecs
 import glob
 import importlib.util
 import json
@@ -2012,12 +2015,12 @@ def read_lines(path: Path, are_json: bool) -> list[tuple[str, dict]]:
     """The lines that are not blank, JSON objects or prompts."""
     rows = []
     with explained(f"{path}: cannot be read"):
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         if line.strip():
             with explained(f"{where}: is not {'JSON' if are_json else 'UTF-8 text'}"):
-                row = json.loads(line) if are_json else {"prompt": line.decode("utf-8-sig")}
+                row = json.loads(line) if are_json else {"prompt": line.decode()}
             require(isinstance(row, dict), f"{where}: is no JSON object")
             rows.append((where, row))
     require(rows, f"{path}: is empty")
