@@ -68,7 +68,7 @@ FUSED_OUTPUTS = 2**21  # up to so many outputs, in 16 bits, one fused launch bea
 # glibc keeps a block of that size for the next chunk; a larger one comes from the system anew, page by page.
 CHUNK_ROWS = 256 if CUDA else 160
 KEPT_NUMBERS = 2**26  # logits kept from forward to backward, 268 MB; those of further tokens are made again
-# Of the row kernels: 8 logits a thread, so one 16-byte load of bf16; nothing spills.
+# For the row kernels: 8 logits a thread, one 16-byte load of bf16; nothing spills.
 ROW_CONFIG = {"BLOCK_V": 2048, "num_warps": 8}
 BLOCK_NUMBERS = 4 * 50257  # how much of a chunk the torch path takes at a time, to stay in a cache
 
@@ -121,7 +121,7 @@ def _check(**arguments: tuple) -> None:
 
 def _flat_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> Integer[Tensor, "N"]:
     """The ids as the kernels read them. An id outside the vocabulary is an error on CPU; on CUDA, where
-    checking would stall, the kernel makes log p NaN."""
+    checking would stall, the kernel makes its whole row NaN."""
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature}, expected a positive number")
     tokens = tokens.ravel().long()  # contiguous
@@ -133,7 +133,7 @@ def _flat_tokens(tokens: Integer[Tensor, "..."], V: int, temperature: float) -> 
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under torch.autocast a matmul casts its inputs; so does an operation that consists of matmuls."""
+    """Under torch.autocast a matmul casts its inputs, but not float64; so do operations made of them."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return list(tensors)
@@ -141,7 +141,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _outside_autocast(backward):
-    """A backward pass computes in the dtypes of its forward pass, even when called under torch.autocast."""
+    """A backward pass computes in the dtypes of its forward pass, also under autocast; and only once."""
 
     @staticmethod
     def run(ctx, *g):
@@ -324,7 +324,7 @@ def token_logprobs_forward_kernel(
             y = _load_logits(y_ptr + row * stride + cols, cols < V, inv_temperature)
             y, m_q, delta_q = _below_maximum(y, m_q)
             s_q = s_q * tl.exp(-delta_q) + tl.exp(y)
-            # p = 0 adds 0, even at q = 0
+            # p = 0 adds 0, even at q = 0; so does a p that shrinks to 0 here
             u = tl.where(shrink > 0, u * shrink - (delta - delta_q) * shrink * s, 0.0)
             u += tl.where(e > 0, e * (x - y), 0.0)
         t = t * shrink - delta * shrink * s + tl.where(e > 0, e * x, 0.0)
@@ -538,8 +538,8 @@ def token_logprobs(
 
 
 def _chunks(tokens: Integer[Tensor, "N"]) -> list:
-    """The rows whose logits are made at a time. Masked ones are left out, except on a GPU: Python would have
-    to wait for it to know them."""
+    """The rows whose logits are made at a time. Masked ones are left out, except with CUDA, where Python
+    would have to wait for the GPU to know them."""
     if tokens.is_cuda:
         return row_slices(len(tokens), CHUNK_ROWS)
     kept = (tokens != IGNORE).nonzero().squeeze(1)
@@ -580,7 +580,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         for i, part in enumerate(_chunks(tokens), 1):
             logits = _logits_of(part, hidden, unembed, bias, *reference)
             rows[:, part] = _statistics(*logits, tokens[part], temperature)
-            if i * CHUNK_ROWS <= to_keep:
+            if i * len(logits[0]) <= to_keep:
                 ctx.kept[i] = logits
             del logits  # before the next ones are made
         ctx.save_for_backward(hidden, unembed, bias, tokens, rows, *reference)

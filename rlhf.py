@@ -165,7 +165,7 @@ class RLHFArgs:
     gamma: Fraction = 1.0  # discount (critic)
 
     # What is trained, and how fast
-    base_lr: NonNegativeFloat = 5e-4  # learning rate of all but the head; a real model without --lora: 1e-5
+    base_lr: NonNegativeFloat = 5e-4  # learning rate of all but the value head; real model, no --lora: 1e-5
     head_lr: NonNegativeFloat = 3e-3  # learning rate of the value head, which starts from nothing (critic)
     warmup_steps: Annotated[int, Field(ge=0)] = 3  # phases, not optimizer steps: learning rates rise linearly
     final_scale: NonNegativeFloat = 0.1  # learning rates fall linearly to this share of the peak
@@ -811,8 +811,8 @@ def normalize_reward(rewards: Float[Tensor, "*groups n"]) -> Float[Tensor, "*gro
 # Why a reward can be learned from, though no gradient flows through text: ∇ E[r] = E[ r ∇ log π ], where
 # log π is the completion's log-probability, the sum of its tokens'. So raise it for what was drawn, by as
 # much as that was worth (REINFORCE, Williams 1992). And why less what was expected: E[ ∇ log π ] = 0, so any
-# number that does not depend on the token drawn, a baseline, may be taken off r; on average the gradient
-# stays the same, and it is less noisy.
+# number that does not depend on the token drawn, a baseline, may be taken off r: on average the gradient
+# stays the same, and with a good baseline it is less noisy.
 #
 # Why GRPO and RLOO can do without a critic: what the critic would say of the prompt, the expected reward, is
 # estimated by the mean over K completions of that prompt. The price: K completions of each prompt, and one
@@ -890,7 +890,7 @@ def leave_one_out(
     """Â_i = r_i - mean of the other rewards of the group = n/(n-1) (r_i - mean(r)) (RLOO 2402.14740, section
     2.2), where n of the K completions have a reward; for n = 1 it is NaN, which section 10 turns into 0. The
     baseline does not contain r_i, so it leaves the gradient unbiased (unless `--scale-rewards` divides, as in
-    GRPO). The mean of all does contain it, and shrinks the gradient to (n-1)/n of that.
+    GRPO). The mean of all does contain it, and so shrinks the gradient to (n-1)/n.
 
     >>> rewards = torch.tensor([[0.0], [1.0], [1.0], [2.0]])
     >>> args = RLHFArgs(algo="rloo", batch_size=4)
@@ -965,7 +965,7 @@ class PolicyOutput(NamedTuple):
 
 def clip_range(args: RLHFArgs) -> tuple[float, float]:
     """Where the ratio stops paying: 1 - ε and 1 + ε, or another upper end (Clip-Higher, DAPO 2503.14476: for
-    the sake of unlikely tokens, since with ε = 0.2 one of probability 0.01 can rise to 0.012 only)."""
+    unlikely tokens: with ε = 0.2, one of probability 0.01 can only rise to 0.012)."""
     return 1 - args.clip_coef, 1 + (args.clip_coef if args.clip_high is None else args.clip_high)
 
 
@@ -976,9 +976,9 @@ def importance_ratio(
     mean, so that long and short completions can be clipped alike (GSPO 2507.18071, eq. 7).
 
     ∇ρ = ρ ∇ log π. In a phase's first step ρ = 1: nothing is clipped, and the gradient is that of REINFORCE.
-    In later steps ρ corrects for tokens having been drawn by a policy that is no longer quite the same. With
-    `--num-minibatches 1 --batches-per-learning-phase 1` there are none: `clip_fraction` and `old_kl` must
-    then be 0 but for rounding.
+    In later steps ρ corrects for tokens that were drawn by a policy no longer quite the same. With
+    `--num-minibatches 1 --batches-per-learning-phase 1` there is no later step: `clip_fraction` and `old_kl`
+    must then be 0 but for rounding.
 
     >>> old, new = torch.tensor([[0.4, 0.5]]).log(), torch.tensor([[0.8, 0.5]]).log()
     >>> importance_ratio(new, old, torch.ones(1, 2).bool(), per="sequence")  # √(2 · 1)
@@ -1092,9 +1092,9 @@ def ppo_objective(new: PolicyOutput, old: ReplayMemory, kl_coef: float, args: RL
 # Each published algorithm is a column of this table, and each row a setting; a value given on the command
 # line replaces the cell's. Here all have an entropy bonus, like PPO, and a KL in the loss is the exact one,
 # as in the course; as published, GRPO has `--kl-estimator k3`, and all but PPO and the course have
-# `--ent-coef 0`. Of ε, β and λ the papers give every ε but those of GRPO, RLOO and CISPO, and β = 0 of Dr.
-# GRPO, DAPO and CISPO, which do without a reference; the course gives λ = 0, its one-step advantage. The rest
-# is this file's choice.
+# `--ent-coef 0`. Of ε, β and λ these are the papers' or the course's: every ε but those of GRPO, RLOO and
+# CISPO; β = 0 of Dr. GRPO, DAPO and CISPO, which do without a reference; λ = 0 of the course, its one-step
+# advantage. The rest is this file's choice.
 # - `-`: the upper end is 1 + clip_coef. Where there is a number, --clip-coef moves the lower end alone.
 # - ppo: the paper has no reference, and averages over all tokens; InstructGPT has the KL in the reward.
 # - rloo: REINFORCE, whose gradient equals the surrogate's while ρ = 1, in a phase's first step; later steps
@@ -1161,7 +1161,8 @@ class RLHFTrainer:
                 middle = perf_counter()
                 # Where the rewards within every group are equal (with a critic and `--scale-rewards batch`:
                 # within the batch), a step would follow KL and entropy alone, and AdamW's moments would carry
-                # it on. So none is taken, nor does the leash pull; the learning phase is run for its metrics.
+                # it on. So no step is taken, and the leash does not pull; the learning phase is run for its
+                # metrics.
                 metrics |= self.learning_phase(memory, learns=metrics["equal_groups"] < 1)
                 metrics |= {"rollout_seconds": middle - start, "learning_seconds": perf_counter() - middle}
                 log.phase(metrics, completions[:3])  # and now and then held-out prompts and a checkpoint
@@ -1251,7 +1252,7 @@ class RLHFTrainer:
             average_gradients(weights)
             norms.append(clip_grad_norm_(weights, args.max_grad_norm or math.inf).item())
             stop_unless_finite(self, minibatch, norms)
-            # None where the norm is 0, as where all is masked: AdamW's moments alone would move the weights.
+            # No step at a norm of 0, as where all is masked: AdamW's moments alone would move the weights.
             if learns and norms[-1]:
                 self.optimizer.step()
         means = summarize(sums) | {
@@ -1382,7 +1383,7 @@ def adapt_kl_coef(kl_coef: float, kl: float, last_kl: float, args: RLHFArgs) -> 
 # it. (With λ < 1 the returns are in part the critic's own values: then 1 need not mean a good critic.)
 #
 # Does the reward stay flat? The first of these that fits may say why:
-#     equal_groups near 1               few groups hold unequal rewards: a rare reward, or prompts too easy
+#     equal_groups near 1               rewards hardly differ: a rare reward, or prompts too easy
 #     clip_fraction above a half early  the steps are too large, or ε too small
 #     kl stays near 0                   base_lr is too small, or β too large
 #     kl and entropy rise               ent_coef is too large
@@ -1406,7 +1407,7 @@ def minibatch_metrics(new: PolicyOutput, old: ReplayMemory, args: RLHFArgs) -> d
     yours: one more entry of per_token, or a number in `rollout_metrics`; metrics.jsonl gets all of them."""
     ratio = importance_ratio(new.logprobs, old.logprobs, old.mask, args.ratio)
     per_token = {
-        # Exact, or k3 whatever the loss has: while ρ = 1 it is right on average, and it is never below 0.
+        # Exact, or k3 whatever the loss has: right on average while ρ = 1, and never below 0.
         "kl": new.kl if args.kl_estimator == "full" else kl_estimate(new.logprobs, old.ref_logprobs, "k3"),
         "old_kl": kl_estimate(old.logprobs, new.logprobs, "k3"),  # KL(π_old ‖ π_θ): moved in this phase
         "entropy": new.entropy,
@@ -1608,7 +1609,7 @@ def summarize(sums: list[dict[str, float]]) -> dict[str, float]:
 
 @contextmanager
 def running(trainer: RLHFTrainer) -> Iterator["RunLog"]:
-    """What happens around the phases: lock and log, samples before and after, Ctrl-C, checkpoint, export."""
+    """What happens around the phases: lock, log, samples and held-out prompts, Ctrl-C, checkpoint, export."""
     examples = (trainer.examples * 8)[:8]  # to show before and after; repeated if fewer
     with only_one(trainer.run_dir / "args.json"), RunLog(trainer) as log, stop_signals(trainer):
         if trainer.phase == 0:
@@ -1788,7 +1789,7 @@ def rollout_metrics(
 
 
 def mean_reward(rewards: Float[Tensor, "_"]) -> float:
-    """Of the rewards that apply; 0 where none does."""
+    """The mean of the rewards that apply; 0 where none does."""
     return rewards.nanmean().nan_to_num().item()
 
 
@@ -2717,11 +2718,11 @@ def trained_weights(policy: TransformerWithValueHead) -> dict[str, Tensor]:
 
 
 def export_model(policy: TransformerWithValueHead, path: Path) -> None:
-    """An ordinary Hugging Face directory with tokenizer and generation config; by this `generate` stops where
-    training did, at the tokenizer's end of text, too."""
+    """An ordinary Hugging Face directory with tokenizer and generation config, by which `generate` stops
+    where training did: at the tokenizer's end of text, too."""
     policy.bridge.original_model.save_pretrained(path, state_dict=trained_weights(policy))
     policy.tokenizer.save_pretrained(path)
-    # In the file, since a config with any fault of its own is refused at save, if it has been changed.
+    # In the file: transformers refuses to save a config that was changed and has any fault of its own.
     file = path / "generation_config.json"
     file.write_text(as_json(json.loads(file.read_bytes()) | {"eos_token_id": policy.stops.tolist()}))
 
