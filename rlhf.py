@@ -89,8 +89,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils import clip_grad_norm_, rnn
-from transformers import Cache, DynamicCache
-from transformers.pytorch_utils import Conv1D
+from transformers import Cache, Conv1D, DynamicCache
 
 from kernels import RecordedPass, float32_linear, linear_token_logprobs, lora_linear, row_slices
 
@@ -3311,7 +3310,7 @@ def caption(axis, title: str, text: str) -> None:
 
 def heatmap(axis, values: Float[Tensor, "_ _"], rows, columns, title: str, text: str, **looks) -> None:
     """Rows and columns have names; the more there are, the smaller they are written."""
-    axis.figure.colorbar(axis.imshow(values, aspect="auto", **looks))
+    axis.figure.colorbar(axis.imshow(values.numpy(), aspect="auto", **looks))
     axis.grid(False)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks(range(len(columns)), columns)

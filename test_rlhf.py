@@ -4173,6 +4173,14 @@ def test_a_killed_checkpoint_is_none(gpt2, tmp_path, capsys):
     assert "is damaged" not in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_heatmap_is_drawn_without_a_warning():
+    """numpy 2 warns where matplotlib is handed a tensor: on every inspect."""
+    from matplotlib.figure import Figure
+
+    rlhf.heatmap(Figure().subplots(), torch.ones(2, 3), "ab", "cde", "title", "text")
+
+
 @pytest.mark.usefixtures("no_pictures")
 def test_inspect_passes_over_a_prompt_that_was_dropped(gpt2, tmp_path, capsys):
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "This is a test. " * 40}, {"prompt": "Here is"}])
