@@ -761,7 +761,8 @@ def get_rewards(
     is called once for the whole batch, with the columns of the prompts file as lists of copies (all functions
     get the same lists: what one changes, the next one sees), and the extras (section 15)."""
     columns = {key: [deepcopy(example[key]) for example in examples] for key in examples[0]}
-    columns |= extras | {"prompts": columns.pop("prompt"), "completions": completions}
+    prompts = columns.pop("prompt")
+    columns |= extras | {"prompts": prompts, "completions": completions}
     return torch.tensor([call_reward(term, columns) for term in terms]).T
 
 
@@ -1119,7 +1120,7 @@ kl_in          loss      loss      loss      loss      loss      loss      rewar
 kl_coef        0.12      0.12      0         0         0.12      0         0.12      0.12
 gae_lambda     1         1         1         1         1         1         1         0
 """
-algorithm_names, *switches = (line.split() for line in ALGORITHM_TABLE.splitlines())
+algorithm_names, *switches = map(str.split, ALGORITHM_TABLE.splitlines())
 ALGORITHMS = {name: {} for name in algorithm_names}
 for switch, *cells in switches:
     for name, cell in zip(algorithm_names, cells, strict=True):
@@ -1457,8 +1458,7 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 from torch.utils.data import BatchSampler, DataLoader, random_split
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.cache_utils import StaticLayer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, StaticLayer
 
 from kernels import peak_memory, replays
 

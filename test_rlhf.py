@@ -4481,11 +4481,10 @@ def test_what_the_reference_rules_out_costs_nothing_where_the_policy_has_no_mass
 def test_second_derivatives_are_refused(path):
     """They were silently wrong where the incoming gradient did not ask for one, as that of a sum does not."""
     device = device_of(path)
-    hidden = draw(3, 4, device=device).requires_grad_()
+    hidden, unembed = draw(3, 4, device=device).requires_grad_(), draw(9, 4, device=device)
     with on_path(path):
-        out = linear_token_logprobs(hidden, draw(9, 4, device=device), torch.arange(3, device=device))[
-            0
-        ].sum()
+        logprobs, *_ = linear_token_logprobs(hidden, unembed, torch.arange(3, device=device))
+        out = logprobs.sum()
         with pytest.raises(NotImplementedError, match="second derivative"):
             torch.autograd.grad(out, hidden, create_graph=True)
 
@@ -4496,9 +4495,8 @@ def test_offsets_into_a_transposed_matrix_may_pass_32_bits():
     d_in, d_out, stride, device = 96, 16, 2**25, device_of("triton")
     big = torch.empty(stride * d_in + d_out, dtype=torch.float16, device=device)
     W = big.as_strided((d_out, d_in), (1, stride)).copy_(draw(d_out, d_in))
-    x, a, b = (
-        draw(*shape, dtype=torch.float16, device=device) for shape in ((4, d_in), (2, d_in), (d_out, 2))
-    )
+    half = functools.partial(draw, dtype=torch.float16, device=device)
+    x, a, b = half(4, d_in), half(2, d_in), half(d_out, 2)
     with on_path("triton"):
         found = lora_linear(x, W, None, a, b, 0.5)
     truth = true_lora_linear(*map(torch.Tensor.double, (x, W)), None, a.double(), b.double(), 0.5)
@@ -4552,13 +4550,8 @@ def test_no_logits_are_made_of_masked_tokens(rows, trained, monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK_ROWS", rows)
     monkeypatch.setattr(kernels, "KEPT_NUMBERS", 8 * 11)
     made, real = [], kernels.float32_linear
-    inputs = {
-        "hidden": draw(20, 4),
-        "unembed": draw(11, 4),
-        "tokens": torch.arange(20) % 11,
-        "bias": draw(11),
-    }
-    inputs["tokens"][torch.arange(20) % 3 != 0] = -100
+    tokens = torch.where(torch.arange(20) % 3 == 0, torch.arange(20) % 11, -100)
+    inputs = {"hidden": draw(20, 4), "unembed": draw(11, 4), "tokens": tokens, "bias": draw(11)}
     with monkeypatch.context() as patch:
         patch.setattr(kernels, "float32_linear", lambda x, *head: made.append(len(x)) or real(x, *head))
         ours = values_and_gradients(linear_token_logprobs, inputs, trained)
